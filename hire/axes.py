@@ -1,0 +1,26 @@
+"""Every axis letter of the package, once, and the array types built from them.
+
+b  queries (a batch of hidden states)      d  width of a row and of a query
+m  rows (words, groups of neurons, keys)   r  rank of a low-rank copy
+k  rows asked for                          c  candidates, k' in the paper
+v  vocabulary    f  neurons of an FFN      h  query heads    n  key/value heads    e  width of a head
+t  positions of a text    s  slots of a key/value cache
+
+`*b` stands for any number of leading axes. Arrays are row-major, so that one row is one contiguous read.
+"""
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Int8, UInt8
+
+AnyArray = Array | np.ndarray
+
+Rows = Float[AnyArray, "m d"]
+Queries = Float[AnyArray, "b d"]
+Scores = Float[AnyArray, "*b m"]
+Indices = Int[AnyArray, "*b c"]
+Codes = Int8[Array, "*m d"] | UInt8[Array, "*m half"]
+Tokens = Int[AnyArray, "b t"]
+Hidden = Float[Array, "b t d"]
+Mask = Bool[Array, "t s"]
+
+__all__ = ["AnyArray", "Array", "Codes", "Float", "Hidden", "Indices", "Int", "Mask", "Queries", "Rows", "Scores", "Tokens"]

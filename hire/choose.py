@@ -1,0 +1,120 @@
+"""How many candidates does a recall take: the smallest k' that a sample of queries supports."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import jax
+import numpy as np
+
+from hire.axes import AnyArray, Int, Queries, Rows
+from hire.estimators import Estimator, row_scores
+from hire.search import check_search
+from hire.topk import TopK, exact_top_k
+
+BATCH = 256  # queries scored at once: 256 x 262,144 float32 scores are 268 MB
+
+
+@dataclass(frozen=True)
+class Choice:
+    """k' and what supports it: the mean recall seen and its lower bound, 0 to 1, over so many queries."""
+
+    candidates: int
+    recall: float
+    bound: float
+    queries: int
+
+
+def choose_candidates(
+    rows: Rows,
+    estimator: Estimator,
+    queries: Queries,
+    *,
+    k: int,
+    recall: float,
+    confidence: float = 0.95,
+    documents: Sequence | np.ndarray | None = None,
+) -> Choice:
+    """The smallest k' whose recall@k on the given queries (n, d) has a lower bound, at `confidence`, of at least `recall`.
+
+    The bound is `mean_bound`'s, over documents when the document of each query is given: neighbouring positions of
+    one text are alike, and n of them say less than n texts.
+
+    Raises ValueError when recall or confidence is not strictly between 0 and 1, when shapes do not fit, or when the queries are
+    too few to support that recall even if none is missed.
+    """
+    check_search(rows, estimator, k, k)
+    for name, value in dict(recall=recall, confidence=confidence).items():
+        if not 0 < value < 1:
+            raise ValueError(f"{name} = {value!r}: expected a number between 0 and 1, neither included")
+    if queries.ndim != 2 or queries.shape[1] != rows.shape[1] or not len(queries):
+        raise ValueError(f"queries of shape {queries.shape}: expected (n, {rows.shape[1]}) with n of at least 1")
+    best_possible = mean_bound(np.ones(len(queries)), documents, confidence)
+    if best_possible < recall:
+        raise ValueError(
+            f"{len(queries)} queries: too few, since with no miss at all they prove a recall of {best_possible:.4f}, not {recall}"
+        )
+    depths = candidates_needed(estimator, queries, true_top_k(rows, queries, k).indices)
+
+    def bound(candidates: int) -> float:
+        return mean_bound(np.mean(depths <= candidates, axis=1), documents, confidence)
+
+    low, high = k, rows.shape[0]  # the recall seen grows with k', so a bisection finds the smallest
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if bound(middle) >= recall else (middle + 1, high)
+    return Choice(low, float(np.mean(depths <= low)), bound(low), len(queries))
+
+
+def true_top_k(rows: Rows, queries: Queries, k: int) -> TopK:
+    """The exact top-k (n, k) of many queries (n, d), in numpy, from scores that are never all held at once."""
+    top = jax.jit(lambda rows, x: exact_top_k(row_scores(x, rows), k))
+    parts = [jax.device_get(top(rows, batch)) for batch in batches(queries)]
+    return TopK(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+
+def candidates_needed(estimator: Estimator, queries: Queries, best: Int[AnyArray, "n k"]) -> np.ndarray:
+    """The k' (n, k) from which on each of the true rows `best` (n, k) of each query is among the candidates.
+
+    Its share at or below k' is the recall at k', for every k' at once. Rows that tie with a true one in the estimate count as
+    before it.
+    """
+    estimate = jax.jit(lambda estimator, x: estimator.scores(x))
+    needed = []
+    for batch, rows in zip(batches(queries), batches(best), strict=True):
+        for scores, true in zip(np.asarray(estimate(estimator, batch)), rows, strict=True):
+            floors = scores[true]
+            # Only what scores above the worst of the true rows needs sorting: a few hundred of 262,144.
+            above = np.sort(scores[scores >= floors.min()])
+            needed.append(len(above) - np.searchsorted(above, floors))
+    return np.stack(needed)
+
+
+def batches(queries):
+    """Slices of at most BATCH queries."""
+    return [queries[start : start + BATCH] for start in range(0, len(queries), BATCH)]
+
+
+def mean_bound(values: np.ndarray, documents: Sequence | np.ndarray | None = None, confidence: float = 0.95) -> float:
+    """One-sided lower confidence bound of the mean of values (n,) in [0, 1].
+
+    Wilson's score bound at the effective number of values: p (1 - p) over the squared standard error, which is
+    taken over documents when they are given (n labels), so that it counts how alike the values of one document are. When every
+    value is 1, as when none is, the effective number is n, the limit of ever rarer, unrelated misses. Approximate (it rests on the
+    normal distribution of a mean over documents), so give it dozens of documents.
+
+    Raises ValueError when documents are not one label a value.
+    """
+    values = np.asarray(values, np.float64)
+    labels = np.arange(len(values)) if documents is None else np.asarray(documents)
+    if labels.shape != values.shape:
+        raise ValueError(f"{len(labels)} document labels: expected one for each of the {len(values)} values")
+    _, group = np.unique(labels, return_inverse=True)
+    groups, n, mean = group.max() + 1, len(values), values.mean()
+    residuals = np.bincount(group, values - mean)
+    variance = groups / max(groups - 1, 1) * np.sum(residuals**2) / n**2
+    effective = min(n, mean * (1 - mean) / variance) if variance > 0 else n
+    z = NormalDist().inv_cdf(confidence)
+    centre = mean + z**2 / (2 * effective)
+    spread = z * np.sqrt(mean * (1 - mean) / effective + z**2 / (4 * effective**2))
+    return float((centre - spread) / (1 + z**2 / effective))

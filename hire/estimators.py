@@ -1,0 +1,213 @@
+"""Small copies of the rows that predict their scores: low rank (HiRE-LR) and quantized (HiRE-Q).
+
+The paper names the two and leaves rank, bits and fitting open (PAPER claim lr-and-q), so these are our choices. They
+multiply: the factors of a low-rank copy may themselves be quantized.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hire.axes import AnyArray, Array, Codes, Float, Indices, Queries, Rows
+from hire.topk import check_count
+
+Candidates = Float[Array, "b c"]
+
+
+@runtime_checkable
+class Estimator(Protocol):
+    """What the search asks of a copy: any pytree with these is an estimator."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, d) of the rows that it stands for."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it stores."""
+        ...
+
+    def bytes_read(self, candidates: int) -> int:
+        """Bytes of itself that it reads to nominate so many candidates (the exact rows are not in it)."""
+        ...
+
+    def scores(self, x: Queries) -> Float[Array, "b m"]:
+        """Estimated score of every row."""
+        ...
+
+    def scores_at(self, x: Queries, indices: Indices) -> Candidates:
+        """Estimated scores of the rows at indices (b, c) alone."""
+        ...
+
+
+def row_scores(x: Queries, rows: Rows) -> Float[Array, "b m"]:
+    """Exact scores of every row, float32: queries (b, d) against rows (m, d) in their own type."""
+    # As x @ rowsᵀ: XLA on a CPU fuses a cast of the rows into this form, and copies them first in the others.
+    return jnp.matmul(x.astype(rows.dtype), rows.T, preferred_element_type=jnp.float32)
+
+
+def row_scores_at(x: Queries, rows: Rows, indices: Indices) -> Candidates:
+    """Exact scores, float32, of the rows at indices (b, c): only those rows are read."""
+    return jnp.einsum("bd,bcd->bc", x.astype(rows.dtype), rows[indices], preferred_element_type=jnp.float32)
+
+
+def unpack(codes: Codes, bits: int, width: int) -> Float[Array, "... d"]:
+    """Codes (..., width at 8 bits, half of it at 4) as float32 whole numbers (..., width)."""
+    if bits == 8:
+        return codes.astype(jnp.float32)
+    signed = jax.lax.bitcast_convert_type(codes, jnp.int8)
+    low = jax.lax.shift_right_arithmetic(jax.lax.shift_left(signed, jnp.int8(4)), jnp.int8(4))
+    high = jax.lax.shift_right_arithmetic(signed, jnp.int8(4))
+    # Column j shares a byte with column j + half, so that each half is one contiguous run.
+    return jnp.concatenate([low, high], axis=-1)[..., :width].astype(jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """HiRE-Q: every row as whole numbers of 8 or 4 bits times one float32 scale of its own."""
+
+    codes: Codes
+    scale: Float[Array, " m"]
+    bits: int = field(metadata=dict(static=True))
+    width: int = field(metadata=dict(static=True))
+
+    @classmethod
+    def fit(cls, rows: Rows, bits: int) -> "Quantized":
+        """Round each of rows (m, d) to the nearest of 2^bits - 1 even steps between ± its largest entry.
+
+        bits is 8 (one byte an entry) or 4 (two entries packed in a byte). Raises ValueError for other bits.
+        """
+        check_bits(bits)
+        steps = 2 ** (bits - 1) - 1
+        exact = rows.astype(jnp.float32)
+        largest = jnp.max(jnp.abs(exact), axis=-1)
+        scale = jnp.where(largest > 0, largest, 1.0) / steps
+        codes = jnp.round(exact / scale[:, None]).astype(jnp.int8)
+        width = rows.shape[1]
+        if bits == 4:
+            half = -(-width // 2)
+            padded = jnp.pad(codes, ((0, 0), (0, 2 * half - width)))
+            low, high = padded[:, :half], padded[:, half:]
+            packed = (low & jnp.int8(15)) | jax.lax.shift_left(high, jnp.int8(4))
+            codes = jax.lax.bitcast_convert_type(packed, jnp.uint8)
+        return cls(codes, scale, bits, width)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.width
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scale.nbytes
+
+    def bytes_read(self, candidates: int) -> int:
+        return self.nbytes
+
+    def scores(self, x: Queries) -> Float[Array, "b m"]:
+        return row_scores(x.astype(jnp.float32), unpack(self.codes, self.bits, self.width)) * self.scale[None]
+
+    def scores_at(self, x: Queries, indices: Indices) -> Candidates:
+        rows = unpack(self.codes[indices], self.bits, self.width)
+        return jnp.einsum("bd,bcd->bc", x.astype(jnp.float32), rows) * self.scale[indices]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """HiRE-LR: rows ≈ factors (m, r) @ projection (r, d); the factors plain or quantized."""
+
+    projection: Float[Array, "r d"]
+    factors: Float[Array, "m r"] | Quantized
+
+    @classmethod
+    def fit(
+        cls,
+        rows: Rows,
+        rank: int,
+        *,
+        calibration: Queries | Iterable[Queries] | None = None,
+        bits: int | None = None,
+        ridge: float = 1e-3,
+    ) -> "LowRank":
+        """The rank-r copy of rows (m, d) with the least squared error of scores.
+
+        With calibration (queries (n, d), or an iterator of batches of them) the error is averaged over those queries:
+        for C = E[x xᵀ] = L Lᵀ it keeps the leading directions of rows @ L, and so spends its rank where queries
+        really lie. Without, C is the identity and this is the plain SVD. `ridge` adds that share of C's mean
+        variance to its diagonal, so that a direction no calibration query took is not dropped altogether.
+        bits = 8 or 4 quantizes the factors, None keeps them in the type of the rows.
+
+        Raises ValueError when rank is not in 1..min(m, d), bits do not exist, or the calibration does not fit the rows.
+        """
+        m, d = rows.shape
+        check_count("rank", rank, 1, min(m, d), "the smaller side of the rows")
+        if bits is not None:
+            check_bits(bits)
+        covariance = np.eye(d) if calibration is None else second_moment(calibration, d)
+        covariance = covariance + ridge * np.trace(covariance) / d * np.eye(d)
+        # The d x d problem in float64: with G = rowsᵀ rows, the right singular vectors of rows @ L are the
+        # eigenvectors of Lᵀ G L, and the (m, d) matrix itself is only multiplied.
+        lower = np.linalg.cholesky(covariance)
+        gram = jnp.einsum("md,me->de", rows, rows, preferred_element_type=jnp.float32, precision="highest")
+        _, vectors = np.linalg.eigh(lower.T @ np.asarray(gram, np.float64) @ lower)
+        leading = vectors[:, ::-1][:, :rank]
+        projection = jnp.asarray(np.linalg.solve(lower.T, leading).T, jnp.float32)
+        mixing = jnp.asarray(lower @ leading, jnp.float32)
+        factors = jnp.einsum("md,dr->mr", rows, mixing, preferred_element_type=jnp.float32)
+        return cls(projection, factors.astype(rows.dtype) if bits is None else Quantized.fit(factors, bits))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.factors.shape[0], self.projection.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.factors.nbytes + self.projection.nbytes
+
+    def bytes_read(self, candidates: int) -> int:
+        return self.nbytes
+
+    def project(self, x: Queries) -> Float[Array, "b r"]:
+        """Queries (b, d) in the r kept directions."""
+        return jnp.matmul(x.astype(jnp.float32), self.projection.T)
+
+    def scores(self, x: Queries) -> Float[Array, "b m"]:
+        if isinstance(self.factors, Quantized):
+            return self.factors.scores(self.project(x))
+        return row_scores(self.project(x), self.factors)
+
+    def scores_at(self, x: Queries, indices: Indices) -> Candidates:
+        if isinstance(self.factors, Quantized):
+            return self.factors.scores_at(self.project(x), indices)
+        return row_scores_at(self.project(x), self.factors, indices)
+
+
+def check_bits(bits: int) -> None:
+    """Raise ValueError unless bits is 4 or 8."""
+    if bits not in (4, 8):
+        raise ValueError(f"bits = {bits!r}: expected 4 or 8")
+
+
+def second_moment(queries: Queries | Iterable[Queries], width: int) -> np.ndarray:
+    """E[x xᵀ] (d, d) in float64 over queries (n, d) or an iterator of batches of them.
+
+    Raises ValueError when a batch is not (n, width), or when there are no queries or one that is not finite.
+    """
+    total, count = np.zeros((width, width)), 0
+    for batch in [queries] if isinstance(queries, AnyArray) else queries:
+        if batch.ndim != 2 or batch.shape[1] != width:
+            raise ValueError(f"calibration of shape {batch.shape}: expected (n, {width}), the width of the rows")
+        exact = np.asarray(batch, np.float64)
+        total += exact.T @ exact
+        count += len(exact)
+    if not count:
+        raise ValueError("calibration has 0 queries: expected at least one")
+    if not np.isfinite(total).all():
+        raise ValueError("calibration holds a value that is not finite: expected finite queries")
+    return total / count

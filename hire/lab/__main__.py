@@ -1,0 +1,72 @@
+"""`python -m hire.lab …`: what the Makefile calls. An error is one line, and its exit status 1."""
+
+import argparse
+import sys
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m hire.lab", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    figures = commands.add_parser("figures", help="execute the notebooks and write figures/")
+    figures.add_argument("--profile", default="cpu")
+    figures.add_argument("--only", help="one figure, such as 02")
+    figures.add_argument("--fresh", action="store_true")
+    commands.add_parser("verify", help="every target: obtained, threshold, met or not")
+    commands.add_parser("demo", help="the first minute: dense against HiRE on Gemma's softmax")
+    commands.add_parser("pages", help="bring the generated parts of README, gallery and notebooks up to date")
+    commands.add_parser("weights", help="unpack Gemma's weights into the cache folder")
+    commands.add_parser("size", help="lines of code by room against their budget")
+    budget = commands.add_parser("budget", help="time a make target and keep the time as a record")
+    budget.add_argument("target", nargs="+")
+    chosen = parser.parse_args(arguments)
+    try:
+        return run(chosen)
+    except (ValueError, RuntimeError, FileNotFoundError, ConnectionError, MemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Each command imports what it needs: `size` takes no jax, `verify` no notebook."""
+    if chosen.command == "figures":
+        from hire.lab import notebooks, pages
+
+        failed = notebooks.run_notebooks(chosen.profile, chosen.only, fresh=chosen.fresh)
+        if chosen.profile != "smoke":
+            pages.write_pages()
+        if failed:
+            print(f"{len(failed)} of the notebooks failed: {', '.join(failed)}", file=sys.stderr)
+        return 1 if failed else 0
+    if chosen.command == "verify":
+        from hire.lab.scorecard import verify
+
+        table, good = verify()
+        print(table)
+        return 0 if good else 1
+    if chosen.command == "demo":
+        from hire.lab.demo import demo
+
+        demo()
+    elif chosen.command == "pages":
+        from hire.lab.pages import write_pages
+
+        write_pages()
+    elif chosen.command == "weights":
+        from hire.models import load_gemma
+
+        print(f"Gemma 3 270M: {load_gemma().stored}, ready")
+    elif chosen.command == "size":
+        from hire.lab.budgets import size
+
+        table, good = size()
+        print(table)
+        return 0 if good else 1
+    elif chosen.command == "budget":
+        from hire.lab.budgets import timed
+
+        return timed(chosen.target)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""One decode step taken apart: the whole of it and its parts as forms to be timed, over batches."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hire.lab.timing import interleaved
+from hire.models import Cache, Decoder
+from hire.models.generation import prefill, step
+
+
+def softmax(model: Decoder, x, cache: Cache):
+    return model.logits(x)
+
+
+def ffn(model: Decoder, x, cache: Cache):
+    for block in model.blocks:
+        x = x + block.ffn(block.ffn_norm(x))
+    return x
+
+
+def attention(model: Decoder, x, cache: Cache):
+    for block, keys, values in zip(model.blocks, cache.keys, cache.values, strict=True):
+        x = x + block.attention.step(block.attention_norm(x), keys, values, cache.length)[0]
+    return x
+
+
+class StepForms:
+    """Forms of one decode step at batch 1, each called with hidden states (1, d), on a cache half full of random words."""
+
+    def __init__(self, model: Decoder, slots: int):
+        self.graph, self.state = nnx.split(model)
+        words = np.random.default_rng(0).integers(3, model.config.vocabulary, (1, slots // 2))
+        self.held = prefill(self.graph, self.state, jnp.asarray(words, jnp.int32), slots)[1]
+
+    def part(self, function: Callable) -> Callable:
+        """softmax, ffn or attention alone, with the model's own weights."""
+        graph = self.graph
+        compiled = jax.jit(lambda state, x, cache: function(nnx.merge(graph, state), x, cache))
+        return lambda x: compiled(self.state, x, self.held)
+
+    def whole(self, batch: int = 1) -> Callable:
+        """The step itself, for a batch of the same text; each call writes a word into a cache of its own."""
+        cache = jax.tree.map(lambda part: jnp.repeat(part, batch, 0) if part.ndim else part.copy(), self.held)
+
+        def form(x):
+            nonlocal cache
+            word = jnp.full((batch,), 3, jnp.int32) + (jnp.argmax(x) % 99).astype(jnp.int32)
+            logits, cache = step(self.graph, self.state, word, cache)
+            return logits
+
+        return form
+
+    def over_batches(self, batches: list[int], queries: list, repeats: int) -> dict[int, list[float]]:
+        """Seconds of each step at each batch, one batch after the other: interleaved they would need every cache at once."""
+        return {batch: interleaved({"step": self.whole(batch)}, queries, repeats)["step"] for batch in batches}

@@ -1,0 +1,116 @@
+"""What a model makes of real text: hidden states by document, losses, and the quality of a search over them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hire.axes import Array, Float, Hidden, Queries, Rows, Tokens
+from hire.choose import batches, candidates_needed, mean_bound
+from hire.estimators import Estimator
+from hire.lab.text import Document
+from hire.models import Decoder, TextModel
+from hire.softmax import HireSoftmax
+from hire.topk import TopK, bucketed_top_k, expected_recall, expected_recall_top1, recall
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states (n, d), the token that followed each (n,), and the document that each comes from (n,)."""
+
+    hidden: np.ndarray
+    targets: np.ndarray
+    documents: np.ndarray
+
+
+def windows(subject: TextModel, texts: Sequence[Document], length: int, each: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Up to `each` windows of `length` tokens from every document, evenly spread, <bos> first: (w, length), and names (w,).
+
+    Documents shorter than that are left out; raises ValueError when none is long enough.
+    """
+    tokens, names = [], []
+    for text in texts:
+        ids = subject.tokens(text.text)
+        spans = min(each, (len(ids) - 1) // (length - 1))
+        for span in range(spans):
+            start = 1 + span * ((len(ids) - 1) // spans)
+            tokens.append(np.concatenate([ids[:1], ids[start : start + length - 1]]))
+            names.append(text.name)
+    if not tokens:
+        raise ValueError(f"{len(texts)} documents: none has {length} tokens")
+    return np.stack(tokens), np.asarray(names)
+
+
+@partial(jax.jit, static_argnames="graph")
+def hidden_states(graph: nnx.GraphDef, state: nnx.State, tokens: Tokens) -> Hidden:
+    """Hidden states (b, t, d) of texts (b, t)."""
+    return nnx.merge(graph, state).prefill(tokens)[0]
+
+
+def collect(model: Decoder, tokens: np.ndarray, names: np.ndarray, *, skip: int = 1, batch: int = 16) -> States:
+    """Hidden states of windows (w, t) from position `skip` on, all but the last position, whose next token is not known."""
+    graph, state = nnx.split(model)
+    padded = np.concatenate([tokens, tokens[:1].repeat(-len(tokens) % batch, 0)])
+    parts = [np.asarray(hidden_states(graph, state, padded[start : start + batch])) for start in range(0, len(padded), batch)]
+    hidden = np.concatenate(parts)[: len(tokens), skip:-1]
+    count = hidden.shape[1]
+    return States(hidden.reshape(-1, hidden.shape[-1]), tokens[:, skip + 1 :].reshape(-1), np.repeat(names, count))
+
+
+def losses(model: Decoder, states: States) -> np.ndarray:
+    """-log p (n,) of the token that followed each state, in nats, from exact logits."""
+
+    @jax.jit
+    def loss(rows, hidden, targets):
+        logits = jnp.matmul(hidden, rows.T)
+        return jax.nn.logsumexp(logits, axis=1) - jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+
+    rows = model.embedding[...]
+    pairs = zip(batches(states.hidden), batches(states.targets), strict=True)
+    return np.concatenate([np.asarray(loss(rows, *pair)) for pair in pairs])
+
+
+def rate(values: np.ndarray, documents: np.ndarray) -> dict:
+    """Mean of values (n,) in [0, 1] with its 95 % interval over documents, as a record states it."""
+    low, high = mean_bound(values, documents, 0.975), 1 - mean_bound(1 - values, documents, 0.975)
+    return dict(mean=float(np.mean(values)), low=low, high=high, n=len(values), documents=len(np.unique(documents)))
+
+
+def curve(rows: Rows, estimator: Estimator, hidden: Queries, best: TopK, candidates: Sequence[int]) -> dict[str, list[float]]:
+    """An estimator at every k' of `candidates`, against the true top-k of the queries: recall, top-1 kept, the probability kept
+    (the share of the true top-k's probability that lies on those found), and the bytes read as a share of float32 rows.
+    """
+    k = best.indices.shape[1]
+    found = candidates_needed(estimator, hidden, best.indices)[:, :, None] <= np.asarray(candidates)
+    shares = np.exp(best.values - best.values.max(1, keepdims=True))
+    shares /= shares.sum(1, keepdims=True)
+    return dict(
+        recall=found.mean((0, 1)).tolist(),
+        top1=found[:, 0].mean(0).tolist(),
+        mass=(found * shares[:, :, None]).sum(1).mean(0).tolist(),
+        bytes=[HireSoftmax(rows, estimator, k, count).bytes_read / (4 * rows.size) for count in candidates],
+    )
+
+
+def judge(softmax: HireSoftmax, states: States, best: TopK, batch: int = 64) -> dict[str, dict]:
+    """Rates of recall and of top-1 kept over states, on the indices that the search itself returns."""
+    padded = np.concatenate([states.hidden, states.hidden[:1].repeat(-len(states.hidden) % batch, 0)])
+    parts = [softmax(padded[start : start + batch]) for start in range(0, len(padded), batch)]
+    found = np.concatenate([np.asarray(part.indices) for part in parts])[: len(states.hidden)]
+    hits = np.stack([np.isin(true, got) for true, got in zip(best.indices, found, strict=True)])
+    return dict(recall=rate(hits.mean(1), states.documents), top1=rate(hits[:, 0], states.documents))
+
+
+def two_stage(logits: Float[Array, "b m"], k: int, buckets: Sequence[int]) -> dict[str, list[float]]:
+    """Recall of the bucketed top-k of logits at each number of buckets, one or two per bucket, beside its published formulas."""
+    rows = logits.shape[1]
+    lines = {"formula TPU-KNN": [expected_recall_top1(k, buckets=count) for count in buckets]}
+    for each in (1, 2):
+        found = [bucketed_top_k(logits, k, buckets=count, per_bucket=each).indices for count in buckets]
+        lines[f"measured {each}"] = [float(recall(indices, logits, k).mean()) for indices in found]
+        lines[f"formula {each}"] = [expected_recall(rows, k, buckets=count, per_bucket=each) for count in buckets]
+    return lines

@@ -1,0 +1,116 @@
+"""How a figure looks and where it goes: one style, one save, and the comparison of two of its series."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import matplotlib.ticker
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+KIND_TEXT = {
+    "measured": "measured",
+    "compiler-estimate": "compiler estimate, not measured",
+    "simulated": "arithmetic on published figures, not measured",
+    "published": "published value",
+}
+
+
+def new_figure(rows: int, columns: int, *, height: float = 3.6) -> tuple[Figure, np.ndarray]:
+    """A figure of README width with that many panels, in the one style: colour-blind safe, white, no frame."""
+    matplotlib.use("Agg", force=False)
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=0.85)
+    plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"}
+    plt.rcParams |= {"axes.titlesize": 11, "axes.titlelocation": "left", "savefig.facecolor": "white"}
+    return plt.subplots(rows, columns, figsize=(11, height * rows), layout="constrained", squeeze=False)
+
+
+def recall_axis(axis: Axes, lowest: float = 0.5) -> None:
+    """A recall axis that opens up towards 1, where the differences that matter lie. Plot with `missed`."""
+    ticks = [r for r in (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999) if r >= lowest]
+    axis.set_yscale("log")
+    axis.set_ylim(1.1 * (1 - lowest), 0.8 * (1 - ticks[-1]))
+    axis.set_yticks([1 - r for r in ticks], [f"{r:g}" for r in ticks])
+    axis.minorticks_off()
+
+
+def missed(recall: Sequence[float] | np.ndarray | float) -> np.ndarray:
+    """1 - recall, as `recall_axis` wants it; nothing missed is drawn at the axis' end."""
+    return np.maximum(1 - np.asarray(recall), 1e-5)
+
+
+def label(axis: Axes, x: float, y: float, text: str, color, *, offset: tuple[float, float] = (5, 0), ha="left") -> None:
+    """A direct label beside a point of a line, in the line's colour; the offset is in points."""
+    axis.annotate(text, (x, y), color=color, xytext=offset, textcoords="offset points", va="center", ha=ha, fontsize=9)
+
+
+def recall_lines(axis: Axes, x: Sequence[float], lines: dict[str, Sequence[float]], colors: dict, **titles) -> None:
+    """Recalls over k' or the like (doubling steps), one labelled line each, on a recall axis."""
+    for name, values in lines.items():
+        gone = missed(values)
+        axis.plot(x, gone, "o-", ms=3, color=colors[name])
+        last = max([i for i, value in enumerate(gone) if value > 2e-4], default=0)  # where the line is still in sight
+        label(axis, x[last], gone[last], name, colors[name], offset=(7, -3))
+    axis.set_xscale("log", base=2)
+    axis.set(xlim=(x[0] * 0.9, x[-1] * 6), xticks=x, xticklabels=x, **titles)
+    axis.tick_params(axis="x", labelsize=8)
+    recall_axis(axis)
+
+
+def bytes_axis(axis: Axes, lowest: float) -> None:
+    """A logarithmic axis of shares of bytes, from `lowest` to all."""
+    ticks = [tick for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1) if tick > 0.8 * lowest]
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
+    axis.set_xlabel("bytes read, share of the float32 rows")
+
+
+def frontier(axis: Axes, curves: dict[str, dict], colors: dict) -> None:
+    """Recall against bytes read, a line for each curve of `evaluation.curve`; its name without the rank picks the colour."""
+    for name, curve in curves.items():
+        family, rank = re.sub(r" \d+", "", name), re.search(r" (\d+)", name)
+        gone = missed(curve["recall"])
+        known = family in axis.get_legend_handles_labels()[1]
+        axis.plot(curve["bytes"], gone, color=colors[family], label=None if known else family)
+        if rank:
+            label(axis, curve["bytes"][-3], gone[-3], f"r={rank[1]}", colors[family])
+    bytes_axis(axis, min(min(curve["bytes"]) for curve in curves.values()))
+    recall_axis(axis)
+
+
+def share_bars(axis: Axes, bars: dict[str, dict[str, float]]) -> None:
+    """One stacked bar a name, the first at the bottom; its parts are labelled in place and add up to 1."""
+    for row, parts in enumerate(bars.values()):
+        start = 0.0
+        for color, (name, share) in zip(sns.color_palette("colorblind"), parts.items(), strict=False):
+            axis.barh(row, share, left=start, color=color, edgecolor="white")
+            text, narrow = f"{name}\n{share:.0%}" if share > 0.1 else f"{name} {share:.0%}", share < 0.15
+            if share > 0.04:
+                place = axis.text(start + share / 2, row, text, ha="center", va="center", color="white", fontsize=8)
+                place.set_rotation(90 if narrow else 0)
+            start += share
+    axis.set(yticks=range(len(bars)), yticklabels=bars, xlim=(0, 1))
+    axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+
+
+def save(figure: Figure, folder: Path, name: str, *, note: str, **facts) -> None:
+    """Write folder/name.png, with a note of what was measured where, and folder/name.json with the facts: series and finding."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.supxlabel(note, fontsize=8, color="0.35", x=0.01, ha="left")
+    figure.savefig(folder / f"{name}.png", dpi=120, metadata={"Software": None})
+    (folder / f"{name}.json").write_text(json.dumps(dict(figure=name, **facts), indent=1) + "\n")
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Names of the series of two figures' facts that differ by more than their relative `tolerance`, or are in one only."""
+    apart = sorted(set(old["series"]) ^ set(new["series"]))
+    for name in sorted(set(old["series"]) & set(new["series"])):
+        a, b = (np.asarray(facts["series"][name], np.float64) for facts in (old, new))
+        tolerance = new["tolerance"].get(name, new["tolerance"]["default"])
+        if a.shape != b.shape or not np.allclose(a, b, rtol=tolerance, atol=0):
+            apart.append(name)
+    return apart

@@ -1,0 +1,10 @@
+"""Where things are in the repository. The package runs anywhere; the lab needs the checkout around it."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = ROOT / "data/text"
+RECORDS = ROOT / "data/records"
+FIGURES = ROOT / "figures"
+NOTEBOOKS = ROOT / "notebooks"
+OUT = ROOT / "out"  # executed notebooks, and everything that the smoke profile writes; never committed

@@ -1,0 +1,76 @@
+"""Evidence, one JSON line each: what was obtained, of which kind, by which code, where, from which weights.
+
+A kind is `measured`, `compiler-estimate`, `simulated` (arithmetic on published figures) or `published`. A record has an id; a newer
+one of the same id takes its line, and git keeps the older.
+"""
+
+import datetime
+import functools
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+from hire.lab.paths import RECORDS, ROOT
+
+KINDS = ("measured", "compiler-estimate", "simulated", "published")
+
+
+def commit() -> str:
+    """The commit of this checkout, "-dirty" when files differ from it, "unknown" outside git."""
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+@functools.cache
+def machine() -> dict:
+    """Device, cores and versions, as a record states them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processor = platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    device = jax.devices()[0]
+    name = f"CPU, {cores} cores, {processor}" if device.platform == "cpu" else device.device_kind
+    packages = ("jax", "jaxlib", "flax", "numpy")
+    versions = {"python": platform.python_version()} | {package: version(package) for package in packages}
+    return dict(device=name, versions=versions, xla_flags=os.environ.get("XLA_FLAGS", ""))
+
+
+def write(folder: Path, topic: str, id: str, *, kind: str, weights: str, setting: dict, results: dict, **more) -> dict:
+    """Put a record into folder/topic.jsonl in place of the one with its id, and return it.
+
+    `more` may hold `durations` (raw seconds by form), `claims` (see scorecard.py) and `command`. Raises ValueError for an unknown
+    kind. The file is written whole and renamed.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r}: expected one of {', '.join(KINDS)}")
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    record: dict = dict(id=id, kind=kind, weights=weights, setting=setting, results=results, **more)
+    record |= dict(date=now, commit=commit(), machine=machine())
+    path = folder / f"{topic}.jsonl"
+    kept = [old for old in read(folder, topic) if old["id"] != id]
+    lines = [json.dumps(entry) for entry in sorted([*kept, record], key=lambda entry: entry["id"])]
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".partial")
+    scratch.write_text("\n".join(lines) + "\n")
+    scratch.replace(path)
+    return record
+
+
+def read(folder: Path = RECORDS, topic: str = "*") -> list[dict]:
+    """All records of a folder, or of one topic. Raises ValueError, naming file and line, for one that is no JSON."""
+    records = []
+    for path in sorted(folder.glob(f"{topic}.jsonl")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: not a record ({error}); restore the file with git") from None
+    return records

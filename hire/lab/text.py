@@ -1,0 +1,51 @@
+"""Real text: the committed public-domain corpus, and data sets from the hub through the same function."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import datasets
+
+from hire.lab.paths import TEXT
+
+SPLITS = ("train", "calibration", "evaluation")
+KINDS = ("speech", "novel", "scripture", "commentary", "scripture_es")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text that lies wholly in one split."""
+
+    name: str
+    kind: str
+    text: str
+
+
+def documents(
+    split: str, kinds: Sequence[str] | None = None, *, source: str | None = None, config: str | None = None
+) -> list[Document]:
+    """The documents of a split, of all kinds or of those named, in a fixed order.
+
+    Without a source: the committed corpus (data/text/README.md), split by document into train, calibration and
+    evaluation. With one: a data set of the Hugging Face hub that has a `text` column, such as source="Salesforce/wikitext",
+    config="wikitext-2-raw-v1", whose rows are the documents and whose kind is its name. Raises ValueError for a split or
+    kind that does not exist, ConnectionError where the hub cannot be reached.
+    """
+    datasets.disable_progress_bars()
+    if source is not None:
+        try:
+            rows = datasets.load_dataset(source, config, split=split)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ConnectionError(
+                f"data set {source!r} ({config}, {split}) could not be loaded: {reason}; without a network use the "
+                f"committed corpus, documents({SPLITS[-1]!r})"
+            ) from None
+        return [Document(f"{source} {index}", source, text) for index, text in enumerate(rows["text"])]
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
+    for kind in kinds or ():
+        if kind not in KINDS:
+            raise ValueError(f"kind {kind!r}: expected one of {', '.join(KINDS)}")
+    rows = datasets.load_dataset("parquet", data_files={split: str(TEXT / f"{split}.parquet")}, split=split)
+    every = map(Document, rows["document"], rows["kind"], rows["text"])
+    return [document for document in every if kinds is None or document.kind in kinds]

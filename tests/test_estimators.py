@@ -1,0 +1,112 @@
+"""The small copies of the rows: what they store, how near their scores come, and what fitting is for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hire
+from hire.estimators import unpack
+
+
+def correlated(rng, m=400, d=24, n=500):
+    """Rows and queries that lie mostly along a few directions, and not the same ones."""
+    rows = rng.normal(size=(m, d)) * np.geomspace(1, 0.1, d)
+    queries = rng.normal(size=(n, d)) * np.geomspace(0.05, 3, d)
+    return jnp.asarray(rows, jnp.float32), jnp.asarray(queries, jnp.float32)
+
+
+def test_quantized_by_hand():
+    rows = jnp.asarray([[7.0, -3.4, 0.6], [0.0, 0.0, 0.0]])
+    four = hire.Quantized.fit(rows, 4)  # scale 1: codes 7, -3, 1; two to a byte, column j with column j + 2
+    assert unpack(four.codes, 4, 3).tolist() == [[7.0, -3.0, 1.0], [0.0, 0.0, 0.0]]
+    assert four.codes.tolist() == [[0x17, 0x0D], [0, 0]]
+    assert four.scores(jnp.asarray([[1.0, 1.0, 1.0]])).tolist() == [[5.0, 0.0]]
+    eight = hire.Quantized.fit(rows, 8)  # steps of 7 / 127: -3.4 is 61.7 of them, 0.6 is 10.9
+    assert eight.codes.tolist() == [[127, -62, 11], [0, 0, 0]]
+
+
+def test_bytes_by_hand():
+    rows = jnp.ones((10, 7))
+    assert hire.Quantized.fit(rows, 8).nbytes == 10 * 7 + 4 * 10
+    assert hire.Quantized.fit(rows, 4).nbytes == 10 * 4 + 4 * 10  # seven columns take four bytes
+    assert hire.LowRank.fit(rows, 3).nbytes == 4 * (10 * 3 + 3 * 7)
+    assert hire.LowRank.fit(rows, 3, bits=8).nbytes == 10 * 3 + 4 * 10 + 4 * 3 * 7
+    assert hire.LowRank.fit(rows.astype(jnp.bfloat16), 3).nbytes == 2 * 10 * 3 + 4 * 3 * 7
+    assert hire.Quantized.fit(rows, 8).bytes_read(5) == 10 * 7 + 4 * 10
+
+
+@given(st.integers(1, 40), st.integers(1, 33), st.sampled_from([4, 8]), st.integers(0, 2**31))
+def test_quantized_is_within_half_a_step(m, d, bits, seed):
+    rng = np.random.default_rng(seed)
+    rows = jnp.asarray(rng.normal(size=(m, d)) * np.exp(rng.normal(size=(m, 1))), jnp.float32)
+    copy = hire.Quantized.fit(rows, bits)
+    restored = unpack(copy.codes, bits, d) * copy.scale[:, None]
+    assert np.all(np.abs(restored - rows) <= 0.5001 * copy.scale[:, None])
+    assert copy.shape == (m, d)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("make", ["LR", "LR8", "LR4", "Q8", "Q4"])
+def test_scores_at_are_the_scores_of_those_rows(rng, make, dtype):
+    rows, queries = correlated(rng)
+    rows = rows.astype(dtype)
+    bits = int(make[-1]) if make[-1].isdigit() else None
+    copy = hire.Quantized.fit(rows, bits) if make[0] == "Q" else hire.LowRank.fit(rows, 8, bits=bits)
+    indices = jnp.asarray(rng.integers(0, len(rows), (5, 7)))
+    whole = jax.jit(lambda copy, x: copy.scores(x))(copy, queries[:5])
+    some = jax.jit(lambda copy, x, i: copy.scores_at(x, i))(copy, queries[:5], indices)
+    np.testing.assert_allclose(some, np.take_along_axis(np.asarray(whole), indices, 1), rtol=1e-3, atol=1e-3)
+    assert isinstance(copy, hire.Estimator)
+
+
+def test_plain_low_rank_is_the_svd(rng):
+    rows, queries = correlated(rng)
+    u, s, vt = np.linalg.svd(np.asarray(rows, np.float64), full_matrices=False)
+    expected = np.asarray(queries) @ (u[:, :6] * s[:6] @ vt[:6]).T
+    np.testing.assert_allclose(hire.LowRank.fit(rows, 6).scores(queries), expected, atol=2e-3)
+
+
+def test_full_rank_is_exact(rng):
+    rows, queries = correlated(rng)
+    np.testing.assert_allclose(hire.LowRank.fit(rows, 24, calibration=queries).scores(queries), queries @ rows.T, atol=2e-3)
+
+
+def test_fitting_lowers_the_error_of_scores_and_is_the_best_of_its_rank(rng):
+    rows, queries = correlated(rng)
+    exact = np.asarray(queries @ rows.T, np.float64)
+
+    def error(copy):
+        return float(np.mean((np.asarray(copy.scores(queries)) - exact) ** 2))
+
+    fitted = error(hire.LowRank.fit(rows, 6, calibration=queries, ridge=1e-9))
+    assert fitted < 0.5 * error(hire.LowRank.fit(rows, 6))
+    # No rank-6 matrix of scores comes nearer than the truncated SVD of the scores themselves (Eckart-Young).
+    singular = np.linalg.svd(exact, compute_uv=False)
+    assert fitted == pytest.approx(np.sum(singular[6:] ** 2) / exact.size, rel=1e-2)
+
+
+def test_calibration_may_come_in_batches(rng):
+    rows, queries = correlated(rng)
+    whole = hire.LowRank.fit(rows, 6, calibration=queries)
+    parts = hire.LowRank.fit(rows, 6, calibration=iter([queries[:100], queries[100:]]))
+    np.testing.assert_allclose(parts.scores(queries), whole.scores(queries), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda rows: hire.Quantized.fit(rows, 3), "bits = 3: expected 4 or 8"),
+        (lambda rows: hire.LowRank.fit(rows, 0), "rank = 0: expected a whole number from 1 to 24"),
+        (lambda rows: hire.LowRank.fit(rows, 25), "rank = 25"),
+        (lambda rows: hire.LowRank.fit(rows, 4, bits=16), "bits = 16"),
+        (lambda rows: hire.LowRank.fit(rows, 4, calibration=rows[:, :5]), r"calibration of shape \(400, 5\): expected \(n, 24\)"),
+        (lambda rows: hire.LowRank.fit(rows, 4, calibration=[]), "calibration has 0 queries"),
+        (lambda rows: hire.LowRank.fit(rows, 4, calibration=rows * jnp.nan), "not finite"),
+    ],
+)
+def test_bad_fits_are_named(unchecked, rng, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(correlated(rng)[0])

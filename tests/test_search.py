@@ -1,0 +1,134 @@
+"""The search, the softmax over it, and the choice of k'."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hire
+from hire.choose import candidates_needed, mean_bound, true_top_k
+
+
+def problem(rng, m=600, d=16, n=64):
+    return jnp.asarray(rng.normal(size=(m, d)), jnp.float32), jnp.asarray(rng.normal(size=(n, d)), jnp.float32)
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 5), st.integers(0, 2**31), st.booleans())
+def test_search_is_the_exact_top_k_of_its_candidates(m, d, b, seed, half):
+    rng = np.random.default_rng(seed)
+    rows, queries = problem(rng, m, d, b)
+    rows = rows.astype(jnp.bfloat16) if half else rows
+    k = int(rng.integers(1, m + 1))
+    candidates = int(rng.integers(k, m + 1))
+    copy = hire.LowRank.fit(rows, max(1, min(m, d) // 2))
+    top = hire.high_recall_top_k(queries, rows, copy, k=k, candidates=candidates)
+    estimated = np.asarray(copy.scores(queries))
+    exact = np.asarray(queries.astype(rows.dtype), np.float32) @ np.asarray(rows, np.float32).T
+    for q in range(b):
+        nominated = np.argsort(-estimated[q], kind="stable")[:candidates]
+        expected = np.sort(exact[q, nominated])[::-1][:k]
+        np.testing.assert_allclose(top.values[q], expected, rtol=2e-2 if half else 1e-4, atol=1e-4)
+        assert set(np.asarray(top.indices[q]).tolist()) <= set(nominated.tolist())
+        np.testing.assert_allclose(exact[q, top.indices[q]], top.values[q], rtol=2e-2 if half else 1e-4, atol=1e-4)
+
+
+def test_every_row_a_candidate_is_the_exact_top_k(rng):
+    rows, queries = problem(rng)
+    top = hire.high_recall_top_k(queries, rows, hire.Quantized.fit(rows, 4), k=8, candidates=600)
+    assert (top.indices == hire.exact_top_k(queries @ rows.T, 8).indices).all()
+
+
+def test_softmax_is_a_pytree_that_holds_the_rows_once(unchecked, rng):
+    rows, queries = problem(rng)
+    softmax = hire.HireSoftmax(rows, hire.LowRank.fit(rows, 8, bits=8), k=4, candidates=64)
+    assert softmax.rows is rows
+    passed = jax.jit(lambda softmax, x: softmax(x))(softmax, queries)
+    assert (passed.indices == softmax(queries).indices).all()
+    assert softmax.bytes_read == 600 * 8 + 4 * 600 + 4 * 8 * 16 + 64 * 16 * 4
+    assert "constant" not in jax.jit(lambda softmax, x: softmax(x)).lower(softmax, queries).as_text().split("600x16")[0]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(k=0), "k = 0"),
+        (dict(k=601), "k = 601: expected a whole number from 1 to 600"),
+        (dict(candidates=3), "candidates = 3: expected a whole number from 4 to 600"),
+        (dict(candidates=601), "candidates = 601"),
+        (dict(rows=jnp.ones((600, 8))), r"estimator of rows \(600, 16\): expected \(600, 8\)"),
+    ],
+)
+def test_a_softmax_that_cannot_be_is_refused_when_built(unchecked, rng, changes, message):
+    rows, _ = problem(rng)
+    good = dict(rows=rows, estimator=hire.LowRank.fit(rows, 8), k=4, candidates=64)
+    with pytest.raises(ValueError, match=message):
+        hire.HireSoftmax(**(good | changes))
+
+
+def test_queries_of_another_width_are_refused(unchecked, rng):
+    rows, queries = problem(rng)
+    with pytest.raises(ValueError, match=r"queries of shape \(64, 9\): expected \(b, 16\)"):
+        hire.high_recall_top_k(queries[:, :9], rows, hire.LowRank.fit(rows, 8), k=4, candidates=64)
+
+
+def test_candidates_needed_is_the_recall_at_every_depth(rng):
+    rows, queries = problem(rng)
+    copy = hire.LowRank.fit(rows, 6)
+    best = true_top_k(rows, np.asarray(queries), 5)
+    needed = candidates_needed(copy, queries, best.indices)
+    for candidates in (5, 40, 300, 600):
+        top = hire.exact_top_k(copy.scores(queries), candidates)
+        recall = hire.recall(top.indices, queries @ rows.T, 5)
+        np.testing.assert_allclose(np.mean(needed <= candidates, axis=1), recall, atol=1e-6)
+
+
+def test_choice_is_the_smallest_that_reaches_its_bound(rng):
+    rows, queries = problem(rng, n=500)
+    copy = hire.LowRank.fit(rows, 12)
+    choice = hire.choose_candidates(rows, copy, queries, k=5, recall=0.9)
+    needed = candidates_needed(copy, queries, true_top_k(rows, queries, 5).indices)
+    assert mean_bound(np.mean(needed <= choice.candidates, axis=1)) >= 0.9
+    assert mean_bound(np.mean(needed <= choice.candidates - 1, axis=1)) < 0.9
+    assert choice.recall == pytest.approx(np.mean(needed <= choice.candidates))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(recall=1.0), "recall = 1.0: expected a number between 0 and 1"),
+        (dict(confidence=0), "confidence = 0"),
+        (dict(k=0), "k = 0"),
+        (dict(queries=jnp.ones((3, 9))), r"queries of shape \(3, 9\)"),
+        (dict(recall=0.999), "500 queries: too few"),
+        (dict(documents=[1, 2]), "2 document labels: expected one for each of the 500"),
+    ],
+)
+def test_a_choice_that_cannot_be_made_is_refused(unchecked, rng, changes, message):
+    rows, queries = problem(rng, n=500)
+    good = dict(rows=rows, estimator=hire.LowRank.fit(rows, 12), queries=queries, k=5, recall=0.9)
+    with pytest.raises(ValueError, match=message):
+        hire.choose_candidates(**(good | changes))
+
+
+def test_mean_bound_by_hand():
+    # Wilson's bound for 90 of 100 at one-sided 97.5 % (z = 1.96) is 0.8256; for 100 of 100 it is n / (n + z^2).
+    assert mean_bound(np.repeat([1.0, 0.0], [90, 10]), None, 0.975) == pytest.approx(0.826, abs=1.5e-3)
+    assert mean_bound(np.ones(100), None, 0.975) == pytest.approx(100 / (100 + 1.96**2), abs=1e-4)
+
+
+def test_mean_bound_counts_documents_when_their_values_are_alike():
+    alike = np.repeat([1.0, 0.0], [90, 10])
+    documents = np.repeat(np.arange(10), 10)  # nine documents all right, one all wrong: ten facts, not a hundred
+    assert mean_bound(alike, documents) < mean_bound(alike) - 0.05
+
+
+def test_mean_bound_covers_at_least_as_often_as_it_says(rng):
+    """Over documents whose values are alike, the bound lies below the truth about 95 times in 100."""
+    below = 0
+    for _ in range(400):
+        skill = rng.beta(20, 2, size=60)
+        values = rng.random((60, 20)) < skill[:, None]
+        below += mean_bound(values.reshape(-1).astype(float), np.repeat(np.arange(60), 20)) <= 20 / 22
+    assert below / 400 >= 0.92
