@@ -6,7 +6,7 @@ STAMP := .venv/.ready
 LAB := $(PY) -m hire.lab
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help env figures test demo verify pages lint format lock budgets clean
+.PHONY: help env figures test demo verify pages checks lint format lock budgets clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -39,6 +39,10 @@ verify: $(STAMP)  ## every target of the work: obtained, threshold, met or not
 
 pages: $(STAMP)  ## the generated parts of README, gallery and notebooks
 	@$(LAB) pages
+
+checks: $(STAMP)  ## run the notebooks at smoke and keep what their check cells print
+	$(LAB) figures --profile smoke
+	$(LAB) checks
 
 lint: $(STAMP)  ## style, types, lines of code against their budget
 	.venv/bin/ruff check .

@@ -14,6 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("verify", help="every target: obtained, threshold, met or not")
     commands.add_parser("demo", help="the first minute: dense against HiRE on Gemma's softmax")
     commands.add_parser("pages", help="bring the generated parts of README, gallery and notebooks up to date")
+    commands.add_parser("checks", help="take the check cells' outputs of the last smoke run into the notebooks")
     commands.add_parser("weights", help="unpack Gemma's weights into the cache folder")
     commands.add_parser("size", help="lines of code by room against their budget")
     budget = commands.add_parser("budget", help="time a make target and keep the time as a record")
@@ -51,6 +52,10 @@ def run(chosen: argparse.Namespace) -> int:
         from hire.lab.pages import write_pages
 
         write_pages()
+    elif chosen.command == "checks":
+        from hire.lab.pages import keep_checks
+
+        keep_checks()
     elif chosen.command == "weights":
         from hire.models import load_gemma
 

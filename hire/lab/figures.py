@@ -106,11 +106,11 @@ def save(figure: Figure, folder: Path, name: str, *, note: str, **facts) -> None
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """Names of the series of two figures' facts that differ by more than their relative `tolerance`, or are in one only."""
+    """Names of the series of two figures' facts in one only, or apart by more than `tolerance`: relative, a tenth near 0."""
     apart = sorted(set(old["series"]) ^ set(new["series"]))
     for name in sorted(set(old["series"]) & set(new["series"])):
         a, b = (np.asarray(facts["series"][name], np.float64) for facts in (old, new))
         tolerance = new["tolerance"].get(name, new["tolerance"]["default"])
-        if a.shape != b.shape or not np.allclose(a, b, rtol=tolerance, atol=0):
+        if a.shape != b.shape or not np.allclose(a, b, rtol=tolerance, atol=0.1 * tolerance):
             apart.append(name)
     return apart

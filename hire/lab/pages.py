@@ -6,7 +6,7 @@ import tomllib
 
 import nbformat
 
-from hire.lab.paths import FIGURES, NOTEBOOKS, ROOT
+from hire.lab.paths import FIGURES, NOTEBOOKS, OUT, ROOT
 from hire.lab.register import load, ready
 from hire.lab.scorecard import scorecard_markdown, write_scorecard
 
@@ -81,6 +81,20 @@ def notebook(name: str, text: str) -> str:
     book.cells[0].source = f"{title}\n\n{badge(name)}"
     book.cells[-1].source = f"## The committed figure\n\n{picture(name, '../')}"
     return nbformat.writes(book, indent=1) + "\n"
+
+
+def keep_checks() -> None:
+    """Take the outputs of the check cells of the last smoke run into the notebooks: what nbval holds later runs against."""
+    for entry in ready():
+        path, executed = (folder / f"{entry['name']}.ipynb" for folder in (NOTEBOOKS, OUT / "smoke"))
+        book, done = nbformat.read(path, as_version=4), nbformat.read(executed, as_version=4)
+        ran = {cell.id: cell for cell in done.cells}
+        for cell in book.cells:
+            if "nbval-check-output" in cell.metadata.get("tags", []):
+                cell.outputs, cell.execution_count = ran[cell.id].outputs, 1
+                for output in cell.outputs:
+                    output.pop("metadata", None)
+        path.write_text(nbformat.writes(book, indent=1) + "\n")
 
 
 def pages() -> dict:

@@ -103,7 +103,7 @@ class Attention(nnx.Module):
         mixed = attend(queries, keys, values, (age >= 0) & (age < self.window))
         return linear(mixed.reshape(b, t, -1), self.output), self.stored(keys, slots), self.stored(values, slots)
 
-    def stored(self, entries: KeysOrValues, slots: int) -> KeysOrValues:
+    def stored(self, entries: Float[Array, "b t n e"], slots: int) -> KeysOrValues:
         """Position p in slot p mod `slots`; only the last `slots` positions are kept."""
         t = entries.shape[1]
         if t <= slots:

