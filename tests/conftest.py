@@ -38,12 +38,12 @@ def unchecked():
 
 @pytest.fixture(scope="session")
 def tiny():
-    """The toy decoder: windows of 16 tokens, so that a text of 40 leaves its local layers behind."""
+    """A toy of two layers, one with a window of 16 tokens, so that a text of 40 leaves that one behind."""
     from flax import nnx
 
     from hire.models import Decoder, preset
 
-    return Decoder(preset("tiny", vocabulary=300), rngs=nnx.Rngs(0))
+    return Decoder(preset("tiny", vocabulary=300, layers=2, global_every=2), rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ def test_bytes_by_hand():
     assert hire.Quantized.fit(rows, 8).bytes_read(5) == 10 * 7 + 4 * 10
 
 
-@given(st.integers(1, 40), st.integers(1, 33), st.sampled_from([4, 8]), st.integers(0, 2**31))
+@given(st.sampled_from([1, 40]), st.sampled_from([1, 2, 33]), st.sampled_from([4, 8]), st.integers(0, 2**31))
 def test_quantized_is_within_half_a_step(m, d, bits, seed):
     rng = np.random.default_rng(seed)
     rows = jnp.asarray(rng.normal(size=(m, d)) * np.exp(rng.normal(size=(m, 1))), jnp.float32)

@@ -58,14 +58,14 @@ def test_the_tokenizer_is_sentencepiece_on_the_whole_corpus(gemma, file):
         encoded = gemma.tokenizer.encode_batch(texts, add_special_tokens=False)
         decoded = gemma.tokenizer.decode_batch([text.ids for text in encoded], skip_special_tokens=False)
         assert decoded == texts
-        compared = slice(0, None, 8 if split == "train" else 1)
+        compared = slice(0, None, 4 if split == "train" else 1)  # the peer is slower
         assert [text.ids for text in encoded[compared]] == peer.encode(texts[compared])
 
 
 def test_a_small_fitted_copy_finds_the_top_words(gemma):
     rows = gemma.model.embedding[...]
-    fit = evaluation.collect(gemma.model, *evaluation.windows(gemma, documents("calibration")[:20], 128), skip=4)
-    unseen = evaluation.collect(gemma.model, *evaluation.windows(gemma, documents("evaluation", ["novel"])[:8], 32), skip=12)
+    fit = evaluation.collect(gemma.model, *evaluation.windows(gemma, documents("calibration")[:16], 96), skip=4)
+    unseen = evaluation.collect(gemma.model, *evaluation.windows(gemma, documents("evaluation", ["novel"])[:6], 32), skip=12)
     best = true_top_k(rows, unseen.hidden, 32)
     fitted = hire.LowRank.fit(rows, 160, calibration=fit.hidden, bits=8)
     softmax = hire.HireSoftmax(rows, fitted, k=32, candidates=2048)

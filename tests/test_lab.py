@@ -84,7 +84,7 @@ def test_a_step_is_timed_whole_and_in_parts():
     steps = decode.StepForms(subject.model, 32)
     hidden = np.ones((1, 64), np.float32)
     logits = steps.part(decode.softmax)(hidden)
-    np.testing.assert_allclose(logits, subject.model.logits(hidden), rtol=1e-5)
+    np.testing.assert_allclose(logits, subject.model.logits(hidden), atol=1e-5)
     durations = steps.over_batches([1, 3], [hidden, hidden], 2)
     assert [len(seconds) for seconds in durations.values()] == [2, 2]
     assert steps.whole(3)(hidden).shape == (3, 512)
@@ -238,7 +238,7 @@ def test_errors_of_the_command_are_one_line(capsys):
     assert capsys.readouterr().err.startswith("error: figure '77': expected one of 01")
 
 
-def test_a_run_killed_in_a_notebook_starts_with_that_notebook_again(tmp_path):
+def test_a_run_killed_in_a_notebook_starts_with_that_notebook_again():
     """A real kill of `make figures` at smoke: nothing half-done is taken for done."""
     out = notebooks.OUT / "smoke"
     stamp = out / "01_bottleneck.done"

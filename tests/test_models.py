@@ -38,10 +38,9 @@ def test_the_reference_by_hand():
     assert reference.gelu(np.asarray(1.0)) == pytest.approx(0.841192, abs=1e-6)
 
 
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("start", [1, 9, 30])
+@pytest.mark.parametrize("gated, start", [(True, 1), (False, 9), (True, 30)])
 def test_decoding_a_word_at_a_time_is_the_prefill(rng, gated, start):
-    model = Decoder(preset("tiny", vocabulary=300, gated=gated), rngs=nnx.Rngs(1))
+    model = Decoder(preset("tiny", vocabulary=300, layers=2, global_every=2, gated=gated), rngs=nnx.Rngs(1))
     graph, state = nnx.split(model)
     tokens = texts(rng, 2, 44)
     whole = model.logits(model.prefill(tokens)[0])
@@ -68,23 +67,23 @@ def test_a_step_copies_no_weight_and_updates_the_cache_in_place(unchecked, tiny,
 
 def test_generation_takes_the_likeliest_word_each_time(tiny, rng):
     tokens = texts(rng, 2, 5)
-    written = generate(tiny, tokens, new_tokens=4)
+    written = generate(tiny, tokens, new_tokens=3)
     assert (written[:, :5] == tokens).all()
-    for position in range(5, 9):
-        logits = tiny.logits(tiny.prefill(written[:, :position])[0][:, -1])
+    graph, state = nnx.split(tiny)
+    for position in range(5, 8):
+        logits, _ = prefill(graph, state, written[:, :position], position)
         assert (jnp.argmax(logits, axis=-1) == written[:, position]).all()
 
 
 def test_bfloat16_runs_in_bfloat16_and_stays_near(rng):
-    configured = preset("tiny", vocabulary=300)
+    configured = preset("tiny", vocabulary=300, layers=2, global_every=2)
     half = Decoder(configured, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-    full = Decoder(configured, rngs=nnx.Rngs(0))
     graph, state = nnx.split(half)
-    full = nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state))
     tokens = texts(rng, 1, 20)
-    hidden, cache = half.prefill(tokens)
+    compiled = jax.jit(lambda state, tokens: nnx.merge(graph, state).prefill(tokens))
+    hidden, cache = compiled(state, tokens)
     assert hidden.dtype == cache.keys[0].dtype == jnp.bfloat16
-    exact = full.prefill(tokens)[0]
+    exact, _ = compiled(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state), tokens)
     assert jnp.mean(jnp.abs(hidden.astype(jnp.float32) - exact)) < 0.05
 
 
@@ -206,9 +205,9 @@ def test_truncated_tensors_are_named(files):
 
 def test_weights_of_another_model_are_named(files, monkeypatch, tiny):
     monkeypatch.setattr("hire.models.config.PRESETS", {"tiny": dataclasses.replace(tiny.config, ffn_width=64)})
-    with pytest.raises(ValueError, match=r"ffn\.gate has shape \(128, 64\), expected \(64, 64\); is it another model\?"):
+    with pytest.raises(ValueError, match=r"ffn\.\w+ has shape \(128, 64\), expected \(64, 64\); is it another model\?"):
         load_gemma("tiny", files[0])
-    monkeypatch.setattr("hire.models.config.PRESETS", {"tiny": dataclasses.replace(tiny.config, layers=7)})
+    monkeypatch.setattr("hire.models.config.PRESETS", {"tiny": dataclasses.replace(tiny.config, layers=3)})
     for source in files:
         with pytest.raises(ValueError, match="no tensor"):
             load_gemma("tiny", source)

@@ -59,7 +59,7 @@ def test_a_notebook_has_its_form(name):
     assert 'profile = "smoke"' in parameters.source
     assert all(isinstance(node, ast.Assign) for node in ast.parse(parameters.source).body)
     setup = book.cells[2].source
-    assert not re.search(r"install[^\n]*\b(jax|jaxlib|libtpu|numpy)\b", setup)
+    assert not re.search(r'"install"[^\n]*\b(jax|jaxlib|libtpu|numpy)\b', setup)
     assert book.cells[-1].cell_type == "markdown" and "## The committed figure" in book.cells[-1].source
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hire
@@ -15,7 +15,8 @@ def problem(rng, m=600, d=16, n=64):
     return jnp.asarray(rng.normal(size=(m, d)), jnp.float32), jnp.asarray(rng.normal(size=(n, d)), jnp.float32)
 
 
-@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 5), st.integers(0, 2**31), st.booleans())
+@settings(max_examples=12)
+@given(st.sampled_from([1, 7, 60]), st.sampled_from([1, 20]), st.sampled_from([1, 5]), st.integers(0, 2**31), st.booleans())
 def test_search_is_the_exact_top_k_of_its_candidates(m, d, b, seed, half):
     rng = np.random.default_rng(seed)
     rows, queries = problem(rng, m, d, b)

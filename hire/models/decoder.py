@@ -23,8 +23,8 @@ KeysOrValues = Float[Array, "b s n e"]
 class Cache:
     """Keys and values of every layer, and how many tokens they hold. A local layer keeps its window only, as a ring."""
 
-    keys: tuple[KeysOrValues, ...]
-    values: tuple[KeysOrValues, ...]
+    keys: tuple[Float[Array, "b _ n e"], ...]
+    values: tuple[Float[Array, "b _ n e"], ...]
     length: Int[Array, ""]
 
 
@@ -195,6 +195,6 @@ class Decoder(nnx.Module):
             values.append(value)
         return self.norm(x), Cache(tuple(keys), tuple(values), cache.length + 1)
 
-    def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+    def logits(self, hidden: Float[AnyArray, "*b d"]) -> Float[Array, "*b v"]:
         """Exact logits, float32, of hidden states."""
         return jnp.matmul(hidden, self.embedding[...].T, preferred_element_type=jnp.float32)

@@ -28,7 +28,7 @@ def step(graph: nnx.GraphDef, state: nnx.State, token: Int[Array, " b"], cache: 
     return model.logits(hidden), cache
 
 
-def generate(model: Decoder, tokens: Tokens, *, new_tokens: int) -> Tokens:
+def generate(model: Decoder, tokens: Tokens, *, new_tokens: int) -> Int[Array, "b written"]:
     """The prompts (b, t), all of one length, each followed by its most likely continuation: (b, t + new_tokens).
 
     Raises ValueError when new_tokens is not at least 1 or the result would not fit the model's context.

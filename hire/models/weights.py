@@ -230,17 +230,19 @@ def read_folder(folder: Path, config: DecoderConfig) -> tuple[dict[str, np.ndarr
     """
     from safetensors import SafetensorError, safe_open
 
-    files = sorted(folder.glob("*.safetensors"))
+    files, words = sorted(folder.glob("*.safetensors")), folder / "tokenizer.json"
+    if not files or not words.exists():
+        raise ValueError(f"{folder}: expected .safetensors files and a tokenizer.json in it")
     where, stored = {}, set()
     try:
         for file in files:
             with safe_open(file, framework="flax") as tensors:
                 where |= {name: file for name in tensors.keys()}
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(words))
         arrays = {}
         for ours, theirs, shape in named(config, 1):
             if theirs not in where:
-                raise ValueError(f"no tensor {theirs} in its {len(files)} .safetensors files")
+                raise ValueError(f"{folder}: no tensor {theirs}; expected the weights of Gemma 3")
             with safe_open(where[theirs], framework="flax") as tensors:
                 array = np.asarray(tensors.get_tensor(theirs))
             stored.add(str(array.dtype))
