@@ -27,9 +27,10 @@ figures: $(STAMP)  ## every notebook at PROFILE=cpu (or smoke, tpu) -> figures/;
 figure-%: $(STAMP)  ## one figure, such as figure-02
 	$(LAB) figures --profile $(PROFILE) --only $* $(if $(FRESH),--fresh)
 
-test: $(STAMP)  ## unit tests, then the notebooks' check cells
-	$(PY) -m pytest
-	$(PY) -m pytest -p nbval --nbval-lax --nbval-cell-timeout=300 notebooks/*.ipynb -W default
+WORKERS := -n 2 --dist loadfile
+test: $(STAMP)  ## the notebooks' check cells, then the unit tests, on two cores
+	$(PY) -m pytest -p nbval --nbval-lax --nbval-cell-timeout=300 notebooks/*.ipynb -W default $(WORKERS)
+	$(PY) -m pytest $(WORKERS)
 
 demo: $(STAMP)  ## the first minute: one table, dense against HiRE on a real softmax
 	@$(LAB) demo
