@@ -16,10 +16,11 @@ env: $(STAMP)  ## the environment (.venv) and Gemma's weights, about 3 minutes o
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"error: python {sys.version.split()[0]}: expected 3.11 or later; make PYTHON=python3.12 chooses another")'
+	@date +%s > .setup-began
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q -c constraints.txt -e '.[all]'
 	$(LAB) weights
-	@touch $@
+	@echo $$(($$(date +%s) - $$(cat .setup-began))) > $@ && rm .setup-began
 
 figures: $(STAMP)  ## every notebook at PROFILE=cpu (or smoke, tpu) -> figures/; goes on where it was, FRESH=1 starts anew
 	$(LAB) figures --profile $(PROFILE) $(if $(FRESH),--fresh)
@@ -59,10 +60,12 @@ lock: $(STAMP)  ## constraints.txt from what is installed now
 	.venv/bin/pip freeze --exclude-editable > constraints.txt
 
 budgets: $(STAMP)  ## time the targets that have a budget, as records
+	$(LAB) budget env
 	$(LAB) budget demo
-	$(LAB) budget figures FRESH=1
 	$(LAB) budget figures PROFILE=smoke FRESH=1
 	$(LAB) budget test
+	$(LAB) budget figures FRESH=1
+	@$(LAB) pages
 
 clean:  ## remove what runs leave behind, the environment included
 	rm -rf .venv out build *.egg-info

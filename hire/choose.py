@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 
 import jax
 import numpy as np
 
-from hire.axes import AnyArray, Int, Queries, Rows
+from hire.axes import AnyArray, Array, Float, Int, Queries, Rows
 from hire.estimators import Estimator, row_scores
 from hire.search import check_search
 from hire.topk import TopK, exact_top_k
@@ -66,11 +67,21 @@ def choose_candidates(
     return Choice(low, float(np.mean(depths <= low)), bound(low), len(queries))
 
 
+@partial(jax.jit, static_argnames="k")
+def dense_top_k(rows: Rows, x: Queries, k: int) -> TopK:
+    """The exact top-k (b, k) of queries (b, d), from the scores of every row."""
+    return exact_top_k(row_scores(x, rows), k)
+
+
 def true_top_k(rows: Rows, queries: Queries, k: int) -> TopK:
-    """The exact top-k (n, k) of many queries (n, d), in numpy, from scores that are never all held at once."""
-    top = jax.jit(lambda rows, x: exact_top_k(row_scores(x, rows), k))
-    parts = [jax.device_get(top(rows, batch)) for batch in batches(queries)]
+    """dense_top_k of many queries (n, d), in numpy, from scores that are never all held at once."""
+    parts = [jax.device_get(dense_top_k(rows, batch, k)) for batch in batches(queries)]
     return TopK(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+
+@jax.jit
+def estimated_scores(estimator: Estimator, x: Queries) -> Float[Array, "b m"]:
+    return estimator.scores(x)
 
 
 def candidates_needed(estimator: Estimator, queries: Queries, best: Int[AnyArray, "n k"]) -> np.ndarray:
@@ -79,10 +90,9 @@ def candidates_needed(estimator: Estimator, queries: Queries, best: Int[AnyArray
     Its share at or below k' is the recall at k', for every k' at once. Rows that tie with a true one in the estimate count as
     before it.
     """
-    estimate = jax.jit(lambda estimator, x: estimator.scores(x))
     needed = []
     for batch, rows in zip(batches(queries), batches(best), strict=True):
-        for scores, true in zip(np.asarray(estimate(estimator, batch)), rows, strict=True):
+        for scores, true in zip(np.asarray(estimated_scores(estimator, batch)), rows, strict=True):
             floors = scores[true]
             # Only what scores above the worst of the true rows needs sorting: a few hundred of 262,144.
             above = np.sort(scores[scores >= floors.min()])
@@ -103,7 +113,7 @@ def mean_bound(values: np.ndarray, documents: Sequence | np.ndarray | None = Non
     value is 1, as when none is, the effective number is n, the limit of ever rarer, unrelated misses. Approximate (it rests on the
     normal distribution of a mean over documents), so give it dozens of documents.
 
-    Raises ValueError when documents are not one label a value.
+    Raises ValueError when documents are not one label a value, or are fewer than two.
     """
     values = np.asarray(values, np.float64)
     labels = np.arange(len(values)) if documents is None else np.asarray(documents)
@@ -111,8 +121,10 @@ def mean_bound(values: np.ndarray, documents: Sequence | np.ndarray | None = Non
         raise ValueError(f"{len(labels)} document labels: expected one for each of the {len(values)} values")
     _, group = np.unique(labels, return_inverse=True)
     groups, n, mean = group.max() + 1, len(values), values.mean()
+    if groups < 2:
+        raise ValueError(f"{n} values of 1 document: expected at least 2 documents, whose differences give the bound")
     residuals = np.bincount(group, values - mean)
-    variance = groups / max(groups - 1, 1) * np.sum(residuals**2) / n**2
+    variance = groups / (groups - 1) * np.sum(residuals**2) / n**2
     effective = min(n, mean * (1 - mean) / variance) if variance > 0 else n
     z = NormalDist().inv_cdf(confidence)
     centre = mean + z**2 / (2 * effective)

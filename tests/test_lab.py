@@ -98,6 +98,16 @@ def test_forms_are_timed_in_turn_each_with_a_new_query():
     assert all(len(seconds) == 3 for seconds in durations.values())
 
 
+def test_every_dense_form_is_the_exact_top_k():
+    rng = np.random.default_rng(0)
+    rows, x = (rng.normal(size=shape).astype(np.float32) for shape in ((300, 8), (1, 8)))
+    best = np.argsort(-(x @ rows.T))[:, :5]
+    forms = timing.dense_forms(rows, 5)
+    assert len(forms) == 4
+    for name, form in forms.items():
+        assert (np.asarray(form(x).indices) == best).all(), name
+
+
 def test_the_roofline_by_hand():
     # One layer less any doubt: v5e at bf16 turns where 2 b / 197e12 = 2 / 819e9, at b = 240.5.
     assert roofline.compute_bound_from(roofline.V5E, itemsize=2) == 241

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def test_imports_point_one_way():
                     target = rest[0] if rest and rest[0] in rooms else ""
                     assert rooms[target] <= rooms[room], f"{path}: imports {name}"
                 elif room in ("", "kernels"):
-                    allowed = {"jax", "numpy", "jaxtyping", "math", "typing", "dataclasses", "collections", "statistics"}
+                    allowed = {"jax", "numpy", "jaxtyping"} | sys.stdlib_module_names
                     assert part in allowed, f"{path}: imports {name}, and the algorithm needs jax, numpy and jaxtyping only"
 
 

@@ -119,6 +119,11 @@ def test_mean_bound_by_hand():
     assert mean_bound(np.ones(100), None, 0.975) == pytest.approx(100 / (100 + 1.96**2), abs=1e-4)
 
 
+def test_one_document_bounds_nothing():
+    with pytest.raises(ValueError, match="50 values of 1 document: expected at least 2"):
+        mean_bound(np.ones(50), ["only"] * 50)
+
+
 def test_mean_bound_counts_documents_when_their_values_are_alike():
     alike = np.repeat([1.0, 0.0], [90, 10])
     documents = np.repeat(np.arange(10), 10)  # nine documents all right, one all wrong: ten facts, not a hundred

@@ -78,6 +78,21 @@ def commentary():
         yield f"psalm_{psalm}", split_of(f"psalm {REPEATED_PSALMS.get(psalm, psalm)}"), text.strip()
 
 
+def runs(text: str, words: int = 13) -> set[tuple[str, ...]]:
+    """Every run of so many words."""
+    every = re.findall(r"\w+", text.lower())
+    return {tuple(every[start : start + words]) for start in range(len(every) - words + 1)}
+
+
+def print_overlap(rows: list[dict]):
+    """How much of each evaluation document stands word for word in the training text, by kind: the mean and the most."""
+    trained = set().union(*(runs(row["text"]) for row in rows if row["split"] == "train"))
+    for kind in sorted({row["kind"] for row in rows if row["split"] == "evaluation"}):
+        found = [runs(row["text"]) for row in rows if row["split"] == "evaluation" and row["kind"] == kind]
+        shares = [len(own & trained) / max(1, len(own)) for own in found]
+        print(f"{kind:13} {sum(shares) / len(shares):.2%} of the runs of 13 words are in train, {max(shares):.2%} at most")
+
+
 def main(package: Path):
     rows = []
     for kind, documents in {
@@ -94,6 +109,7 @@ def main(package: Path):
         for kind in sorted({row["kind"] for row in chosen}):
             texts = [row["text"] for row in chosen if row["kind"] == kind]
             print(f"{split:12} {kind:13} {len(texts):4} documents {sum(map(len, texts)) / 1e6:6.2f} M characters")
+    print_overlap(rows)
 
 
 if __name__ == "__main__":

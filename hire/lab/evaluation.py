@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hire.axes import Array, Float, Hidden, Queries, Rows, Tokens
+from hire.axes import AnyArray, Array, Float, Hidden, Int, Queries, Rows, Tokens
 from hire.choose import batches, candidates_needed, mean_bound
-from hire.estimators import Estimator
+from hire.estimators import Estimator, row_scores
 from hire.lab.text import Document
 from hire.models import Decoder, TextModel
 from hire.softmax import HireSoftmax
@@ -61,14 +61,15 @@ def collect(model: Decoder, tokens: np.ndarray, names: np.ndarray, *, skip: int 
     return States(hidden.reshape(-1, hidden.shape[-1]), tokens[:, skip + 1 :].reshape(-1), np.repeat(names, count))
 
 
+@jax.jit
+def loss(rows: Rows, hidden: Queries, targets: Int[AnyArray, " b"]) -> Float[Array, " b"]:
+    """-log p (b,) of each target, in nats."""
+    logits = row_scores(hidden, rows)
+    return jax.nn.logsumexp(logits, axis=1) - jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+
+
 def losses(model: Decoder, states: States) -> np.ndarray:
     """-log p (n,) of the token that followed each state, in nats, from exact logits."""
-
-    @jax.jit
-    def loss(rows, hidden, targets):
-        logits = jnp.matmul(hidden, rows.T)
-        return jax.nn.logsumexp(logits, axis=1) - jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-
     rows = model.embedding[...]
     pairs = zip(batches(states.hidden), batches(states.targets), strict=True)
     return np.concatenate([np.asarray(loss(rows, *pair)) for pair in pairs])

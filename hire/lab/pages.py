@@ -6,6 +6,7 @@ import tomllib
 
 import nbformat
 
+from hire.lab import records
 from hire.lab.paths import FIGURES, NOTEBOOKS, OUT, ROOT
 from hire.lab.register import load, ready
 from hire.lab.scorecard import scorecard_markdown, write_scorecard
@@ -68,8 +69,23 @@ def filled(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda match: f"{match[1]}\n{content}\n{match[2]}", text)
 
 
+def commands_table() -> str:
+    """The two commands, with the minutes that they were last seen to take."""
+    minutes = {entry["id"]: f"{entry['results']['minutes']:.1f} minutes" for entry in records.read(topic="budgets")}
+    setup, figures, test = (minutes.get(name, "not timed yet") for name in ("make env", "make figures FRESH=1", "make test"))
+    return "\n".join(
+        [
+            "| command | what it does | measured on 2 cores |",
+            "|---|---|---|",
+            f"| `make figures` | sets up `.venv`, runs every notebook, writes `figures/` | set-up {setup} once, then {figures} |",
+            f"| `make test` | sets up `.venv`, runs the tests and the notebooks' check cells | set-up once, then {test} |",
+        ]
+    )
+
+
 def readme(text: str) -> str:
     """README.md with its generated parts as they should be."""
+    text = filled(text, "commands", commands_table())
     text = filled(text, "first figure", picture("02_recall"))
     return filled(text, "figures", register_table())
 

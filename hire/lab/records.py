@@ -20,10 +20,19 @@ from hire.lab.paths import RECORDS, ROOT
 KINDS = ("measured", "compiler-estimate", "simulated", "published")
 
 
+@functools.cache
 def commit() -> str:
-    """The commit of this checkout, "-dirty" when files differ from it, "unknown" outside git."""
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
+    """The commit that this process began at, "-dirty" when code differs from it, "unknown" outside git.
+
+    What a run itself writes (figures, records, generated pages) is not code, or every second figure would be dirty.
+    """
+
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+    found = git("rev-parse", "--short", "HEAD").stdout.strip()
+    changed = git("diff", "--quiet", "HEAD", "--", "hire", "notebooks", "constraints.txt").returncode
+    return f"{found}{'-dirty' if changed else ''}" if found else "unknown"
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Gemma 3 once more, in plain numpy and from the file's own names: what the JAX model is checked against.
 
-Written from the description of the model alone (../shared is not needed to run it) and sharing no code with hire.models: one text,
-no cache, no compiled step, float64 where it is cheap.
+Written from the description of the model alone and sharing no code with hire.models: one text, no cache, no compiled step, float64
+where it is cheap.
 """
 
 from collections.abc import Callable

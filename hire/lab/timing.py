@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hire.axes import Rows
+from hire.topk import exact_top_k
+
 
 def interleaved(forms: dict[str, Callable], queries: Sequence, repeats: int) -> dict[str, list[float]]:
     """Seconds of each call of every form, taken in turn: form(query), a new query at every repetition.
@@ -35,6 +38,21 @@ def interleaved(forms: dict[str, Callable], queries: Sequence, repeats: int) -> 
 def medians(durations: dict[str, list[float]]) -> dict[str, float]:
     """Median seconds of each form."""
     return {name: float(np.median(seconds)) for name, seconds in durations.items()}
+
+
+def dense_forms(rows: Rows, k: int) -> dict[str, Callable]:
+    """The exact top-k of every row's score for queries (1, d), in four forms: the fastest of them is what HiRE is compared with."""
+
+    def form(scores: Callable) -> Callable:
+        compiled = jax.jit(lambda rows, x: exact_top_k(scores(rows, x), k))
+        return lambda x: compiled(rows, x)
+
+    return {
+        "dense x @ W.T": form(lambda rows, x: x @ rows.T),
+        "dense W @ x": form(lambda rows, x: (rows @ x[0])[None]),
+        "dense multiply-reduce": form(lambda rows, x: jnp.sum(rows * x, axis=1)[None]),
+        "dense padded to 16": form(lambda rows, x: (jnp.pad(x, ((0, 15), (0, 0))) @ rows.T)[:1]),
+    }
 
 
 def stream_form(nbytes: int = 2**30) -> tuple[Callable, int]:
