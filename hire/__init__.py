@@ -6,11 +6,17 @@ Predict with a small copy which rows score best, compute only those exactly:
     top = hire.high_recall_top_k(x, rows, estimator, k=32, candidates=2048)
 """
 
+from typing import TYPE_CHECKING
+
 from hire.choose import choose_candidates
 from hire.estimators import Estimator, LowRank, Quantized
+from hire.sampling import sample, sampling_probabilities
 from hire.search import high_recall_top_k
 from hire.softmax import HireSoftmax
 from hire.topk import TopK, bucketed_top_k, exact_top_k, expected_recall, recall
+
+if TYPE_CHECKING:
+    from hire.models import convert, generate
 
 __all__ = [
     "Estimator",
@@ -20,8 +26,21 @@ __all__ = [
     "TopK",
     "bucketed_top_k",
     "choose_candidates",
+    "convert",
     "exact_top_k",
     "expected_recall",
+    "generate",
     "high_recall_top_k",
     "recall",
+    "sample",
+    "sampling_probabilities",
 ]
+
+
+def __getattr__(name: str):
+    """convert and generate come with the models, whose Flax the algorithm alone does not need: imported at first use."""
+    if name in ("convert", "generate"):
+        import importlib
+
+        return getattr(importlib.import_module("hire.models"), name)
+    raise AttributeError(f"module 'hire' has no attribute {name!r}")

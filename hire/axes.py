@@ -10,7 +10,7 @@ t  positions of a text    s  slots of a key/value cache
 """
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Int8, UInt8
+from jaxtyping import Array, Bool, Float, Int, Int8, PRNGKeyArray, UInt8, UInt32
 
 AnyArray = Array | np.ndarray
 
@@ -21,6 +21,21 @@ Indices = Int[AnyArray, "*b c"]
 Codes = Int8[Array, "*m d"] | UInt8[Array, "*m half"]
 Tokens = Int[AnyArray, "b t"]
 Hidden = Float[Array, "b t d"]
-Mask = Bool[Array, "t s"]
+Key = PRNGKeyArray
 
-__all__ = ["AnyArray", "Array", "Codes", "Float", "Hidden", "Indices", "Int", "Mask", "Queries", "Rows", "Scores", "Tokens"]
+__all__ = [
+    "AnyArray",
+    "Array",
+    "Bool",
+    "Codes",
+    "Float",
+    "Hidden",
+    "Indices",
+    "Int",
+    "Key",
+    "Queries",
+    "Rows",
+    "Scores",
+    "Tokens",
+    "UInt32",
+]

@@ -10,7 +10,7 @@ import numpy as np
 
 from hire.axes import AnyArray, Array, Float, Int, Queries, Rows
 from hire.estimators import Estimator, row_scores
-from hire.search import check_search
+from hire.search import check_fitted, check_search, most_pooled, pool
 from hire.topk import TopK, exact_top_k
 
 BATCH = 256  # queries scored at once: 256 x 262,144 float32 scores are 268 MB
@@ -45,6 +45,7 @@ def choose_candidates(
     too few to support that recall even if none is missed.
     """
     check_search(rows, estimator, k, k)
+    check_fitted(rows, estimator)
     for name, value in dict(recall=recall, confidence=confidence).items():
         if not 0 < value < 1:
             raise ValueError(f"{name} = {value!r}: expected a number between 0 and 1, neither included")
@@ -80,24 +81,32 @@ def true_top_k(rows: Rows, queries: Queries, k: int) -> TopK:
 
 
 @jax.jit
-def estimated_scores(estimator: Estimator, x: Queries) -> Float[Array, "b m"]:
-    return estimator.scores(x)
+def estimated_scores(estimator: Estimator, x: Queries) -> tuple[Float[Array, "b m"], Float[Array, "b m"]]:
+    """Estimated scores of every row, and of the pool alone."""
+    scores = estimator.scores(x)
+    return scores, pool(scores)
 
 
 def candidates_needed(estimator: Estimator, queries: Queries, best: Int[AnyArray, "n k"]) -> np.ndarray:
-    """The k' (n, k) from which on each of the true rows `best` (n, k) of each query is among the candidates.
+    """The k' (n, k) from which on each of the true rows `best` (n, k) of each query is among the candidates of the search.
 
     Its share at or below k' is the recall at k', for every k' at once. Rows that tie with a true one in the estimate count as
-    before it.
+    before it, and so do the few that only the search by buckets leaves out, just below where it ends: never too much is counted.
     """
-    needed = []
+    needed, most = [], most_pooled(estimator.shape[0])
     for batch, rows in zip(batches(queries), batches(best), strict=True):
-        for scores, true in zip(np.asarray(estimated_scores(estimator, batch)), rows, strict=True):
-            floors = scores[true]
-            # Only what scores above the worst of the true rows needs sorting: a few hundred of 262,144.
-            above = np.sort(scores[scores >= floors.min()])
-            needed.append(len(above) - np.searchsorted(above, floors))
+        for scores, pooled, true in zip(*map(np.asarray, estimated_scores(estimator, batch)), rows, strict=True):
+            near, far = depths(pooled, true), depths(scores, true)
+            needed.append(np.where((near <= most) & (far <= most + 1), near, np.maximum(far, most + 1)))
     return np.stack(needed)
+
+
+def depths(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """How many scores (m,) are at least that of each of the rows (k,)."""
+    floors = scores[rows]
+    # Only what scores above the worst of the rows needs sorting: a few hundred of 262,144.
+    above = np.sort(scores[scores >= floors.min()])
+    return len(above) - np.searchsorted(above, floors)
 
 
 def batches(queries):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hire.axes import AnyArray, Array, Codes, Float, Indices, Queries, Rows
+from hire.axes import AnyArray, Array, Codes, Float, Indices, Queries, Rows, UInt32
 from hire.topk import check_count
 
 Candidates = Float[Array, "b c"]
@@ -32,6 +32,11 @@ class Estimator(Protocol):
         """Bytes that it stores."""
         ...
 
+    @property
+    def fingerprint(self) -> UInt32[Array, ""]:
+        """`fingerprint` of the rows that it was fitted to."""
+        ...
+
     def bytes_read(self, candidates: int) -> int:
         """Bytes of itself that it reads to nominate so many candidates (the exact rows are not in it)."""
         ...
@@ -45,15 +50,52 @@ class Estimator(Protocol):
         ...
 
 
+THIN = 16  # queries up to which a CPU reads the rows once by multiply-and-reduce; beyond it XLA's matrix product is faster
+CHUNK = 64  # rows gathered at a time on a CPU: a few hundred KB, which stay in cache between the gather and the product
+
+
+def thin(queries: int) -> bool:
+    """Whether XLA's matrix product is slow at so many queries: on a CPU it copies cast rows and leaves bandwidth unused."""
+    return jax.default_backend() == "cpu" and queries <= THIN
+
+
 def row_scores(x: Queries, rows: Rows) -> Float[Array, "b m"]:
-    """Exact scores of every row, float32: queries (b, d) against rows (m, d) in their own type."""
-    # As x @ rowsᵀ: XLA on a CPU fuses a cast of the rows into this form, and copies them first in the others.
-    return jnp.matmul(x.astype(rows.dtype), rows.T, preferred_element_type=jnp.float32)
+    """Exact scores of every row, float32: queries (b, d) against rows (m, d) in their own type.
+
+    The form is the fastest one on a CPU at that batch (`make bench` times the others).
+    """
+    x = x.astype(rows.dtype)
+    if 1 < len(x) and thin(len(x)):
+        x = jax.lax.optimization_barrier(x)  # or XLA computes the queries anew for every row
+        return jax.lax.optimization_barrier(jnp.sum(rows[:, None].astype(jnp.float32) * x[None].astype(jnp.float32), axis=-1)).T
+    # As x @ rowsᵀ: for one query XLA fuses a cast of the rows into this form, and copies them first in the others.
+    return jnp.matmul(x, rows.T, preferred_element_type=jnp.float32)
 
 
 def row_scores_at(x: Queries, rows: Rows, indices: Indices) -> Candidates:
     """Exact scores, float32, of the rows at indices (b, c): only those rows are read."""
-    return jnp.einsum("bd,bcd->bc", x.astype(rows.dtype), rows[indices], preferred_element_type=jnp.float32)
+    x, rows = x.astype(rows.dtype), jnp.asarray(rows)
+    if not thin(len(x)):
+        return jnp.einsum("bd,bcd->bc", x, rows[indices], preferred_element_type=jnp.float32)
+    b, c = indices.shape
+    chunks = jnp.pad(indices, ((0, 0), (0, -c % CHUNK))).reshape(-1, CHUNK)
+
+    def dot(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        # Indices come from a top-k of these rows' scores, so none needs a check that it is within them.
+        gathered = rows.at[part[0]].get(mode="promise_in_bounds")
+        return jnp.matmul(gathered, part[1], preferred_element_type=jnp.float32)
+
+    return jax.lax.map(dot, (chunks, jnp.repeat(x, len(chunks) // b, axis=0))).reshape(b, -1)[:, :c]
+
+
+@jax.jit
+def fingerprint(rows: Rows) -> UInt32[Array, ""]:
+    """A checksum of rows (m, d) rounded to bfloat16, so that a copy of them in another precision is still taken for them."""
+    bits = jax.lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
+    place = jax.lax.broadcasted_iota(jnp.uint32, rows.shape, 0) * rows.shape[1] + jax.lax.broadcasted_iota(
+        jnp.uint32, rows.shape, 1
+    )
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)  # whole numbers modulo 2^32: the same in any order of summation
 
 
 def unpack(codes: Codes, bits: int, width: int) -> Float[Array, "... d"]:
@@ -74,6 +116,7 @@ class Quantized:
 
     codes: Codes
     scale: Float[Array, " m"]
+    fingerprint: UInt32[Array, ""]
     bits: int = field(metadata=dict(static=True))
     width: int = field(metadata=dict(static=True))
 
@@ -96,7 +139,7 @@ class Quantized:
             low, high = padded[:, :half], padded[:, half:]
             packed = (low & jnp.int8(15)) | jax.lax.shift_left(high, jnp.int8(4))
             codes = jax.lax.bitcast_convert_type(packed, jnp.uint8)
-        return cls(codes, scale, bits, width)
+        return cls(codes, scale, fingerprint(rows), bits, width)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -124,6 +167,7 @@ class LowRank:
 
     projection: Float[Array, "r d"]
     factors: Float[Array, "m r"] | Quantized
+    fingerprint: UInt32[Array, ""]
 
     @classmethod
     def fit(
@@ -160,7 +204,8 @@ class LowRank:
         projection = jnp.asarray(np.linalg.solve(lower.T, leading).T, jnp.float32)
         mixing = jnp.asarray(lower @ leading, jnp.float32)
         factors = jnp.einsum("md,dr->mr", rows, mixing, preferred_element_type=jnp.float32)
-        return cls(projection, factors.astype(rows.dtype) if bits is None else Quantized.fit(factors, bits))
+        kept = factors.astype(rows.dtype) if bits is None else Quantized.fit(factors, bits)
+        return cls(projection, kept, fingerprint(rows))
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,13 +1,26 @@
-"""HiRE-Softmax: the best words of a vocabulary without reading most of it."""
+"""HiRE-Softmax: the best words of a vocabulary, and their probabilities, without reading most of it."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from hire.axes import Queries, Rows
-from hire.estimators import Estimator
-from hire.search import check_search, high_recall_top_k
+from hire.axes import AnyArray, Array, Float, Int, Queries, Rows
+from hire.estimators import Estimator, row_scores_at
+from hire.search import best_of, check_fitted, check_search, high_recall_top_k, nominated
 from hire.topk import TopK
+
+
+class Words(NamedTuple):
+    """The k best words of each query and the estimated normaliser: log p = top.values - log_normalizer[:, None], in nats.
+
+    `error` is the standard error of log_normalizer to expect, see HireSoftmax.words.
+    """
+
+    top: TopK
+    log_normalizer: Float[Array, " b"]
+    error: Float[Array, " b"]
 
 
 @jax.tree_util.register_dataclass
@@ -29,13 +42,45 @@ class HireSoftmax:
     def __post_init__(self):
         if hasattr(self.rows, "ndim"):  # jax also builds it around placeholders that are no arrays
             check_search(self.rows, self.estimator, self.k, self.candidates)
+            check_fitted(self.rows, self.estimator)
 
     @jax.jit
     def __call__(self, hidden: Queries) -> TopK:
         return high_recall_top_k(hidden, self.rows, self.estimator, k=self.k, candidates=self.candidates)
 
+    @jax.jit
+    def words(self, hidden: Queries) -> Words:
+        """The k best words of hidden states (b, d), and the log of the sum over the whole vocabulary, estimated.
+
+        The candidates count with their exact logits, the tail with the estimator's times a correction, since errors that cancel in
+        a logit do not in a sum of exponentials. The lower half of the candidates, which the estimator picked like any row of the
+        tail but whose exact logits are known, tells the correction for each query. Its error is the tail's share of the probability
+        times its sampling error and its drift from the quarter of the candidates above. Our choice: the paper names no normaliser.
+        """
+        estimated, chosen, exact = nominated(hidden, self.rows, self.estimator, self.candidates)
+        guessed = jnp.take_along_axis(estimated, chosen, axis=1)
+        half = self.candidates // 2  # candidates come best first
+        correction, scatter = log_ratio(exact[:, half:], guessed[:, half:])
+        above, _ = log_ratio(exact[:, half // 2 : max(half, 1)], guessed[:, half // 2 : max(half, 1)])
+        rest = estimated.at[jnp.arange(len(hidden))[:, None], chosen].set(-jnp.inf)
+        tail = jax.nn.logsumexp(rest, axis=1) + correction
+        whole = jnp.logaddexp(jax.nn.logsumexp(exact, axis=1), tail)
+        return Words(best_of(chosen, exact, self.k), whole, jnp.exp(tail - whole) * jnp.hypot(scatter, correction - above))
+
+    @jax.jit
+    def log_probabilities(self, hidden: Queries, words: Int[AnyArray, "b n"]) -> Float[Array, "b n"]:
+        """Log-probabilities, in nats, of words (b, n) after hidden states (b, d): exact logits less the estimated normaliser."""
+        return row_scores_at(hidden, self.rows, words) - self.words(hidden).log_normalizer[:, None]
+
     @property
     def bytes_read(self) -> int:
         """Bytes of weights that one query reads: the estimator and the candidates' exact rows."""
-        width = self.rows.shape[1]
-        return self.estimator.bytes_read(self.candidates) + self.candidates * width * self.rows.dtype.itemsize
+        return self.estimator.bytes_read(self.candidates) + self.candidates * self.rows.shape[1] * self.rows.dtype.itemsize
+
+
+def log_ratio(exact: Float[Array, "b c"], guessed: Float[Array, "b c"]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+    """Log of the sum of exp(exact) over that of exp(guessed), and its sampling error, the rows being a weighted sample."""
+    weights = jax.nn.softmax(guessed, axis=1)
+    ratio = jax.nn.logsumexp(exact, axis=1) - jax.nn.logsumexp(guessed, axis=1)
+    apart = jnp.expm1(exact - guessed - ratio[:, None])
+    return ratio, jnp.sqrt(jnp.sum((weights * apart) ** 2, axis=1))

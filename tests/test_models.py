@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import gguf
 import jax
@@ -11,9 +12,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+import hire
 from hire.lab import reference
-from hire.models import Decoder, generate, load_gemma, preset, weights
-from hire.models.generation import prefill, step
+from hire.models import Decoder, convert, generate, load_gemma, preset, weights
+from hire.models.generation import compiled_step, prefill, step
 from hire.models.tokenizer import byte_tokenizer, sentencepiece_bpe
 from hire.models.weights import gguf_names, named
 
@@ -30,6 +32,11 @@ def test_hidden_states_are_those_of_the_numpy_reference(tiny, rng):
         np.testing.assert_allclose(hidden, theirs, atol=2e-4)
 
 
+def by_word(top):
+    """Logits of every word in the words' own order, from a top-k of all of them."""
+    return np.take_along_axis(np.asarray(top.values), np.argsort(top.indices, axis=1), axis=1)
+
+
 def test_the_reference_by_hand():
     # norm of (3, 4): rms is sqrt(12.5). A quarter turn takes the pair (1, 0) to (0, 1).
     np.testing.assert_allclose(reference.norm(np.asarray([3.0, 4.0]), 2.0), np.asarray([6.0, 8.0]) / np.sqrt(12.5), rtol=1e-6)
@@ -38,41 +45,83 @@ def test_the_reference_by_hand():
     assert reference.gelu(np.asarray(1.0)) == pytest.approx(0.841192, abs=1e-6)
 
 
-@pytest.mark.parametrize("gated, start", [(True, 1), (False, 9), (True, 30)])
-def test_decoding_a_word_at_a_time_is_the_prefill(rng, gated, start):
-    model = Decoder(preset("tiny", vocabulary=300, layers=2, global_every=2, gated=gated), rngs=nnx.Rngs(1))
+@pytest.mark.parametrize("gated, start, batch, kv_heads", [(True, 1, 2, 2), (False, 9, 1, 1), (True, 30, 2, 1)])
+def test_decoding_a_word_at_a_time_is_the_prefill(rng, gated, start, batch, kv_heads):
+    configured = preset("tiny", vocabulary=300, layers=2, global_every=2, gated=gated, kv_heads=kv_heads)
+    model = Decoder(configured, rngs=nnx.Rngs(1))
     graph, state = nnx.split(model)
-    tokens = texts(rng, 2, 44)
+    tokens = texts(rng, batch, 44)
     whole = model.logits(model.prefill(tokens)[0])
-    logits, cache = prefill(graph, state, tokens[:, :start], 44)
-    np.testing.assert_allclose(logits, whole[:, start - 1], atol=2e-4)
+    top, cache = prefill(graph, state, tokens[:, :start], 44, 300)
+    np.testing.assert_allclose(by_word(top), whole[:, start - 1], atol=2e-4)
     for position in range(start, 44):
-        logits, cache = step(graph, state, tokens[:, position], cache)
-        np.testing.assert_allclose(logits, whole[:, position], atol=2e-4)
-    assert int(cache.length) == 44
+        top, cache = step(graph, state, tokens[:, position], cache, 300)
+        np.testing.assert_allclose(by_word(top), whole[:, position], atol=2e-4)
+    assert cache.length == 44
+    with pytest.raises(ValueError, match="the cache's 44 slots are full: expected room for one more token"):
+        step(graph, state, tokens[:, 0], cache, 300)
     assert {keys.shape[1] for keys in cache.keys} == {16, 44}  # local layers keep their window only
 
 
-def test_a_step_copies_no_weight_and_updates_the_cache_in_place(unchecked, tiny, rng):
-    graph, state = nnx.split(tiny)
-    _, cache = prefill(graph, state, texts(rng, 1, 8), 32)
-    compiled = step.lower(graph, state, jnp.zeros((1,), jnp.int32), cache).compile()
-    memory = compiled.memory_analysis()
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
-    assert memory.alias_size_in_bytes >= held - 8  # every key and value is donated to its successor
+@pytest.mark.parametrize("searched", [False, True])
+def test_a_step_copies_neither_weights_nor_cache(unchecked, rng, searched):
+    model = Decoder(preset("tiny", vocabulary=3000, layers=2, global_every=2, kv_heads=1, window=64), rngs=nnx.Rngs(0))
+    model = convert(model, softmax=softmax_of(model)) if searched else model
+    graph, state = nnx.split(model)
+    _, cache = prefill(graph, state, texts(rng, 1, 8), 100, 4)
+    compiled = compiled_step.lower(graph, state, jnp.zeros((1,), jnp.int32), cache, 4).compile()
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.keys, cache.values)))
+    assert compiled.memory_analysis().alias_size_in_bytes >= held  # every key and value is donated to its successor
+    program = compiled.as_text()
+    entry = program[program.index("ENTRY") :]
+    copied = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", entry)]
+    assert max(copied, default=0) < 64 * 16  # less than the keys of the shortest cache
     before = cache.keys[0]
-    step(graph, state, jnp.zeros((1,), jnp.int32), cache)
+    step(graph, state, jnp.zeros((1,), jnp.int32), cache, 4)
     assert before.is_deleted()
+
+
+def softmax_of(model, candidates=1000, **more):
+    rows = model.embedding[...]
+    return hire.HireSoftmax(rows, hire.LowRank.fit(rows, 60, bits=8), k=8, candidates=candidates, **more)
+
+
+def test_a_converted_model_writes_the_same_text_with_the_same_weights(rng):
+    dense = Decoder(preset("tiny", vocabulary=3000, layers=2), rngs=nnx.Rngs(0))
+    fast = hire.convert(dense, softmax=softmax_of(dense))
+    tokens = texts(rng, 2, 5)
+    for sampling in (dict(), dict(temperature=0.7, top_k=8, seed=1), dict(temperature=1.0, top_k=8, top_p=0.5, seed=2)):
+        written = hire.generate(dense, tokens, new_tokens=6, **sampling)
+        assert (hire.generate(fast, tokens, new_tokens=6, **sampling) == written).all()
+    assert fast.embedding[...].unsafe_buffer_pointer() == dense.embedding[...].unsafe_buffer_pointer()
+    assert dense.softmax is None
+    assert convert(fast, softmax=None).softmax is None
+    arrays = [leaf for leaf in jax.tree.leaves(nnx.state(fast)) if leaf.size >= 3000 * 64]
+    assert len(arrays) == 1  # the embedding, once
+
+
+def test_a_softmax_of_another_model_is_refused():
+    one, other = (Decoder(preset("tiny", vocabulary=300, layers=1), rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    with pytest.raises(ValueError, match=r"estimator of other rows \(300, 64\): expected one fitted to these; fit it again"):
+        convert(other, softmax=softmax_of(one, candidates=20))
 
 
 def test_generation_takes_the_likeliest_word_each_time(tiny, rng):
     tokens = texts(rng, 2, 5)
     written = generate(tiny, tokens, new_tokens=3)
     assert (written[:, :5] == tokens).all()
-    graph, state = nnx.split(tiny)
     for position in range(5, 8):
-        logits, _ = prefill(graph, state, written[:, :position], position)
+        logits = tiny.logits(tiny.prefill(written[:, :position])[0][:, -1])
         assert (jnp.argmax(logits, axis=-1) == written[:, position]).all()
+
+
+def test_sampling_draws_with_the_seed_among_the_best(tiny, rng):
+    tokens = texts(rng, 1, 5)
+    drawn = [generate(tiny, tokens, new_tokens=4, temperature=5.0, top_k=3, seed=seed)[0, 5:].tolist() for seed in range(6)]
+    assert len(set(map(tuple, drawn))) > 1
+    assert drawn[0] == generate(tiny, tokens, new_tokens=4, temperature=5.0, top_k=3, seed=0)[0, 5:].tolist()
+    best = hire.exact_top_k(tiny.logits(tiny.prefill(tokens)[0][:, -1]), 3).indices[0].tolist()
+    assert {words[0] for words in drawn} <= set(best)
 
 
 def test_bfloat16_runs_in_bfloat16_and_stays_near(rng):
@@ -111,10 +160,22 @@ def test_a_configuration_that_cannot_be_is_refused(call, message):
 def test_a_text_that_does_not_fit_is_refused(tiny, rng):
     with pytest.raises(ValueError, match="9 tokens and 8 cache slots"):
         tiny.prefill(texts(rng, 1, 9), 8)
-    with pytest.raises(ValueError, match="new_tokens = 0 after 9: expected at least 1 and at most 512"):
-        generate(tiny, texts(rng, 1, 9), new_tokens=0)
-    with pytest.raises(ValueError, match="new_tokens = 504 after 9"):
-        generate(tiny, texts(rng, 1, 9), new_tokens=504)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(new_tokens=0), "new_tokens = 0 after 9 in a cache of 9: expected at least 1"),
+        (dict(new_tokens=504), "new_tokens = 504 after 9 in a cache of 513: .* within the context of 512"),
+        (dict(new_tokens=3, slots=11), "new_tokens = 3 after 9 in a cache of 11: expected at least 1, all within the cache"),
+        (dict(new_tokens=3, temperature=-1.0), "temperature = -1.0: expected a finite number of at least 0"),
+        (dict(new_tokens=3, temperature=1.0, top_k=301), "top_k = 301: expected a whole number from 1 to 300"),
+        (dict(new_tokens=3, temperature=1.0, top_p=0.0), "top_p = 0.0: expected a number above 0 and at most 1"),
+    ],
+)
+def test_a_generation_that_cannot_be_is_refused(tiny, rng, settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny, texts(rng, 1, 9), **settings)
 
 
 # Files. A tiny model is written in both formats with the writers of their own libraries, and must come back the same.

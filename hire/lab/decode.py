@@ -24,17 +24,21 @@ def ffn(model: Decoder, x, cache: Cache):
 
 def attention(model: Decoder, x, cache: Cache):
     for block, keys, values in zip(model.blocks, cache.keys, cache.values, strict=True):
-        x = x + block.attention.step(block.attention_norm(x), keys, values, cache.length)[0]
+        x = x + block.attention.step(block.attention_norm(x), keys, values, jnp.asarray(cache.length))[0]
     return x
 
 
 class StepForms:
-    """Forms of one decode step at batch 1, each called with hidden states (1, d), on a cache half full of random words."""
+    """Forms of one decode step at batch 1, each called with hidden states (1, d), on a cache half full of random words.
 
-    def __init__(self, model: Decoder, slots: int):
+    A step ends in the k best words.
+    """
+
+    def __init__(self, model: Decoder, slots: int, k: int = 1):
         self.graph, self.state = nnx.split(model)
+        self.k = k
         words = np.random.default_rng(0).integers(3, model.config.vocabulary, (1, slots // 2))
-        self.held = prefill(self.graph, self.state, jnp.asarray(words, jnp.int32), slots)[1]
+        self.held = prefill(self.graph, self.state, jnp.asarray(words, jnp.int32), slots, k)[1]
 
     def part(self, function: Callable) -> Callable:
         """softmax, ffn or attention alone, with the model's own weights."""
@@ -44,13 +48,13 @@ class StepForms:
 
     def whole(self, batch: int = 1) -> Callable:
         """The step itself, for a batch of the same text; each call writes a word into a cache of its own."""
-        cache = jax.tree.map(lambda part: jnp.repeat(part, batch, 0) if part.ndim else part.copy(), self.held)
+        cache = jax.tree.map(lambda part: jnp.repeat(part, batch, 0) if jnp.ndim(part) else part, self.held)
 
         def form(x):
             nonlocal cache
             word = jnp.full((batch,), 3, jnp.int32) + (jnp.argmax(x) % 99).astype(jnp.int32)
-            logits, cache = step(self.graph, self.state, word, cache)
-            return logits
+            top, cache = step(self.graph, self.state, word, cache, self.k)
+            return top
 
         return form
 

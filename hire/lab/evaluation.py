@@ -14,6 +14,7 @@ from hire.choose import batches, candidates_needed, mean_bound
 from hire.estimators import Estimator, row_scores
 from hire.lab.text import Document
 from hire.models import Decoder, TextModel
+from hire.sampling import sampling_probabilities
 from hire.softmax import HireSoftmax
 from hire.topk import TopK, bucketed_top_k, expected_recall, expected_recall_top1, recall
 
@@ -73,6 +74,16 @@ def losses(model: Decoder, states: States) -> np.ndarray:
     rows = model.embedding[...]
     pairs = zip(batches(states.hidden), batches(states.targets), strict=True)
     return np.concatenate([np.asarray(loss(rows, *pair)) for pair in pairs])
+
+
+def total_variation(one: TopK, other: TopK, **sampling) -> np.ndarray:
+    """Half the sum over all words of |p - q| (n,), for the distributions that two top-k (n, k) of the same queries sample from."""
+    shares = [np.asarray(sampling_probabilities(top, **sampling)) for top in (one, other)]
+    apart = []
+    for p, words, q, others in zip(shares[0], np.asarray(one.indices), shares[1], np.asarray(other.indices), strict=True):
+        every, places = np.unique(np.concatenate([words, others]), return_inverse=True)
+        apart.append(0.5 * np.abs(np.bincount(places, np.concatenate([p, -q]), len(every))).sum())
+    return np.asarray(apart)
 
 
 def rate(values: np.ndarray, documents: np.ndarray) -> dict:

@@ -4,14 +4,20 @@ Weights are (out, in), so that an output is one contiguous row; the FFN's second
 so that a group of neurons is one contiguous read in every matrix. Norms, positions and softmax are computed in float32.
 """
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
-from hire.axes import AnyArray, Array, Float, Hidden, Int, Mask, Tokens
+from hire.axes import AnyArray, Array, Bool, Float, Hidden, Int, Rows, Tokens
+from hire.estimators import Estimator, row_scores
 from hire.models.config import DecoderConfig
+from hire.softmax import HireSoftmax
+from hire.topk import TopK, exact_top_k
 
 module_list = getattr(nnx, "List", list)  # flax before 0.12 tracks plain lists and has no nnx.List
 
@@ -19,13 +25,32 @@ KeysOrValues = Float[Array, "b s n e"]
 
 
 @jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class TiedSoftmax:
+    """A HireSoftmax less its rows, which the model lends at every call: its embedding stays the one copy of them."""
+
+    estimator: Estimator
+    k: int = field(metadata=dict(static=True))
+    candidates: int = field(metadata=dict(static=True))
+
+    def over(self, rows: Rows) -> HireSoftmax:
+        return HireSoftmax(rows, self.estimator, self.k, self.candidates)
+
+
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of every layer, and how many tokens they hold. A local layer keeps its window only, as a ring."""
+    """Keys and values of every layer, and how many of its slots hold a token. A local layer keeps its window only, as a ring."""
 
     keys: tuple[Float[Array, "b _ n e"], ...]
     values: tuple[Float[Array, "b _ n e"], ...]
-    length: Int[Array, ""]
+    length: Int[Array, ""] | int  # a plain int between steps, so that no check has to wait for the device
+    slots: int = field(metadata=dict(static=True))
+
+    def check_room(self) -> None:
+        """Raise ValueError when the slots are full (inside a compiled function nobody can tell)."""
+        if not isinstance(self.length, Tracer) and self.length >= self.slots:
+            raise ValueError(f"the cache's {self.slots} slots are full: expected room for one more token; prefill with more slots")
 
 
 class RMSNorm(nnx.Module):
@@ -60,14 +85,36 @@ def rotate(x: Float[Array, "b t h e"], positions: Int[Array, " t"], base: float)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def attend(queries: Float[Array, "b t h e"], keys: KeysOrValues, values: KeysOrValues, mask: Mask) -> Float[Array, "b t h e"]:
-    """Softmax attention of grouped query heads: consecutive query heads share a key/value head."""
+Part = tuple[Float[Array, "b _ n e"], Float[Array, "b _ n e"], Bool[Array, "t _"]]  # keys, values and who sees them
+
+
+def attend(queries: Float[Array, "b t h e"], *parts: Part) -> Float[Array, "b t h e"]:
+    """Softmax attention of grouped query heads (consecutive ones share a key/value head) over parts of keys, values and a mask.
+
+    The parts count as one, without being put into one array.
+    """
     b, t, heads, e = queries.shape
-    grouped = queries.reshape(b, t, keys.shape[2], -1, e)
-    scores = jnp.einsum("btnge,bsne->bngts", grouped, keys, preferred_element_type=jnp.float32) * e**-0.5
-    weights = jax.nn.softmax(jnp.where(mask[None, None, None], scores, -jnp.inf), axis=-1).astype(values.dtype)
-    mixed = jnp.einsum("bngts,bsne->btnge", weights, values, preferred_element_type=jnp.float32)
+    grouped = queries.reshape(b, t, parts[0][0].shape[2], -1, e)
+    scores = [jnp.where(mask[None, None, None], products(grouped, keys) * e**-0.5, -jnp.inf) for keys, _, mask in parts]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(parts[0][1].dtype)
+    ends = np.cumsum([mask.shape[1] for *_, mask in parts])[:-1]
+    shares = jnp.split(weights, ends, axis=-1)
+    mixed = functools.reduce(jnp.add, [mixture(share, values) for share, (_, values, _) in zip(shares, parts, strict=True)])
     return mixed.astype(queries.dtype).reshape(b, t, heads, e)
+
+
+def products(queries: Float[Array, "b t n g e"], keys: KeysOrValues) -> Float[Array, "b n g t s"]:
+    if queries.shape[:3] == (1, 1, 1):  # one text, one key/value head: a matrix-vector product a head is twice as fast on a CPU
+        rows = [jnp.matmul(keys[0, :, 0], query, preferred_element_type=jnp.float32) for query in queries[0, 0, 0]]
+        return jnp.stack(rows)[None, None, :, None]
+    return jnp.einsum("btnge,bsne->bngts", queries, keys, preferred_element_type=jnp.float32)
+
+
+def mixture(weights: Float[Array, "b n g t s"], values: KeysOrValues) -> Float[Array, "b t n g e"]:
+    if weights.shape[:2] == (1, 1) and weights.shape[3] == 1:
+        rows = [jnp.matmul(share, values[0, :, 0], preferred_element_type=jnp.float32) for share in weights[0, 0, :, 0]]
+        return jnp.stack(rows)[None, None, None]
+    return jnp.einsum("bngts,bsne->btnge", weights, values, preferred_element_type=jnp.float32)
 
 
 class Attention(nnx.Module):
@@ -100,7 +147,7 @@ class Attention(nnx.Module):
         positions = jnp.arange(t)
         queries, keys, values = self.project(x, positions)
         age = positions[:, None] - positions[None, :]
-        mixed = attend(queries, keys, values, (age >= 0) & (age < self.window))
+        mixed = attend(queries, (keys, values, (age >= 0) & (age < self.window)))
         return linear(mixed.reshape(b, t, -1), self.output), self.stored(keys, slots), self.stored(values, slots)
 
     def stored(self, entries: Float[Array, "b t n e"], slots: int) -> KeysOrValues:
@@ -111,14 +158,21 @@ class Attention(nnx.Module):
         return jnp.roll(entries[:, t - slots :], t % slots, axis=1)
 
     def step(self, x: Float[Array, "b d"], keys: KeysOrValues, values: KeysOrValues, length: Int[Array, ""]):
-        """Attention of the token at position `length`, which is first written into the cache."""
+        """Attention of the token at position `length`, which is then written into the cache.
+
+        It attends to what the cache held and to itself as two parts: XLA copies a cache that is read after writing.
+        """
         queries, key, value = self.project(x[:, None], length[None])
         slots = keys.shape[1]
         slot = length % slots
+        held = length - 1 - (slot - 1 - jnp.arange(slots)) % slots  # the position that each slot holds, negative if none yet
+        seen = ((held >= 0) & (length - held < self.window))[None]
+        mixed = attend(queries, (keys, values, seen), (key, value, jnp.ones((1, 1), bool)))
+        # What is written depends on what was read, so that XLA sees the reading end before the writing begins, and copies nothing.
+        after = 0 * mixed.reshape(-1)[0]
+        key, value = key + after, value + after
         keys = jax.lax.dynamic_update_slice_in_dim(keys, key, slot, axis=1)
         values = jax.lax.dynamic_update_slice_in_dim(values, value, slot, axis=1)
-        held = length - (length - jnp.arange(slots)) % slots  # the position that each slot holds, negative if none yet
-        mixed = attend(queries, keys, values, ((held >= 0) & (length - held < self.window))[None])
         return linear(mixed.reshape(x.shape[0], -1), self.output), keys, values
 
 
@@ -163,6 +217,7 @@ class Decoder(nnx.Module):
         self.embedding = matrix(rngs, config.vocabulary, config.width, config.width, dtype)
         self.blocks = module_list([Block(config, layer, dtype, rngs) for layer in range(config.layers)])
         self.norm = RMSNorm(config.width, dtype)
+        self.softmax: TiedSoftmax | None = None  # of hire.convert: searches the embedding instead of reading all of it
 
     def embed(self, tokens: Int[AnyArray, "*b"]) -> Float[Array, "*b d"]:
         rows = self.embedding[...][tokens]
@@ -184,17 +239,30 @@ class Decoder(nnx.Module):
             x, key, value = block(x, block.attention.whole, min(room, block.attention.window))
             keys.append(key)
             values.append(value)
-        return self.norm(x), Cache(tuple(keys), tuple(values), jnp.asarray(t, jnp.int32))
+        return self.norm(x), Cache(tuple(keys), tuple(values), t, room)
 
     def step(self, token: Int[Array, " b"], cache: Cache) -> tuple[Float[Array, "b d"], Cache]:
-        """Hidden state (b, d) after one more token (b,), and the cache with it. The caller keeps to the cache's slots."""
+        """Hidden state (b, d) after one more token (b,), and the cache with it. Raises ValueError when its slots are full."""
+        cache.check_room()
+        length = jnp.asarray(cache.length, jnp.int32)
         x, keys, values = self.embed(token), [], []
         for block, *held in zip(self.blocks, cache.keys, cache.values, strict=True):
-            x, key, value = block(x, block.attention.step, *held, cache.length)
+            x, key, value = block(x, block.attention.step, *held, length)
             keys.append(key)
             values.append(value)
-        return self.norm(x), Cache(tuple(keys), tuple(values), cache.length + 1)
+        return self.norm(x), Cache(tuple(keys), tuple(values), cache.length + 1, cache.slots)
+
+    @property
+    def words_found(self) -> int:
+        """How many best words `best` can tell: all of them, or the k of a converted model's softmax."""
+        return self.config.vocabulary if self.softmax is None else self.softmax.k
+
+    def best(self, hidden: Float[Array, "b d"], k: int) -> TopK:
+        """The k best words (b, k) after hidden states, by exact logits; a converted model searches for them."""
+        if self.softmax is None:
+            return exact_top_k(row_scores(hidden, self.embedding[...]), k)
+        return TopK(*(part[:, :k] for part in self.softmax.over(self.embedding[...])(hidden)))
 
     def logits(self, hidden: Float[AnyArray, "*b d"]) -> Float[Array, "*b v"]:
         """Exact logits, float32, of hidden states."""
-        return jnp.matmul(hidden, self.embedding[...].T, preferred_element_type=jnp.float32)
+        return row_scores(hidden.reshape(-1, self.config.width), self.embedding[...]).reshape(*hidden.shape[:-1], -1)

@@ -1,47 +1,85 @@
 """Decoding: a whole prompt at once, then one compiled step a token."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hire.axes import Array, Float, Int, Tokens
+from hire.axes import Array, Int, Tokens
 from hire.models.decoder import Cache, Decoder
+from hire.sampling import check_sampling, sample
+from hire.topk import TopK
 
 # A decode step takes the model's arrays, split from it once, through jax.jit: nnx.jit looks at every weight at every call.
 
 
-@partial(jax.jit, static_argnames=("graph", "slots"))
-def prefill(graph: nnx.GraphDef, state: nnx.State, tokens: Tokens, slots: int) -> tuple[Float[Array, "b v"], Cache]:
-    """Logits after the last token of texts (b, t), and their cache of so many slots."""
+def prefill(graph: nnx.GraphDef, state: nnx.State, tokens: Tokens, slots: int, k: int) -> tuple[TopK, Cache]:
+    """The k best words (b, k) after texts (b, t), and their cache of so many slots."""
+    top, cache = compiled_prefill(graph, state, tokens, slots, k)
+    return top, replace(cache, length=tokens.shape[1])
+
+
+def step(graph: nnx.GraphDef, state: nnx.State, token: Int[Array, " b"], cache: Cache, k: int) -> tuple[TopK, Cache]:
+    """The k best words (b, k) after one more token (b,), and the cache with it; the cache given is used up.
+
+    Raises ValueError when its slots are full.
+    """
+    cache.check_room()
+    top, after = compiled_step(graph, state, token, cache, k)
+    return top, replace(after, length=cache.length + 1)
+
+
+@partial(jax.jit, static_argnames=("graph", "slots", "k"))
+def compiled_prefill(graph: nnx.GraphDef, state: nnx.State, tokens: Tokens, slots: int, k: int) -> tuple[TopK, Cache]:
     model = nnx.merge(graph, state)
     hidden, cache = model.prefill(tokens, slots)
-    return model.logits(hidden[:, -1]), cache
+    return model.best(hidden[:, -1], k), cache
 
 
-@partial(jax.jit, static_argnames="graph", donate_argnames="cache")
-def step(graph: nnx.GraphDef, state: nnx.State, token: Int[Array, " b"], cache: Cache) -> tuple[Float[Array, "b v"], Cache]:
-    """Logits after one more token (b,), and the cache with it; the cache given is used up."""
+@partial(jax.jit, static_argnames=("graph", "k"), donate_argnames="cache")
+def compiled_step(graph: nnx.GraphDef, state: nnx.State, token: Int[Array, " b"], cache: Cache, k: int) -> tuple[TopK, Cache]:
     model = nnx.merge(graph, state)
     hidden, cache = model.step(token, cache)
-    return model.logits(hidden), cache
+    return model.best(hidden, k), cache
 
 
-def generate(model: Decoder, tokens: Tokens, *, new_tokens: int) -> Int[Array, "b written"]:
-    """The prompts (b, t), all of one length, each followed by its most likely continuation: (b, t + new_tokens).
+def generate(
+    model: Decoder,
+    tokens: Tokens,
+    *,
+    new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    slots: int | None = None,
+) -> Int[Array, "b written"]:
+    """The prompts (b, t), all of one length, each followed by a continuation: (b, t + new_tokens).
 
-    Raises ValueError when new_tokens is not at least 1 or the result would not fit the model's context.
+    Greedy at temperature 0, else drawn from the `top_k` best words (see hire.sample; 32 by default, or what a converted model
+    finds if that is less). `slots` is the length of the cache in tokens (what is needed by default). The model is dense or what
+    hire.convert made of it.
+
+    Raises ValueError when new_tokens is not at least 1, when prompt and continuation fit neither slots nor context, when the
+    sampling settings cannot be, or when a converted model finds fewer than top_k words.
     """
     length = tokens.shape[1] + new_tokens
-    if new_tokens < 1 or length > model.config.context:
+    room = length if slots is None else slots
+    if new_tokens < 1 or not length <= room <= model.config.context:
         raise ValueError(
-            f"new_tokens = {new_tokens} after {tokens.shape[1]}: expected at least 1 and at most {model.config.context} in all"
+            f"new_tokens = {new_tokens} after {tokens.shape[1]} in a cache of {room}: expected at least 1, all within the cache, "
+            f"and that within the context of {model.config.context}"
         )
+    check_sampling(model.words_found, temperature, top_k, top_p)
+    k = 1 if temperature == 0 else top_k or min(32, model.words_found)
     graph, state = nnx.split(model)
-    logits, cache = prefill(graph, state, tokens, length)
-    written = [jnp.argmax(logits, axis=-1).astype(tokens.dtype)]
+    draw = partial(sample, temperature=temperature, top_k=k, top_p=top_p)
+    keys = jax.random.split(jax.random.key(seed), new_tokens)
+    top, cache = prefill(graph, state, tokens, room, k)
+    written = [draw(top, keys[0])]
     while len(written) < new_tokens:
-        logits, cache = step(graph, state, written[-1], cache)
-        written.append(jnp.argmax(logits, axis=-1).astype(tokens.dtype))
-    return jnp.concatenate([tokens, jnp.stack(written, axis=1)], axis=1)
+        top, cache = step(graph, state, written[-1], cache, k)
+        written.append(draw(top, keys[len(written)]))
+    return jnp.concatenate([tokens, jnp.stack(written, axis=1).astype(tokens.dtype)], axis=1)
