@@ -5,8 +5,11 @@ PY := .venv/bin/python
 STAMP := .venv/.ready
 LAB := $(PY) -m hire.lab
 export TOKENIZERS_PARALLELISM := false
+# The one place for XLA flags; records state them. None is set, since none paid where these numbers were measured: on some processors
+# with AVX-512 `make bench XLA_FLAGS=--xla_cpu_prefer_vector_width=512` is faster, here it slows the dense product by a third.
+export XLA_FLAGS ?=
 
-.PHONY: help env figures test demo verify pages checks lint format lock budgets clean
+.PHONY: help env figures test floor demo bench verify pages checks lint format lock budgets clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -33,8 +36,26 @@ test: $(STAMP)  ## the notebooks' check cells, then the unit tests, on two cores
 	$(PY) -m pytest -p nbval --nbval-lax --nbval-cell-timeout=300 notebooks/*.ipynb -W default $(WORKERS)
 	$(PY) -m pytest $(WORKERS)
 
+# What Colab's TPU runtime ships: Python 3.12 with jax 0.7.2, flax 0.11.2, numpy 2.1.3, optax 0.2.8, orbax-checkpoint 0.12.4.
+FLOOR_PYTHON ?= $(shell for v in "" $$(pyenv versions --bare 2>/dev/null | grep '^3\.12'); do \
+	PYENV_VERSION=$$v python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null && break; done)
+FLOOR := .venv-floor/bin/python
+
+.venv-floor/.ready: pyproject.toml constraints-floor.txt
+	@test -n "$(FLOOR_PYTHON)" || { echo "error: no python3.12 found: install one, or name it with make floor FLOOR_PYTHON=…"; exit 1; }
+	$(FLOOR_PYTHON) -m venv .venv-floor
+	.venv-floor/bin/pip install -q -c constraints-floor.txt -e '.[all]'
+	@touch $@
+
+floor: .venv-floor/.ready  ## the unit tests and notebook 03 on the oldest versions that are supported, those of Colab's TPU runtime
+	$(FLOOR) -m pytest $(WORKERS)
+	$(FLOOR) -m hire.lab figures --profile smoke --only 03 --fresh
+
 demo: $(STAMP)  ## the first minute: one table, dense against HiRE on a real softmax
 	@$(LAB) demo
+
+bench: $(STAMP)  ## latency of softmax and decode step, dense against HiRE: a table, appended to data/records/bench.jsonl
+	@$(LAB) bench
 
 verify: $(STAMP)  ## every target of the work: obtained, threshold, met or not
 	@$(LAB) verify
@@ -62,10 +83,11 @@ lock: $(STAMP)  ## constraints.txt from what is installed now
 budgets: $(STAMP)  ## time the targets that have a budget, as records
 	$(LAB) budget env
 	$(LAB) budget demo
+	$(LAB) budget bench
 	$(LAB) budget figures PROFILE=smoke FRESH=1
 	$(LAB) budget test
 	$(LAB) budget figures FRESH=1
 	@$(LAB) pages
 
 clean:  ## remove what runs leave behind, the environment included
-	rm -rf .venv out build *.egg-info
+	rm -rf .venv .venv-floor out build *.egg-info

@@ -109,9 +109,9 @@ def depths(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return len(above) - np.searchsorted(above, floors)
 
 
-def batches(queries):
-    """Slices of at most BATCH queries."""
-    return [queries[start : start + BATCH] for start in range(0, len(queries), BATCH)]
+def batches(queries, size: int = BATCH):
+    """Slices of at most `size` queries."""
+    return [queries[start : start + size] for start in range(0, len(queries), size)]
 
 
 def mean_bound(values: np.ndarray, documents: Sequence | np.ndarray | None = None, confidence: float = 0.95) -> float:

@@ -54,18 +54,13 @@ THIN = 16  # queries up to which a CPU reads the rows once by multiply-and-reduc
 CHUNK = 64  # rows gathered at a time on a CPU: a few hundred KB, which stay in cache between the gather and the product
 
 
-def thin(queries: int) -> bool:
-    """Whether XLA's matrix product is slow at so many queries: on a CPU it copies cast rows and leaves bandwidth unused."""
-    return jax.default_backend() == "cpu" and queries <= THIN
-
-
 def row_scores(x: Queries, rows: Rows) -> Float[Array, "b m"]:
     """Exact scores of every row, float32: queries (b, d) against rows (m, d) in their own type.
 
     The form is the fastest one on a CPU at that batch (`make bench` times the others).
     """
     x = x.astype(rows.dtype)
-    if 1 < len(x) and thin(len(x)):
+    if 1 < len(x) <= THIN and jax.default_backend() == "cpu":
         x = jax.lax.optimization_barrier(x)  # or XLA computes the queries anew for every row
         return jax.lax.optimization_barrier(jnp.sum(rows[:, None].astype(jnp.float32) * x[None].astype(jnp.float32), axis=-1)).T
     # As x @ rowsᵀ: for one query XLA fuses a cast of the rows into this form, and copies them first in the others.
@@ -75,7 +70,7 @@ def row_scores(x: Queries, rows: Rows) -> Float[Array, "b m"]:
 def row_scores_at(x: Queries, rows: Rows, indices: Indices) -> Candidates:
     """Exact scores, float32, of the rows at indices (b, c): only those rows are read."""
     x, rows = x.astype(rows.dtype), jnp.asarray(rows)
-    if not thin(len(x)):
+    if jax.default_backend() != "cpu":
         return jnp.einsum("bd,bcd->bc", x, rows[indices], preferred_element_type=jnp.float32)
     b, c = indices.shape
     chunks = jnp.pad(indices, ((0, 0), (0, -c % CHUNK))).reshape(-1, CHUNK)

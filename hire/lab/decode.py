@@ -52,7 +52,7 @@ class StepForms:
 
         def form(x):
             nonlocal cache
-            word = jnp.full((batch,), 3, jnp.int32) + (jnp.argmax(x) % 99).astype(jnp.int32)
+            word = np.full((batch,), 3 + np.argmax(x) % 99, np.int32)
             top, cache = step(self.graph, self.state, word, cache, self.k)
             return top
 

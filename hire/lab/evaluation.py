@@ -13,7 +13,7 @@ from hire.axes import AnyArray, Array, Float, Hidden, Int, Queries, Rows, Tokens
 from hire.choose import batches, candidates_needed, mean_bound
 from hire.estimators import Estimator, row_scores
 from hire.lab.text import Document
-from hire.models import Decoder, TextModel
+from hire.models import Decoder, TextModel, generate
 from hire.sampling import sampling_probabilities
 from hire.softmax import HireSoftmax
 from hire.topk import TopK, bucketed_top_k, expected_recall, expected_recall_top1, recall
@@ -108,13 +108,62 @@ def curve(rows: Rows, estimator: Estimator, hidden: Queries, best: TopK, candida
     )
 
 
+def found_by(softmax: HireSoftmax, hidden: Queries, batch: int = 64) -> TopK:
+    """What the search returns for many queries (n, d), in numpy."""
+    padded = np.concatenate([hidden, hidden[:1].repeat(-len(hidden) % batch, 0)])
+    parts = [jax.device_get(softmax(padded[start : start + batch])) for start in range(0, len(padded), batch)]
+    return TopK(*(np.concatenate(part)[: len(hidden)] for part in zip(*parts, strict=True)))
+
+
 def judge(softmax: HireSoftmax, states: States, best: TopK, batch: int = 64) -> dict[str, dict]:
     """Rates of recall and of top-1 kept over states, on the indices that the search itself returns."""
-    padded = np.concatenate([states.hidden, states.hidden[:1].repeat(-len(states.hidden) % batch, 0)])
-    parts = [softmax(padded[start : start + batch]) for start in range(0, len(padded), batch)]
-    found = np.concatenate([np.asarray(part.indices) for part in parts])[: len(states.hidden)]
+    found = found_by(softmax, states.hidden, batch).indices
     hits = np.stack([np.isin(true, got) for true, got in zip(best.indices, found, strict=True)])
     return dict(recall=rate(hits.mean(1), states.documents), top1=rate(hits[:, 0], states.documents))
+
+
+def distribution(softmax: HireSoftmax, model: Decoder, states: States, best: TopK) -> dict[str, float]:
+    """What the search does to sampling and to perplexity over states, against exact logits.
+
+    top-1 agreement; total variation between sampling from what is found and from the exact top-k, its mean and 99th percentile;
+    exact perplexity, and how far the one with the estimated normaliser is from it (relative); the mean absolute error of a loss in
+    nats, and the share of losses within two of the errors that the softmax states.
+    """
+    found = found_by(softmax, states.hidden)
+    apart = total_variation(found, best)
+    exact, estimated, stated = losses(model, states), [], []
+    for hidden, targets in zip(batches(states.hidden, 64), batches(states.targets[:, None], 64), strict=True):
+        words = softmax.words(hidden)
+        estimated.append(words.log_normalizer - softmax.exact_logits(hidden, targets)[:, 0])
+        stated.append(words.error)
+    estimated, stated = np.concatenate(estimated), np.concatenate(stated)
+    off = np.abs(estimated - exact)
+    return dict(
+        agreement=float(np.mean(found.indices[:, 0] == best.indices[:, 0])),
+        variation=float(apart.mean()),
+        variation_99=float(np.quantile(apart, 0.99)),
+        perplexity=float(np.exp(exact.mean())),
+        perplexity_off=float(np.expm1(estimated.mean() - exact.mean())),
+        nats_off=float(off.mean()),
+        within_two_errors=float(np.mean(off < 2 * stated)),
+    )
+
+
+def side_by_side(subject: TextModel, other: Decoder, text: str, prompt: int, new_tokens: int) -> str:
+    """Greedy continuations of a text's first tokens by a model and another form of it, and what each wanted where they part."""
+    tokens = jnp.asarray(subject.tokens(text, prompt))[None]
+    lines = [np.asarray(generate(form, tokens, new_tokens=new_tokens))[0] for form in (subject.model, other)]
+    told = [repr(subject.tokenizer.decode(lines[0][1:].tolist()))]
+    parted = np.flatnonzero(lines[0] != lines[1])
+    if not len(parted):
+        return f"{told[0]}\n    the same, word for word"
+    at = int(parted[0])
+    logits = subject.model.logits(subject.model.prefill(jnp.asarray(lines[0][None, :at]))[0][:, -1])[0]
+    for name, line in zip(("dense", "HiRE"), lines, strict=True):
+        told.append(
+            f"    from word {at} on, {name}: {subject.tokenizer.decode(line[at:].tolist())!r}, dense logit {logits[line[at]]:.3f}"
+        )
+    return "\n".join(told)
 
 
 def two_stage(logits: Float[Array, "b m"], k: int, buckets: Sequence[int]) -> dict[str, list[float]]:

@@ -97,6 +97,47 @@ def share_bars(axis: Axes, bars: dict[str, dict[str, float]]) -> None:
     axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
 
 
+def quality_speed(axis: Axes, lines: dict[str, dict[str, tuple[float, float]]], *, lowest: float, star: tuple[str, str]) -> None:
+    """Recall against speed-up: lines of labelled points (speed-up, recall), and a star for the point (line, label)."""
+    for color, (name, points) in zip(sns.color_palette("colorblind"), lines.items(), strict=False):
+        speeds, recalls = zip(*points.values(), strict=True)
+        axis.plot(speeds, missed(recalls), "o-", ms=5, color=color, label=name)
+        for text, (speed, recall) in points.items():
+            label(axis, speed, float(missed(recall)), text, color, offset=(5, 7))
+    speed, recall = lines[star[0]][star[1]]
+    axis.plot(speed, missed(recall), "*", ms=15, color="black", label=f"recommended: {star[1]}, {star[0]}")
+    axis.set(xlabel="speed-up over the fastest dense form", ylabel="recall", xlim=(0, None))
+    axis.legend(frameon=False, fontsize=8, loc="upper left")
+    recall_axis(axis, lowest)
+
+
+def latency_lines(axis: Axes, batches: Sequence[int], lines: dict[str, Sequence[float]], colors: dict, **titles) -> None:
+    """Seconds over batches (doubling), shown in milliseconds, a line each, both axes logarithmic."""
+    for name, values in lines.items():
+        axis.plot(batches, np.multiply(values, 1e3), "o-", ms=4, color=colors[name], label=name)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    axis.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
+    axis.set(xticks=batches, xticklabels=batches, xlabel="batch", ylabel="ms, median", **titles)
+    axis.legend(frameon=False, fontsize=9)
+
+
+def stage_bars(axis: Axes, seconds: dict[str, float], floors: dict[str, float]) -> None:
+    """Milliseconds of each stage, and within the bar the least time that its weight bytes take at the machine's bandwidth."""
+    blue, gray = sns.color_palette("colorblind")[0], "0.25"
+    names = list(seconds)[::-1]
+    axis.barh(names, [seconds[name] * 1e3 for name in names], color=blue, height=0.6, label="measured")
+    axis.barh(
+        names,
+        [floors.get(name, 0) * 1e3 for name in names],
+        color=gray,
+        height=0.2,
+        label="reading its weights at stream bandwidth",
+    )
+    axis.set(xlabel="ms at batch 1, median", title="Stages of one search")
+    axis.legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1.0, 0.4))
+
+
 def save(figure: Figure, folder: Path, name: str, *, note: str, **facts) -> None:
     """Write folder/name.png, with a note of what was measured where, and folder/name.json with the facts: series and finding."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -52,8 +52,10 @@ def machine() -> dict:
     return dict(device=name, versions=versions, xla_flags=os.environ.get("XLA_FLAGS", ""))
 
 
-def write(folder: Path, topic: str, id: str, *, kind: str, weights: str, setting: dict, results: dict, **more) -> dict:
-    """Put a record into folder/topic.jsonl in place of the one with its id, and return it.
+def write(
+    folder: Path, topic: str, id: str, *, kind: str, weights: str, setting: dict, results: dict, append: bool = False, **more
+) -> dict:
+    """Put a record into folder/topic.jsonl in place of the one with its id (or after it, with append), and return it.
 
     `more` may hold `durations` (raw seconds by form), `claims` (see scorecard.py) and `command`. Raises ValueError for an unknown
     kind. The file is written whole and renamed.
@@ -64,7 +66,7 @@ def write(folder: Path, topic: str, id: str, *, kind: str, weights: str, setting
     record: dict = dict(id=id, kind=kind, weights=weights, setting=setting, results=results, **more)
     record |= dict(date=now, commit=commit(), machine=machine())
     path = folder / f"{topic}.jsonl"
-    kept = [old for old in read(folder, topic) if old["id"] != id]
+    kept = [old for old in read(folder, topic) if append or old["id"] != id]
     lines = [json.dumps(entry) for entry in sorted([*kept, record], key=lambda entry: entry["id"])]
     folder.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".partial")

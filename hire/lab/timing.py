@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hire.axes import Rows
+from hire.estimators import row_scores
 from hire.topk import exact_top_k
 
 
@@ -41,17 +42,20 @@ def medians(durations: dict[str, list[float]]) -> dict[str, float]:
 
 
 def dense_forms(rows: Rows, k: int) -> dict[str, Callable]:
-    """The exact top-k of every row's score for queries (1, d), in four forms: the fastest of them is what HiRE is compared with."""
+    """The exact top-k of every row's score for queries (b, d), in four forms: the fastest of them is what HiRE is compared with."""
 
     def form(scores: Callable) -> Callable:
         compiled = jax.jit(lambda rows, x: exact_top_k(scores(rows, x), k))
         return lambda x: compiled(rows, x)
 
+    def padded(rows, x):
+        return (jnp.pad(x, ((0, -len(x) % 16), (0, 0))) @ rows.T)[: len(x)]
+
     return {
         "dense x @ W.T": form(lambda rows, x: x @ rows.T),
-        "dense W @ x": form(lambda rows, x: (rows @ x[0])[None]),
-        "dense multiply-reduce": form(lambda rows, x: jnp.sum(rows * x, axis=1)[None]),
-        "dense padded to 16": form(lambda rows, x: (jnp.pad(x, ((0, 15), (0, 0))) @ rows.T)[:1]),
+        "dense W @ x": form(lambda rows, x: (rows @ x[0])[None] if len(x) == 1 else (rows @ x.T).T),
+        "dense multiply-reduce": form(lambda rows, x: jnp.sum(rows * x, 1)[None] if len(x) == 1 else row_scores(x, rows)),
+        "dense padded to 16": form(padded),
     }
 
 

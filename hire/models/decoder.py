@@ -241,7 +241,7 @@ class Decoder(nnx.Module):
             values.append(value)
         return self.norm(x), Cache(tuple(keys), tuple(values), t, room)
 
-    def step(self, token: Int[Array, " b"], cache: Cache) -> tuple[Float[Array, "b d"], Cache]:
+    def step(self, token: Int[AnyArray, " b"], cache: Cache) -> tuple[Float[Array, "b d"], Cache]:
         """Hidden state (b, d) after one more token (b,), and the cache with it. Raises ValueError when its slots are full."""
         cache.check_room()
         length = jnp.asarray(cache.length, jnp.int32)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hire.axes import Array, Int, Tokens
+from hire.axes import AnyArray, Array, Int, Tokens
 from hire.models.decoder import Cache, Decoder
 from hire.sampling import check_sampling, sample
 from hire.topk import TopK
@@ -21,7 +21,7 @@ def prefill(graph: nnx.GraphDef, state: nnx.State, tokens: Tokens, slots: int, k
     return top, replace(cache, length=tokens.shape[1])
 
 
-def step(graph: nnx.GraphDef, state: nnx.State, token: Int[Array, " b"], cache: Cache, k: int) -> tuple[TopK, Cache]:
+def step(graph: nnx.GraphDef, state: nnx.State, token: Int[AnyArray, " b"], cache: Cache, k: int) -> tuple[TopK, Cache]:
     """The k best words (b, k) after one more token (b,), and the cache with it; the cache given is used up.
 
     Raises ValueError when its slots are full.
@@ -39,7 +39,7 @@ def compiled_prefill(graph: nnx.GraphDef, state: nnx.State, tokens: Tokens, slot
 
 
 @partial(jax.jit, static_argnames=("graph", "k"), donate_argnames="cache")
-def compiled_step(graph: nnx.GraphDef, state: nnx.State, token: Int[Array, " b"], cache: Cache, k: int) -> tuple[TopK, Cache]:
+def compiled_step(graph: nnx.GraphDef, state: nnx.State, token: Int[AnyArray, " b"], cache: Cache, k: int) -> tuple[TopK, Cache]:
     model = nnx.merge(graph, state)
     hidden, cache = model.step(token, cache)
     return model.best(hidden, k), cache
