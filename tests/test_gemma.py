@@ -1,5 +1,6 @@
 """The real model, on real text: weights straight from the file, tokenizer against SentencePiece, recall on its softmax."""
 
+import re
 import warnings
 
 import gguf
@@ -9,6 +10,7 @@ import pytest
 import hire
 from hire.choose import candidates_needed, true_top_k
 from hire.lab import evaluation, reference
+from hire.lab.paths import ROOT
 from hire.lab.text import documents
 from hire.models.weights import find_weights
 
@@ -60,6 +62,16 @@ def test_the_tokenizer_is_sentencepiece_on_the_whole_corpus(gemma, file):
         assert decoded == texts
         compared = slice(0, None, 4 if split == "train" else 1)  # the peer is slower
         assert [text.ids for text in encoded[compared]] == peer.encode(texts[compared])
+
+
+def test_the_readme_writes_text_with_the_searched_model(gemma, monkeypatch):
+    _, code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    monkeypatch.setattr("hire.models.load_gemma", lambda: gemma)
+    rows = gemma.model.embedding[...]
+    given = dict(hire=hire, softmax=hire.HireSoftmax(rows, hire.Quantized.fit(rows, 8), k=32, candidates=64))
+    exec(code, given)
+    dense = hire.generate(gemma.model, gemma.tokens("Call me Ishmael.")[None], new_tokens=40)
+    assert (given["tokens"] == dense).all()
 
 
 def test_a_small_fitted_copy_finds_the_top_words(gemma):

@@ -22,11 +22,13 @@ BOOKS = [entry["name"] for entry in load("register")["figures"] if (NOTEBOOKS / 
 
 
 def test_the_ten_lines_of_the_readme_run(rng):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    code, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert len(code.strip().splitlines()) <= 10
     states = rng.normal(size=(3000, 160)).astype(np.float32) * np.geomspace(1, 0.05, 160, dtype=np.float32)
     given = dict(embedding=hire.topk.jnp.asarray(rng.normal(size=(4000, 160)), np.float32))
-    given |= dict(hidden_states=states[:1500], more_hidden_states=states[1500:2900], hidden=states[2900:])
+    given |= dict(
+        key=hire.sampling.jax.random.key(0), hidden_states=states[:1500], more_hidden_states=states[1500:2900], hidden=states[2900:]
+    )
     exec(code, given)
     assert given["top"].indices.shape == (100, 32)
     exact = given["hidden"] @ np.asarray(given["embedding"]).T
