@@ -54,6 +54,19 @@ THIN = 16  # queries up to which a CPU reads the rows once by multiply-and-reduc
 CHUNK = 64  # rows gathered at a time on a CPU: a few hundred KB, which stay in cache between the gather and the product
 
 
+def product(one: AnyArray, other: AnyArray, pattern: str | None = None, precision: str | None = None) -> Float[Array, "..."]:
+    """one @ other, or their einsum by a pattern, summed in float32.
+
+    A CPU takes 16-bit operands as float32: for one query XLA fuses that cast into the product, which is then faster than its own
+    product of bfloat16, and the XLA of jax 0.7 has none.
+    """
+    if jax.default_backend() == "cpu":
+        one, other = one.astype(jnp.float32), other.astype(jnp.float32)
+    if pattern is None:
+        return jnp.matmul(one, other, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.einsum(pattern, one, other, precision=precision, preferred_element_type=jnp.float32)
+
+
 def row_scores(x: Queries, rows: Rows) -> Float[Array, "b m"]:
     """Exact scores of every row, float32: queries (b, d) against rows (m, d) in their own type.
 
@@ -61,26 +74,19 @@ def row_scores(x: Queries, rows: Rows) -> Float[Array, "b m"]:
     """
     x = x.astype(rows.dtype)
     if 1 < len(x) <= THIN and jax.default_backend() == "cpu":
-        x = jax.lax.optimization_barrier(x)  # or XLA computes the queries anew for every row
-        return jax.lax.optimization_barrier(jnp.sum(rows[:, None].astype(jnp.float32) * x[None].astype(jnp.float32), axis=-1)).T
-    # As x @ rowsᵀ: for one query XLA fuses a cast of the rows into this form, and copies them first in the others.
-    return jnp.matmul(x, rows.T, preferred_element_type=jnp.float32)
+        return jnp.sum(rows[:, None].astype(jnp.float32) * x[None].astype(jnp.float32), axis=-1).T
+    return product(x, rows.T)  # for one query XLA fuses a cast of the rows into this form, and copies them first in the others
 
 
 def row_scores_at(x: Queries, rows: Rows, indices: Indices) -> Candidates:
-    """Exact scores, float32, of the rows at indices (b, c): only those rows are read."""
+    """Exact scores, float32, of the rows at indices (b, c): only those rows are read. NaN where there is no such row."""
     x, rows = x.astype(rows.dtype), jnp.asarray(rows)
     if jax.default_backend() != "cpu":
-        return jnp.einsum("bd,bcd->bc", x, rows[indices], preferred_element_type=jnp.float32)
+        return product(x, rows[indices], "bd,bcd->bc")
     b, c = indices.shape
     chunks = jnp.pad(indices, ((0, 0), (0, -c % CHUNK))).reshape(-1, CHUNK)
-
-    def dot(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        # Indices come from a top-k of these rows' scores, so none needs a check that it is within them.
-        gathered = rows.at[part[0]].get(mode="promise_in_bounds")
-        return jnp.matmul(gathered, part[1], preferred_element_type=jnp.float32)
-
-    return jax.lax.map(dot, (chunks, jnp.repeat(x, len(chunks) // b, axis=0))).reshape(b, -1)[:, :c]
+    queries = jnp.repeat(x, len(chunks) // b, axis=0)
+    return jax.lax.map(lambda part: product(rows[part[0]], part[1]), (chunks, queries)).reshape(b, -1)[:, :c]
 
 
 @jax.jit
@@ -193,12 +199,12 @@ class LowRank:
         # The d x d problem in float64: with G = rowsᵀ rows, the right singular vectors of rows @ L are the
         # eigenvectors of Lᵀ G L, and the (m, d) matrix itself is only multiplied.
         lower = np.linalg.cholesky(covariance)
-        gram = jnp.einsum("md,me->de", rows, rows, preferred_element_type=jnp.float32, precision="highest")
+        gram = product(rows, rows, "md,me->de", precision="highest")
         _, vectors = np.linalg.eigh(lower.T @ np.asarray(gram, np.float64) @ lower)
         leading = vectors[:, ::-1][:, :rank]
         projection = jnp.asarray(np.linalg.solve(lower.T, leading).T, jnp.float32)
         mixing = jnp.asarray(lower @ leading, jnp.float32)
-        factors = jnp.einsum("md,dr->mr", rows, mixing, preferred_element_type=jnp.float32)
+        factors = product(rows, mixing, "md,dr->mr")
         kept = factors.astype(rows.dtype) if bits is None else Quantized.fit(factors, bits)
         return cls(projection, kept, fingerprint(rows))
 

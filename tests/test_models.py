@@ -125,8 +125,6 @@ def test_sampling_draws_with_the_seed_among_the_best(tiny, rng):
 
 
 def test_bfloat16_runs_in_bfloat16_and_stays_near(rng):
-    if jax.__version_info__ < (0, 8):
-        pytest.skip("XLA of jax 0.7 has no product of bfloat16 into float32 on a CPU")
     configured = preset("tiny", vocabulary=300, layers=2, global_every=2)
     half = Decoder(configured, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     graph, state = nnx.split(half)

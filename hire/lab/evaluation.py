@@ -56,7 +56,7 @@ def collect(model: Decoder, tokens: np.ndarray, names: np.ndarray, *, skip: int 
     """Hidden states of windows (w, t) from position `skip` on, all but the last position, whose next token is not known."""
     graph, state = nnx.split(model)
     padded = np.concatenate([tokens, tokens[:1].repeat(-len(tokens) % batch, 0)])
-    parts = [np.asarray(hidden_states(graph, state, padded[start : start + batch])) for start in range(0, len(padded), batch)]
+    parts = [np.asarray(hidden_states(graph, state, part)) for part in batches(padded, batch)]
     hidden = np.concatenate(parts)[: len(tokens), skip:-1]
     count = hidden.shape[1]
     return States(hidden.reshape(-1, hidden.shape[-1]), tokens[:, skip + 1 :].reshape(-1), np.repeat(names, count))
@@ -111,7 +111,7 @@ def curve(rows: Rows, estimator: Estimator, hidden: Queries, best: TopK, candida
 def found_by(softmax: HireSoftmax, hidden: Queries, batch: int = 64) -> TopK:
     """What the search returns for many queries (n, d), in numpy."""
     padded = np.concatenate([hidden, hidden[:1].repeat(-len(hidden) % batch, 0)])
-    parts = [jax.device_get(softmax(padded[start : start + batch])) for start in range(0, len(padded), batch)]
+    parts = [jax.device_get(softmax(part)) for part in batches(padded, batch)]
     return TopK(*(np.concatenate(part)[: len(hidden)] for part in zip(*parts, strict=True)))
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from hire.axes import AnyArray, Array, Bool, Float, Hidden, Int, Rows, Tokens
-from hire.estimators import Estimator, row_scores
+from hire.estimators import Estimator, product, row_scores
 from hire.models.config import DecoderConfig
 from hire.softmax import HireSoftmax
 from hire.topk import TopK, exact_top_k
@@ -72,7 +72,7 @@ def matrix(rngs: nnx.Rngs, rows: int, columns: int, fan_in: int, dtype) -> nnx.P
 
 
 def linear(x: Float[Array, "*b d"], weight: nnx.Param) -> Float[Array, "*b f"]:
-    return jnp.matmul(x, weight[...].T, preferred_element_type=jnp.float32).astype(x.dtype)
+    return product(x, weight[...].T).astype(x.dtype)
 
 
 def rotate(x: Float[Array, "b t h e"], positions: Int[Array, " t"], base: float) -> Float[Array, "b t h e"]:
@@ -105,16 +105,16 @@ def attend(queries: Float[Array, "b t h e"], *parts: Part) -> Float[Array, "b t 
 
 def products(queries: Float[Array, "b t n g e"], keys: KeysOrValues) -> Float[Array, "b n g t s"]:
     if queries.shape[:3] == (1, 1, 1):  # one text, one key/value head: a matrix-vector product a head is twice as fast on a CPU
-        rows = [jnp.matmul(keys[0, :, 0], query, preferred_element_type=jnp.float32) for query in queries[0, 0, 0]]
+        rows = [product(keys[0, :, 0], query) for query in queries[0, 0, 0]]
         return jnp.stack(rows)[None, None, :, None]
-    return jnp.einsum("btnge,bsne->bngts", queries, keys, preferred_element_type=jnp.float32)
+    return product(queries, keys, "btnge,bsne->bngts")
 
 
 def mixture(weights: Float[Array, "b n g t s"], values: KeysOrValues) -> Float[Array, "b t n g e"]:
     if weights.shape[:2] == (1, 1) and weights.shape[3] == 1:
-        rows = [jnp.matmul(share, values[0, :, 0], preferred_element_type=jnp.float32) for share in weights[0, 0, :, 0]]
+        rows = [product(share, values[0, :, 0]) for share in weights[0, 0, :, 0]]
         return jnp.stack(rows)[None, None, None]
-    return jnp.einsum("bngts,bsne->btnge", weights, values, preferred_element_type=jnp.float32)
+    return product(weights, values, "bngts,bsne->btnge")
 
 
 class Attention(nnx.Module):
@@ -188,7 +188,7 @@ class FFN(nnx.Module):
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         up = linear(x, self.up)
         active = jax.nn.relu(up) if self.gate is None else jax.nn.gelu(linear(x, self.gate), approximate=True) * up
-        return jnp.matmul(active, self.down[...], preferred_element_type=jnp.float32).astype(x.dtype)
+        return product(active, self.down[...]).astype(x.dtype)
 
 
 class Block(nnx.Module):
