@@ -87,7 +87,6 @@ budgets: $(STAMP)  ## time the targets that have a budget, as records
 	$(LAB) budget figures PROFILE=smoke FRESH=1
 	$(LAB) budget test
 	$(LAB) budget figures FRESH=1
-	@$(LAB) pages
 
 clean:  ## remove what runs leave behind, the environment included
 	rm -rf .venv .venv-floor out build *.egg-info

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hire
-from hire.estimators import unpack
+from hire.estimators import row_sums, unpack
 
 
 def correlated(rng, m=400, d=24, n=500):
@@ -46,6 +46,13 @@ def test_quantized_is_within_half_a_step(m, d, bits, seed):
     restored = unpack(copy.codes, bits, d) * copy.scale[:, None]
     assert np.all(np.abs(restored - rows) <= 0.5001 * copy.scale[:, None])
     assert copy.shape == (m, d)
+
+
+@given(st.sampled_from([(1,), (3,), (1, 1), (2, 1)]), st.sampled_from([1, 16, 48, 50]), st.integers(0, 2**31))
+def test_sums_of_weighted_rows_in_any_split(lead, m, seed):
+    rng = np.random.default_rng(seed)
+    weights, rows = rng.normal(size=(*lead, m)).astype(np.float32), rng.normal(size=(m, 5)).astype(np.float32)
+    np.testing.assert_allclose(row_sums(weights, rows), weights @ rows, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 import hire
 from hire.lab import reference
 from hire.models import Decoder, convert, generate, load_gemma, preset, weights
-from hire.models.generation import compiled_step, prefill, step
+from hire.models.generation import Split, compiled_step, prefill, step
 from hire.models.tokenizer import byte_tokenizer, sentencepiece_bpe
 from hire.models.weights import gguf_names, named
 
@@ -49,17 +49,17 @@ def test_the_reference_by_hand():
 def test_decoding_a_word_at_a_time_is_the_prefill(rng, gated, start, batch, kv_heads):
     configured = preset("tiny", vocabulary=300, layers=2, global_every=2, gated=gated, kv_heads=kv_heads)
     model = Decoder(configured, rngs=nnx.Rngs(1))
-    graph, state = nnx.split(model)
+    parts = Split.of(model)
     tokens = texts(rng, batch, 44)
     whole = model.logits(model.prefill(tokens)[0])
-    top, cache = prefill(graph, state, tokens[:, :start], 44, 300)
+    top, cache = prefill(parts, tokens[:, :start], 44, 300)
     np.testing.assert_allclose(by_word(top), whole[:, start - 1], atol=2e-4)
     for position in range(start, 44):
-        top, cache = step(graph, state, tokens[:, position], cache, 300)
+        top, cache = step(parts, tokens[:, position], cache, 300)
         np.testing.assert_allclose(by_word(top), whole[:, position], atol=2e-4)
     assert cache.length == 44
     with pytest.raises(ValueError, match="the cache's 44 slots are full: expected room for one more token"):
-        step(graph, state, tokens[:, 0], cache, 300)
+        step(parts, tokens[:, 0], cache, 300)
     assert {keys.shape[1] for keys in cache.keys} == {16, 44}  # local layers keep their window only
 
 
@@ -67,9 +67,9 @@ def test_decoding_a_word_at_a_time_is_the_prefill(rng, gated, start, batch, kv_h
 def test_a_step_copies_neither_weights_nor_cache(unchecked, rng, searched):
     model = Decoder(preset("tiny", vocabulary=3000, layers=2, global_every=2, kv_heads=1, window=64), rngs=nnx.Rngs(0))
     model = convert(model, softmax=softmax_of(model)) if searched else model
-    graph, state = nnx.split(model)
-    _, cache = prefill(graph, state, texts(rng, 1, 8), 100, 4)
-    compiled = compiled_step.lower(graph, state, jnp.zeros((1,), jnp.int32), cache, 4).compile()
+    parts = Split.of(model)
+    _, cache = prefill(parts, texts(rng, 1, 8), 100, 4)
+    compiled = compiled_step.lower(parts, jnp.zeros((1,), jnp.int32), cache, 4).compile()
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.keys, cache.values)))
     assert compiled.memory_analysis().alias_size_in_bytes >= held  # every key and value is donated to its successor
     program = compiled.as_text()
@@ -77,7 +77,7 @@ def test_a_step_copies_neither_weights_nor_cache(unchecked, rng, searched):
     copied = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", entry)]
     assert max(copied, default=0) < 64 * 16  # less than the keys of the shortest cache
     before = cache.keys[0]
-    step(graph, state, jnp.zeros((1,), jnp.int32), cache, 4)
+    step(parts, jnp.zeros((1,), jnp.int32), cache, 4)
     assert before.is_deleted()
 
 
@@ -110,9 +110,8 @@ def test_generation_takes_the_likeliest_word_each_time(tiny, rng):
     tokens = texts(rng, 2, 5)
     written = generate(tiny, tokens, new_tokens=3)
     assert (written[:, :5] == tokens).all()
-    for position in range(5, 8):
-        logits = tiny.logits(tiny.prefill(written[:, :position])[0][:, -1])
-        assert (jnp.argmax(logits, axis=-1) == written[:, position]).all()
+    logits = tiny.logits(tiny.prefill(written)[0][:, 4:7])
+    assert (jnp.argmax(logits, axis=-1) == written[:, 5:]).all()
 
 
 def test_sampling_draws_with_the_seed_among_the_best(tiny, rng):

@@ -5,11 +5,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from hire.lab.timing import interleaved
 from hire.models import Cache, Decoder
-from hire.models.generation import prefill, step
+from hire.models.generation import Split, prefill, step
 
 
 def softmax(model: Decoder, x, cache: Cache):
@@ -35,16 +34,15 @@ class StepForms:
     """
 
     def __init__(self, model: Decoder, slots: int, k: int = 1):
-        self.graph, self.state = nnx.split(model)
+        self.model = Split.of(model)
         self.k = k
         words = np.random.default_rng(0).integers(3, model.config.vocabulary, (1, slots // 2))
-        self.held = prefill(self.graph, self.state, jnp.asarray(words, jnp.int32), slots, k)[1]
+        self.held = prefill(self.model, jnp.asarray(words, jnp.int32), slots, k)[1]
 
     def part(self, function: Callable) -> Callable:
         """softmax, ffn or attention alone, with the model's own weights."""
-        graph = self.graph
-        compiled = jax.jit(lambda state, x, cache: function(nnx.merge(graph, state), x, cache))
-        return lambda x: compiled(self.state, x, self.held)
+        compiled = jax.jit(lambda model, x, cache: function(model.merge(), x, cache))
+        return lambda x: compiled(self.model, x, self.held)
 
     def whole(self, batch: int = 1) -> Callable:
         """The step itself, for a batch of the same text; each call writes a word into a cache of its own."""
@@ -53,7 +51,7 @@ class StepForms:
         def form(x):
             nonlocal cache
             word = np.full((batch,), 3 + np.argmax(x) % 99, np.int32)
-            top, cache = step(self.graph, self.state, word, cache, self.k)
+            top, cache = step(self.model, word, cache, self.k)
             return top
 
         return form

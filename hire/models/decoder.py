@@ -1,7 +1,7 @@
 """The decoder, in Flax NNX: one forward pass over a whole text (prefill) and one token at a time (step).
 
-Weights are (out, in), so that an output is one contiguous row; the FFN's second matrix is stored as the first, one row per neuron,
-so that a group of neurons is one contiguous read in every matrix. Norms, positions and softmax are computed in float32.
+Weights are (out, in), so that an output is one contiguous row. The last ones of attention and FFN are (in, out): a neuron
+has one contiguous row in every matrix of the FFN. Norms, positions and softmax are computed in float32.
 """
 
 import functools
@@ -14,7 +14,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from hire.axes import AnyArray, Array, Bool, Float, Hidden, Int, Rows, Tokens
-from hire.estimators import Estimator, product, row_scores
+from hire.estimators import Estimator, product, row_scores, row_sums
 from hire.models.config import DecoderConfig
 from hire.softmax import HireSoftmax
 from hire.topk import TopK, exact_top_k
@@ -72,7 +72,13 @@ def matrix(rngs: nnx.Rngs, rows: int, columns: int, fan_in: int, dtype) -> nnx.P
 
 
 def linear(x: Float[Array, "*b d"], weight: nnx.Param) -> Float[Array, "*b f"]:
+    """x with every row of a weight (f, d)."""
     return product(x, weight[...].T).astype(x.dtype)
+
+
+def mix(shares: Float[Array, "*b f"], weight: nnx.Param) -> Float[Array, "*b d"]:
+    """The rows of a weight (f, d), each times its share, summed."""
+    return row_sums(shares, weight[...]).astype(shares.dtype)
 
 
 def rotate(x: Float[Array, "b t h e"], positions: Int[Array, " t"], base: float) -> Float[Array, "b t h e"]:
@@ -128,7 +134,7 @@ class Attention(nnx.Module):
         self.query = matrix(rngs, config.heads * e, d, d, dtype)
         self.key = matrix(rngs, config.kv_heads * e, d, d, dtype)
         self.value = matrix(rngs, config.kv_heads * e, d, d, dtype)
-        self.output = matrix(rngs, d, config.heads * e, config.heads * e, dtype)
+        self.output = matrix(rngs, config.heads * e, d, config.heads * e, dtype)
         self.query_norm = RMSNorm(e, dtype)
         self.key_norm = RMSNorm(e, dtype)
 
@@ -148,7 +154,7 @@ class Attention(nnx.Module):
         queries, keys, values = self.project(x, positions)
         age = positions[:, None] - positions[None, :]
         mixed = attend(queries, (keys, values, (age >= 0) & (age < self.window)))
-        return linear(mixed.reshape(b, t, -1), self.output), self.stored(keys, slots), self.stored(values, slots)
+        return mix(mixed.reshape(b, t, -1), self.output), self.stored(keys, slots), self.stored(values, slots)
 
     def stored(self, entries: Float[Array, "b t n e"], slots: int) -> KeysOrValues:
         """Position p in slot p mod `slots`; only the last `slots` positions are kept."""
@@ -173,7 +179,7 @@ class Attention(nnx.Module):
         key, value = key + after, value + after
         keys = jax.lax.dynamic_update_slice_in_dim(keys, key, slot, axis=1)
         values = jax.lax.dynamic_update_slice_in_dim(values, value, slot, axis=1)
-        return linear(mixed.reshape(x.shape[0], -1), self.output), keys, values
+        return mix(mixed.reshape(x.shape[0], -1), self.output), keys, values
 
 
 class FFN(nnx.Module):
@@ -188,7 +194,7 @@ class FFN(nnx.Module):
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         up = linear(x, self.up)
         active = jax.nn.relu(up) if self.gate is None else jax.nn.gelu(linear(x, self.gate), approximate=True) * up
-        return product(active, self.down[...]).astype(x.dtype)
+        return mix(active, self.down)
 
 
 class Block(nnx.Module):

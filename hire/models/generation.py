@@ -1,6 +1,7 @@
 """Decoding: a whole prompt at once, then one compiled step a token."""
 
-from dataclasses import replace
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
@@ -12,37 +13,68 @@ from hire.models.decoder import Cache, Decoder
 from hire.sampling import check_sampling, sample
 from hire.topk import TopK
 
-# A decode step takes the model's arrays, split from it once, through jax.jit: nnx.jit looks at every weight at every call.
+
+class Rest:
+    """What a model is beside its arrays. flax hashes this anew at every call, which takes as long as a layer: here it is kept."""
+
+    def __init__(self, *parts: Hashable):
+        self.parts = parts
+        self.hash = hash(parts)
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other) -> bool:
+        return self is other or (isinstance(other, Rest) and self.parts == other.parts)
 
 
-def prefill(graph: nnx.GraphDef, state: nnx.State, tokens: Tokens, slots: int, k: int) -> tuple[TopK, Cache]:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A model as a compiled step takes it: its arrays, split from the rest once. (nnx.jit looks at every weight at every call.)"""
+
+    arrays: list[jax.Array]
+    rest: Rest = field(metadata=dict(static=True))
+
+    @classmethod
+    def of(cls, model: Decoder) -> "Split":
+        graph, state = nnx.split(model)
+        arrays, form = jax.tree.flatten(state)
+        return cls(arrays, Rest(graph, form))
+
+    def merge(self) -> Decoder:
+        graph, form = self.rest.parts
+        return nnx.merge(graph, jax.tree.unflatten(form, self.arrays))
+
+
+def prefill(model: Split, tokens: Tokens, slots: int, k: int) -> tuple[TopK, Cache]:
     """The k best words (b, k) after texts (b, t), and their cache of so many slots."""
-    top, cache = compiled_prefill(graph, state, tokens, slots, k)
+    top, cache = compiled_prefill(model, tokens, slots, k)
     return top, replace(cache, length=tokens.shape[1])
 
 
-def step(graph: nnx.GraphDef, state: nnx.State, token: Int[AnyArray, " b"], cache: Cache, k: int) -> tuple[TopK, Cache]:
+def step(model: Split, token: Int[AnyArray, " b"], cache: Cache, k: int) -> tuple[TopK, Cache]:
     """The k best words (b, k) after one more token (b,), and the cache with it; the cache given is used up.
 
     Raises ValueError when its slots are full.
     """
     cache.check_room()
-    top, after = compiled_step(graph, state, token, cache, k)
+    top, after = compiled_step(model, token, cache, k)
     return top, replace(after, length=cache.length + 1)
 
 
-@partial(jax.jit, static_argnames=("graph", "slots", "k"))
-def compiled_prefill(graph: nnx.GraphDef, state: nnx.State, tokens: Tokens, slots: int, k: int) -> tuple[TopK, Cache]:
-    model = nnx.merge(graph, state)
-    hidden, cache = model.prefill(tokens, slots)
-    return model.best(hidden[:, -1], k), cache
+@partial(jax.jit, static_argnames=("slots", "k"))
+def compiled_prefill(model: Split, tokens: Tokens, slots: int, k: int) -> tuple[TopK, Cache]:
+    merged = model.merge()
+    hidden, cache = merged.prefill(tokens, slots)
+    return merged.best(hidden[:, -1], k), cache
 
 
-@partial(jax.jit, static_argnames=("graph", "k"), donate_argnames="cache")
-def compiled_step(graph: nnx.GraphDef, state: nnx.State, token: Int[AnyArray, " b"], cache: Cache, k: int) -> tuple[TopK, Cache]:
-    model = nnx.merge(graph, state)
-    hidden, cache = model.step(token, cache)
-    return model.best(hidden, k), cache
+@partial(jax.jit, static_argnames="k", donate_argnames="cache")
+def compiled_step(model: Split, token: Int[AnyArray, " b"], cache: Cache, k: int) -> tuple[TopK, Cache]:
+    merged = model.merge()
+    hidden, cache = merged.step(token, cache)
+    return merged.best(hidden, k), cache
 
 
 def generate(
@@ -74,12 +106,12 @@ def generate(
         )
     check_sampling(model.words_found, temperature, top_k, top_p)
     k = 1 if temperature == 0 else top_k or min(32, model.words_found)
-    graph, state = nnx.split(model)
+    parts = Split.of(model)
     draw = partial(sample, temperature=temperature, top_k=k, top_p=top_p)
     keys = jax.random.split(jax.random.key(seed), new_tokens)
-    top, cache = prefill(graph, state, tokens, room, k)
+    top, cache = prefill(parts, tokens, room, k)
     written = [draw(top, keys[0])]
     while len(written) < new_tokens:
-        top, cache = step(graph, state, written[-1], cache, k)
+        top, cache = step(parts, written[-1], cache, k)
         written.append(draw(top, keys[len(written)]))
     return jnp.concatenate([tokens, jnp.stack(written, axis=1).astype(tokens.dtype)], axis=1)

@@ -43,6 +43,7 @@ NAMES = {
     "blocks.{}.ffn_norm.scale": ("blk.{}.ffn_norm.weight", "model.layers.{}.pre_feedforward_layernorm.weight"),
     "blocks.{}.post_ffn_norm.scale": ("blk.{}.post_ffw_norm.weight", "model.layers.{}.post_feedforward_layernorm.weight"),
 }
+LAST = ("attention.output", "ffn.down")  # (out, in) in the files, (in, out) here
 
 
 @dataclass(frozen=True)
@@ -158,12 +159,12 @@ def gguf_names(model: Decoder) -> dict[str, np.ndarray]:
     """The weights of a model under a GGUF's names and in its layout, as the numpy reference takes them."""
     arrays = {".".join(map(str, path)): np.asarray(value[...]) for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     names = {ours: theirs for ours, theirs, _ in named(model.config, 0)}
-    return {names[ours]: array.T if ours.endswith("ffn.down") else array for ours, array in arrays.items()}
+    return {names[ours]: array.T if ours.endswith(LAST) else array for ours, array in arrays.items()}
 
 
 def checked(path: Path, ours: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The array, laid out as ours, or ValueError when its shape is another model's or it holds a value that is not finite."""
-    if ours.endswith("ffn.down"):
+    if ours.endswith(LAST):
         array = array.T
     if array.shape != shape:
         raise ValueError(f"{path}: {ours} has shape {array.shape}, expected {shape}; is it another model?")
@@ -173,10 +174,11 @@ def checked(path: Path, ours: str, array: np.ndarray, shape: tuple[int, ...]) ->
 
 
 def read_gguf_once(path: Path, config: DecoderConfig) -> tuple[dict[str, np.ndarray], Tokenizer, str]:
-    """read_gguf, kept in the cache folder under the file's own sha256."""
+    """read_gguf, kept in the cache folder under the file's own sha256 and that of our layout."""
     from safetensors.numpy import load_file, save_file
 
-    key = cache_folder() / f"{path.stem}-{digest(path)[:16]}"
+    layout = hashlib.sha256(repr(expected_shapes(config)).encode()).hexdigest()
+    key = cache_folder() / f"{path.stem}-{digest(path)[:16]}-{layout[:8]}"
     weights, words, seal = (key.with_suffix(suffix) for suffix in (".safetensors", ".tokenizer.json", ".seal.json"))
     if seal.exists():
         sealed = json.loads(seal.read_text())
