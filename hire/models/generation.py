@@ -17,9 +17,9 @@ from hire.topk import TopK
 class Rest:
     """What a model is beside its arrays. flax hashes this anew at every call, which takes as long as a layer: here it is kept."""
 
-    def __init__(self, *parts: Hashable):
-        self.parts = parts
-        self.hash = hash(parts)
+    def __init__(self, graph: nnx.GraphDef, form: Hashable):
+        self.parts = graph, form
+        self.hash = hash(self.parts)
 
     def __hash__(self) -> int:
         return self.hash
