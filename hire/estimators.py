@@ -52,7 +52,7 @@ class Estimator(Protocol):
 
 THIN = 16  # queries up to which a CPU reads the rows once by multiply-and-reduce; beyond it XLA's matrix product is faster
 SPLIT = 16  # parts in which a CPU sums rows for one query: faster than one product, into which XLA also fuses what made the weights
-CHUNK = 64  # rows gathered at a time on a CPU: a few hundred KB, which stay in cache between the gather and the product
+CHUNK = 64  # rows gathered at a time on a CPU for several queries: they stay in cache between the gather and the product
 
 
 def product(one: AnyArray, other: AnyArray, pattern: str | None = None, precision: str | None = None) -> Float[Array, "..."]:
@@ -82,7 +82,7 @@ def row_scores(x: Queries, rows: Rows) -> Float[Array, "b m"]:
 def row_scores_at(x: Queries, rows: Rows, indices: Indices) -> Candidates:
     """Exact scores, float32, of the rows at indices (b, c): only those rows are read. NaN where there is no such row."""
     x, rows = x.astype(rows.dtype), jnp.asarray(rows)
-    if jax.default_backend() != "cpu":
+    if len(x) == 1 or jax.default_backend() != "cpu":
         return product(x, rows[indices], "bd,bcd->bc")
     b, c = indices.shape
     chunks = jnp.pad(indices, ((0, 0), (0, -c % CHUNK))).reshape(-1, CHUNK)

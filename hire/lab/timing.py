@@ -17,7 +17,8 @@ def interleaved(forms: dict[str, Callable], queries: Sequence, repeats: int) -> 
     """Seconds of each call of every form, taken in turn: form(query), a new query at every repetition.
 
     The forms are compiled by a first call that is not counted. Turns make a slow spell of the machine hit all forms alike, so
-    compare medians and trust ratios. Raises ValueError when there are fewer queries than repeats.
+    compare medians and trust ratios. Within a turn the forms take different queries, or one would find in the cache the rows that the
+    one before has gathered. Raises ValueError when there are fewer queries than repeats.
     """
     if len(queries) < repeats:
         raise ValueError(f"{len(queries)} queries for {repeats} repeats: expected a new one at every repetition")
@@ -26,8 +27,9 @@ def interleaved(forms: dict[str, Callable], queries: Sequence, repeats: int) -> 
         jax.block_until_ready(form(queries[0]))
     gc.disable()
     try:
-        for query in queries[:repeats]:
-            for name, form in forms.items():
+        for turn in range(repeats):
+            for place, (name, form) in enumerate(forms.items()):
+                query = queries[(turn + place) % repeats]
                 start = time.perf_counter()
                 jax.block_until_ready(form(query))
                 durations[name].append(time.perf_counter() - start)
