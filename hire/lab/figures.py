@@ -115,11 +115,18 @@ def latency_lines(axis: Axes, batches: Sequence[int], lines: dict[str, Sequence[
     """Seconds over batches (doubling), shown in milliseconds, a line each, both axes logarithmic."""
     for name, values in lines.items():
         axis.plot(batches, np.multiply(values, 1e3), "o-", ms=4, color=colors[name], label=name)
+    batch_axes(axis, batches)
+    axis.set(ylabel="ms, median", **titles)
+    axis.legend(frameon=False, fontsize=9)
+
+
+def batch_axes(axis: Axes, batches: Sequence[int]) -> None:
+    """Both axes in doublings, marked with plain numbers: batches below, milliseconds beside."""
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
-    axis.set(xticks=batches, xticklabels=batches, xlabel="batch", ylabel="ms, median", **titles)
-    axis.legend(frameon=False, fontsize=9)
+    axis.set(xticks=batches, xticklabels=batches, xlabel="batch")
+    axis.minorticks_off()
 
 
 def stage_bars(axis: Axes, seconds: dict[str, float], floors: dict[str, float]) -> None:
