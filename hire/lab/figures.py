@@ -83,7 +83,7 @@ def frontier(axis: Axes, curves: dict[str, dict], colors: dict) -> None:
 
 
 def share_bars(axis: Axes, bars: dict[str, dict[str, float]]) -> None:
-    """One stacked bar a name, the first at the bottom; its parts are labelled in place and add up to 1."""
+    """One stacked bar a name, the first at the bottom; its parts, shares of 1, are labelled in place."""
     for row, parts in enumerate(bars.values()):
         start = 0.0
         for color, (name, share) in zip(sns.color_palette("colorblind"), parts.items(), strict=False):
@@ -93,7 +93,8 @@ def share_bars(axis: Axes, bars: dict[str, dict[str, float]]) -> None:
                 place = axis.text(start + share / 2, row, text, ha="center", va="center", color="white", fontsize=8)
                 place.set_rotation(90 if narrow else 0)
             start += share
-    axis.set(yticks=range(len(bars)), yticklabels=bars, xlim=(0, 1))
+    longest = max(sum(parts.values()) for parts in bars.values())  # parts timed alone may take longer than the whole
+    axis.set(yticks=range(len(bars)), yticklabels=bars, xlim=(0, max(1.0, longest)))
     axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
 
 
