@@ -17,8 +17,8 @@ def interleaved(forms: dict[str, Callable], queries: Sequence, repeats: int) -> 
     """Seconds of each call of every form, taken in turn: form(query), a new query at every repetition.
 
     The forms are compiled by a first call that is not counted. Turns make a slow spell of the machine hit all forms alike, so
-    compare medians and trust ratios. Within a turn the forms take different queries, or one would find in the cache the rows that the
-    one before has gathered. Raises ValueError when there are fewer queries than repeats.
+    compare medians and trust ratios. Within a turn the forms take different queries, or one would find in the
+    cache the rows that the one before has gathered. Raises ValueError when there are fewer queries than repeats.
     """
     if len(queries) < repeats:
         raise ValueError(f"{len(queries)} queries for {repeats} repeats: expected a new one at every repetition")
