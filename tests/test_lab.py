@@ -290,7 +290,9 @@ def test_claims_of_the_register_exist_and_every_figure_has_its_number():
 
 def test_evidence_in_the_repository_is_whole():
     committed = records.read()
-    assert len({entry["id"] for entry in committed}) == len(committed)
+    # `make bench` appends, every other record takes the place of the one before
+    names = [(entry["id"], entry["date"] if entry["command"] == "make bench" else "") for entry in committed]
+    assert len(set(names)) == len(names)
     for entry in committed:
         assert {"id", "kind", "weights", "setting", "results", "date", "commit", "machine", "command"} <= set(entry)
     for path in figures.Path(register.FIGURES).glob("*_*.json"):
