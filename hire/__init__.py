@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING
 
 from hire.choose import choose_candidates
 from hire.estimators import Estimator, LowRank, Quantized
+from hire.ffn import HireFFN
 from hire.sampling import sample, sampling_probabilities
 from hire.search import high_recall_top_k
 from hire.softmax import HireSoftmax
-from hire.topk import TopK, bucketed_top_k, exact_top_k, expected_recall, recall
+from hire.topk import TopK, bucketed_top_k, exact_top_k, expected_recall, group_scores, recall
 
 if TYPE_CHECKING:
     from hire.models import convert, generate
 
 __all__ = [
     "Estimator",
+    "HireFFN",
     "HireSoftmax",
     "LowRank",
     "Quantized",
@@ -30,6 +32,7 @@ __all__ = [
     "exact_top_k",
     "expected_recall",
     "generate",
+    "group_scores",
     "high_recall_top_k",
     "recall",
     "sample",

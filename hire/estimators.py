@@ -93,10 +93,21 @@ def row_scores_at(x: Queries, rows: Rows, indices: Indices) -> Candidates:
 def row_sums(weights: Float[AnyArray, "*b m"], rows: Rows) -> Float[Array, "*b d"]:
     """Sums, float32, of all rows (m, d) times their weights (*b, m)."""
     m, d = rows.shape
-    if weights.size == m and m % SPLIT == 0 and jax.default_backend() == "cpu":
+    if weights.shape[:-1].count(1) == weights.ndim - 1 and m % SPLIT == 0 and jax.default_backend() == "cpu":
         parts = product(weights.reshape(SPLIT, -1), rows.reshape(SPLIT, -1, d), "pm,pmd->pd")
         return parts.sum(0).reshape(*weights.shape[:-1], d)
     return product(weights, rows)
+
+
+def row_sums_at(weights: Candidates, rows: Rows, indices: Indices) -> Float[Array, "b d"]:
+    """Sums, float32, of the rows at indices (b, c) times their weights (b, c): only those rows are read."""
+    weights, rows = weights.astype(rows.dtype), jnp.asarray(rows)
+    if jax.default_backend() != "cpu":
+        return product(weights, rows[indices], "bc,bcd->bd")
+    b, c = indices.shape
+    chunks, shares = (jnp.pad(part, ((0, 0), (0, -c % CHUNK))).reshape(-1, CHUNK) for part in (indices, weights))
+    sums = jax.lax.map(lambda part: product(part[1], rows[part[0]]), (chunks, shares))
+    return sums.reshape(b, -1, rows.shape[1]).sum(1)
 
 
 @jax.jit

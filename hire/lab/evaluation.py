@@ -12,6 +12,8 @@ from flax import nnx
 from hire.axes import AnyArray, Array, Float, Hidden, Int, Queries, Rows, Tokens
 from hire.choose import batches, candidates_needed, mean_bound
 from hire.estimators import Estimator, row_scores
+from hire.ffn import HireFFN
+from hire.lab.sparsity import with_ffns
 from hire.lab.text import Document
 from hire.models import Decoder, TextModel, generate
 from hire.sampling import sampling_probabilities
@@ -44,6 +46,65 @@ def windows(subject: TextModel, texts: Sequence[Document], length: int, each: in
     if not tokens:
         raise ValueError(f"{len(texts)} documents: none has {length} tokens")
     return np.stack(tokens), np.asarray(names)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of each document (n,): the sum of -log p of its tokens in nats, tokens guessed right, all tokens, bytes."""
+
+    nats: np.ndarray
+    hits: np.ndarray
+    tokens: np.ndarray
+    bytes: np.ndarray
+
+    def summary(self) -> dict[str, float]:
+        """Loss in nats a token, bits a byte, and the share of tokens guessed right, over all documents as one text."""
+        nats, hits, tokens, size = (float(part.sum()) for part in (self.nats, self.hits, self.tokens, self.bytes))
+        return dict(loss=nats / tokens, bits_per_byte=nats / np.log(2) / size, accuracy=hits / tokens, tokens=int(tokens))
+
+
+@partial(jax.jit, static_argnames=("graph", "together"))
+def window_scores(
+    graph: nnx.GraphDef, state: nnx.State, tokens: Tokens, ffns: Sequence[HireFFN] | None, together: int
+) -> tuple[Float[Array, "b _"], Float[Array, "b _"]]:
+    """-log p (b, t) of every token of windows (b, t) but the first, and whether it was the likeliest, each (b, t - 1)."""
+    model = nnx.merge(graph, state)
+    if ffns is not None:
+        with_ffns(model, ffns, together)
+    logits = model.logits(model.prefill(tokens[:, :-1])[0])
+    targets = tokens[:, 1:]
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen, (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+
+
+def score_documents(
+    subject: TextModel,
+    texts: Sequence[Document],
+    length: int = 256,
+    batch: int = 16,
+    *,
+    ffns: Sequence[HireFFN] | None = None,
+    together: int = 1,
+) -> Scores:
+    """Every token of every document, predicted once: windows of `length` tokens side by side, each after <bos> alone.
+
+    With `ffns` the model's FFNs are searched, `together` consecutive tokens a call (it divides the length).
+    """
+    graph, state = nnx.split(subject.model)
+    encoded = [ids.ids for ids in subject.tokenizer.encode_batch([text.text for text in texts], add_special_tokens=False)]
+    spans = [(index, ids[start : start + length]) for index, ids in enumerate(encoded) for start in range(0, len(ids), length)]
+    windows = np.zeros((len(spans) + -len(spans) % batch, length + 1), np.int32)
+    windows[:, 0] = subject.tokens("")[0]
+    for window, (_, ids) in zip(windows, spans, strict=False):
+        window[1 : 1 + len(ids)] = ids
+    totals = np.zeros((2, len(texts)))
+    for start in range(0, len(windows), batch):
+        scored = map(np.asarray, window_scores(graph, state, windows[start : start + batch], ffns, together))
+        for total, part in zip(totals, scored, strict=True):
+            for (index, ids), values in zip(spans[start : start + batch], part, strict=False):
+                total[index] += values[: len(ids)].sum(dtype=np.float64)
+    lengths = np.asarray([len(ids) for ids in encoded])
+    return Scores(totals[0], totals[1], lengths, np.asarray([len(text.text.encode()) for text in texts]))
 
 
 @partial(jax.jit, static_argnames="graph")

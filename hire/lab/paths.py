@@ -4,6 +4,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = ROOT / "data/text"
+CHECKPOINTS = ROOT / "data/checkpoints"
 RECORDS = ROOT / "data/records"
 FIGURES = ROOT / "figures"
 NOTEBOOKS = ROOT / "notebooks"

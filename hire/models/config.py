@@ -9,7 +9,11 @@ class DecoderConfig:
 
     Every `global_every`-th layer attends to the whole context, the others to the last `window` positions. The FFN is
     gated (tanh GELU of one matrix times another) or, with gated=False, the plain ReLU one that sparse training
-    starts from. Input and output embeddings are tied. Raises ValueError for sizes that no model has.
+    starts from; ffn_width = 0 leaves it out. Input and output embeddings are tied.
+
+    With kept < 1 an FFN keeps, of its groups of `group_size` consecutive neurons, that share with the best scores (see
+    hire.group_scores), in all layers or in `sparse_layers` alone. With routed=True a learned router scores the groups instead, as
+    experts. Raises ValueError for sizes that no model has.
     """
 
     vocabulary: int
@@ -20,6 +24,10 @@ class DecoderConfig:
     head_width: int
     ffn_width: int
     gated: bool = True
+    group_size: int = 1
+    kept: float = 1.0
+    sparse_layers: tuple[int, ...] | None = None
+    routed: bool = False
     window: int = 512
     global_every: int = 6
     rope_base: float = 1e6
@@ -27,24 +35,40 @@ class DecoderConfig:
     context: int = 32768
 
     def __post_init__(self):
-        sizes = {name: getattr(self, name) for name in self.__slots__ if isinstance(getattr(self, name), int)}
-        for name, value in sizes.items():
-            if name != "gated" and value < 1:
-                raise ValueError(f"{name} = {value}: expected at least 1")
+        for name in self.__slots__:
+            value, least = getattr(self, name), 0 if name == "ffn_width" else 1
+            if isinstance(value, int) and not isinstance(value, bool) and value < least:
+                raise ValueError(f"{name} = {value}: expected at least {least}")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads = {self.heads}: expected a multiple of kv_heads = {self.kv_heads}")
         if self.head_width % 2:
             raise ValueError(f"head_width = {self.head_width}: expected an even number, which rotary positions need")
+        if self.ffn_width % self.group_size:
+            raise ValueError(f"group_size = {self.group_size}: expected a divisor of ffn_width = {self.ffn_width}")
+        if not 0 < self.kept <= 1 or (self.ffn_width and round(self.kept * self.groups) < 1):
+            raise ValueError(f"kept = {self.kept}: expected a share, at most 1, that leaves one of {self.groups} groups or more")
+        if not set(self.sparse_layers or ()) <= set(range(self.layers)):
+            raise ValueError(f"sparse_layers = {self.sparse_layers}: expected layers from 0 to {self.layers - 1}")
 
     def is_global(self, layer: int) -> bool:
         """Whether that layer attends to the whole context."""
         return (layer + 1) % self.global_every == 0
 
+    @property
+    def groups(self) -> int:
+        """Groups of neurons in an FFN."""
+        return self.ffn_width // self.group_size
+
+    def groups_kept(self, layer: int) -> int:
+        """Groups that the FFN of that layer keeps: all of them where it is dense."""
+        sparse = self.sparse_layers is None or layer in self.sparse_layers
+        return round(self.kept * self.groups) if sparse else self.groups
+
     def parameters(self) -> dict[str, int]:
         """Number of weights by part; they add up to the model's. The embedding counts once, as the softmax that it is tied to."""
         d, e = self.width, self.head_width
         attention = 2 * d * e * (self.heads + self.kv_heads)
-        ffn = (3 if self.gated else 2) * d * self.ffn_width
+        ffn = (3 if self.gated else 2) * d * self.ffn_width + (d * self.groups if self.routed else 0)
         return {
             "softmax": self.vocabulary * d,
             "ffn": self.layers * ffn,
@@ -61,6 +85,20 @@ PRESETS = {
     # implies (PAPER claim softmax-share), and a plain FFN is what training with top-k starts from.
     "paper_1b": DecoderConfig(
         vocabulary=262144, width=1536, layers=25, heads=6, kv_heads=1, head_width=256, ffn_width=6144, gated=False
+    ),
+    # Our choice: small enough to be trained on two cores, with 256 groups of 8 neurons a layer.
+    "small": DecoderConfig(
+        vocabulary=4096,
+        width=256,
+        layers=4,
+        heads=4,
+        kv_heads=4,
+        head_width=64,
+        ffn_width=2048,
+        gated=False,
+        window=256,
+        global_every=2,
+        context=512,
     ),
     # A toy in the same form, for tests and the smoke profile.
     "tiny": DecoderConfig(

@@ -1,21 +1,44 @@
 """A dense model in its HiRE form: the same weights, searched instead of read."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from flax import nnx
 
+from hire.axes import Array, Float
+from hire.ffn import HireFFN
 from hire.models.decoder import Decoder, TiedSoftmax
 from hire.softmax import HireSoftmax
 
 
-def convert(model: Decoder, *, softmax: HireSoftmax | None) -> Decoder:
-    """The model with its softmax searched by `softmax`, or dense again for None; its weights are the given model's, not copies.
+class SearchedFFN(nnx.Module):
+    """A HireFFN in the place of a layer's FFN. A step searches; a whole text, which reads every neuron anyway, is masked."""
 
-    Raises ValueError when the softmax was fitted to rows other than this model's embedding.
+    def __init__(self, ffn: HireFFN):
+        self.ffn = nnx.data(ffn)
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        if x.ndim == 2:
+            return self.ffn(x).astype(x.dtype)
+        each = replace(self.ffn, shared=False)  # tokens of a text do not see later ones
+        return each.masked(x.reshape(-1, x.shape[-1])).reshape(x.shape).astype(x.dtype)
+
+
+def convert(model: Decoder, *, softmax: HireSoftmax | None = None, ffn: Sequence[HireFFN] | None = None) -> Decoder:
+    """The model with its softmax searched by `softmax` (dense for None) and its FFNs, one a layer, by `ffn` (as is for None).
+
+    Its other weights are the given model's, not copies. Raises ValueError when the softmax was fitted to other rows than this
+    model's embedding, or when the FFNs are not one a layer, of its width.
     """
     converted = nnx.merge(*nnx.split(model))
     converted.softmax = None
     if softmax is not None:
         replace(softmax, rows=model.embedding[...])  # refuses an estimator of other rows
         converted.softmax = nnx.data(TiedSoftmax(softmax.estimator, softmax.k, softmax.candidates))
+    if ffn is not None:
+        widths = [part.up.shape[1] for part in ffn]
+        if widths != [model.config.width] * model.config.layers:
+            raise ValueError(f"FFNs of widths {widths}: expected {model.config.layers}, one a layer, of width {model.config.width}")
+        for block, searched in zip(converted.blocks, ffn, strict=True):
+            block.ffn = SearchedFFN(searched)
     return converted

@@ -5,6 +5,7 @@ has one contiguous row in every matrix of the FFN. Norms, positions and softmax 
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
@@ -15,9 +16,10 @@ from jax.core import Tracer
 
 from hire.axes import AnyArray, Array, Bool, Float, Hidden, Int, Rows, Tokens
 from hire.estimators import Estimator, product, row_scores, row_sums
+from hire.ffn import activate
 from hire.models.config import DecoderConfig
 from hire.softmax import HireSoftmax
-from hire.topk import TopK, exact_top_k
+from hire.topk import TopK, exact_top_k, group_scores, keep_groups
 
 module_list = getattr(nnx, "List", list)  # flax before 0.12 tracks plain lists and has no nnx.List
 
@@ -183,17 +185,30 @@ class Attention(nnx.Module):
 
 
 class FFN(nnx.Module):
-    """GELU(gate x) * up x, or ReLU(up x), times down; all three (neurons, width)."""
+    """GELU(gate x) * up x, or ReLU(up x), times down; all three (neurons, width). A sparse one keeps the best groups of neurons.
 
-    def __init__(self, config: DecoderConfig, dtype, rngs: nnx.Rngs):
+    A router (groups, width), where there is one, scores the groups as experts, whose output is weighted by the sigmoid of that.
+    """
+
+    def __init__(self, config: DecoderConfig, layer: int, dtype, rngs: nnx.Rngs):
         shape = config.ffn_width, config.width
+        self.group_size, self.kept = config.group_size, config.groups_kept(layer)
         self.gate = matrix(rngs, *shape, config.width, dtype) if config.gated else None
         self.up = matrix(rngs, *shape, config.width, dtype)
         self.down = matrix(rngs, *shape, config.ffn_width, dtype)
+        self.router = matrix(rngs, config.groups, config.width, config.width, dtype) if config.routed else None
+
+    def activations(self, x: Float[Array, "*b d"]) -> Float[Array, "*b f"]:
+        """What each neuron passes on, before any is dropped."""
+        return activate(linear(x, self.up), None if self.gate is None else linear(x, self.gate))
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        up = linear(x, self.up)
-        active = jax.nn.relu(up) if self.gate is None else jax.nn.gelu(linear(x, self.gate), approximate=True) * up
+        active = self.activations(x)
+        if self.router is not None:
+            scores = linear(x, self.router)
+            active = keep_groups(active * jnp.repeat(jax.nn.sigmoid(scores), self.group_size, axis=-1), scores, self.kept)
+        elif self.kept * self.group_size < active.shape[-1]:
+            active = keep_groups(active, group_scores(active, self.group_size), self.kept)
         return mix(active, self.down)
 
 
@@ -202,7 +217,8 @@ class Block(nnx.Module):
 
     def __init__(self, config: DecoderConfig, layer: int, dtype, rngs: nnx.Rngs):
         self.attention = Attention(config, layer, dtype, rngs)
-        self.ffn = FFN(config, dtype, rngs)
+        # convert puts a search in its place, and the lab what it wants to look at
+        self.ffn: Callable[[jax.Array], jax.Array] = FFN(config, layer, dtype, rngs) if config.ffn_width else jnp.zeros_like
         self.attention_norm = RMSNorm(config.width, dtype)
         self.post_attention_norm = RMSNorm(config.width, dtype)
         self.ffn_norm = RMSNorm(config.width, dtype)

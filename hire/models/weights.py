@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from flax import nnx
 from platformdirs import user_cache_dir
 from tokenizers import Tokenizer
 
+from hire.axes import AnyArray
 from hire.models.config import DecoderConfig, preset
 from hire.models.decoder import Decoder
 from hire.models.tokenizer import byte_tokenizer, sentencepiece_bpe
@@ -146,7 +147,7 @@ def named(config: DecoderConfig, column: int) -> Iterator[tuple[str, str, tuple[
         yield ours, NAMES[generic][column].format(layer), shape
 
 
-def fill(config: DecoderConfig, arrays: dict[str, np.ndarray], dtype) -> Decoder:
+def fill(config: DecoderConfig, arrays: Mapping[str, AnyArray], dtype) -> Decoder:
     """A decoder holding these arrays (our names) in that type."""
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)

@@ -1,0 +1,149 @@
+"""HiRE-FFN: of the groups of neurons in a feed-forward layer, those that score best, found without reading the others."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+from hire.axes import AnyArray, Array, Float, Indices, Int, Queries, Rows
+from hire.estimators import Estimator, product, row_scores, row_scores_at, row_sums, row_sums_at
+from hire.search import check_fitted, check_search, nominate
+from hire.topk import check_count, exact_top_k, group_scores, keep_groups
+
+
+def activate(up: Float[Array, "*b f"], gate: Float[Array, "*b f"] | None = None) -> Float[Array, "*b f"]:
+    """What neurons pass on: ReLU of the up products, or (gated) tanh GELU of the gate products times them."""
+    return jax.nn.relu(up) if gate is None else jax.nn.gelu(gate, approximate=True) * up
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class HireFFN:
+    """A feed-forward layer over `up`, `down` and perhaps `gate`, each (f, d), that keeps k of its groups of `group_size` neurons.
+
+    The first `common` groups are the common path (static overlap): always computed, never predicted. Of the others the estimator
+    nominates `candidates` (k'), their exact activations are computed, the k - common best are kept, and `down` is read for those.
+    The estimator is of the neurons beyond the common path: of `up`, or of `gate` where there is one; with `up_estimator` a gated
+    layer is predicted from both. With `shared` the queries of a call are tokens that are alike (dynamic overlap): candidates are
+    nominated once, by the sum of their estimated scores, and read once; each query keeps its own best among them.
+
+    Raises ValueError when group_size does not divide f, when 0 <= common < k <= common + candidates <= groups does not hold, when
+    shapes do not fit, or for an estimator of other rows.
+    """
+
+    up: Rows
+    down: Rows
+    estimator: Estimator
+    gate: Rows | None = None
+    up_estimator: Estimator | None = None
+    group_size: int = field(metadata=dict(static=True), default=8)
+    k: int = field(metadata=dict(static=True), default=1)
+    candidates: int = field(metadata=dict(static=True), default=1)
+    common: int = field(metadata=dict(static=True), default=0)
+    shared: bool = field(metadata=dict(static=True), default=False)
+
+    def __post_init__(self):
+        if not hasattr(self.up, "ndim"):  # jax also builds it around placeholders that are no arrays
+            return
+        neurons, width = self.up.shape
+        check_count("group_size", self.group_size, 1, neurons, "the number of neurons")
+        if neurons % self.group_size:
+            raise ValueError(f"group_size = {self.group_size}: expected a divisor of the {neurons} neurons")
+        for name in ("down", "gate"):
+            part = getattr(self, name)
+            if part is not None and part.shape != self.up.shape:
+                raise ValueError(f"{name} of shape {tuple(part.shape)}: expected {(neurons, width)}, as up is")
+        groups = neurons // self.group_size
+        check_count("k", self.k, 1, groups, "the number of groups")
+        check_count("common", self.common, 0, self.k - 1, "less than k, the groups that are kept")
+        beyond = groups - self.common
+        check_count("candidates", self.candidates, self.k - self.common, beyond, "from k - common to the groups beyond common")
+        first = self.up if self.gate is None else self.gate
+        for rows, copy in ((first, self.estimator), (self.up, self.up_estimator)):
+            if copy is not None:
+                check_search(rows[self.common * self.group_size :], copy, 1, 1)
+                check_fitted(rows[self.common * self.group_size :], copy)
+
+    @jax.jit
+    def __call__(self, x: Queries) -> Float[Array, "b d"]:
+        """The layer's output (b, d), float32, for queries (b, d)."""
+        return self.spread(x) if self.shared else self.search(x)
+
+    def estimated(self, x: Queries) -> Float[Array, "b m"]:
+        """Estimated score of every group beyond the common path."""
+        first = self.estimator.scores(x)
+        if self.gate is None:
+            active = activate(first)
+        else:
+            active = activate(jnp.ones_like(first) if self.up_estimator is None else self.up_estimator.scores(x), first)
+        return group_scores(active, self.group_size)
+
+    def neurons(self, groups: Indices) -> Int[Array, "*b _"]:
+        """The neurons (*b, c * group_size) of groups (*b, c), which count from the first one beyond the common path."""
+        return members(groups + self.common, self.group_size)
+
+    def search(self, x: Queries) -> Float[Array, "b d"]:
+        """Every query with candidates of its own."""
+        chosen = self.neurons(nominate(self.estimated(x), self.candidates))
+        gate = None if self.gate is None else row_scores_at(x, self.gate, chosen)
+        active = activate(row_scores_at(x, self.up, chosen), gate)
+        best = exact_top_k(group_scores(active, self.group_size), self.k - self.common).indices
+        places = members(best, self.group_size)
+        kept, rows = (jnp.take_along_axis(part, places, axis=1) for part in (active, chosen))
+        return row_sums_at(kept, self.down, rows) + self.common_path(x)
+
+    def spread(self, x: Queries) -> Float[Array, "b d"]:
+        """All queries with the same candidates."""
+        pooled = jnp.sum(self.estimated(x), axis=0, keepdims=True)
+        chosen = self.neurons(nominate(pooled, self.candidates))[0]
+        gate = None if self.gate is None else row_scores(x, self.gate[chosen])
+        active = activate(row_scores(x, self.up[chosen]), gate)
+        kept = keep_groups(active, group_scores(active, self.group_size), self.k - self.common)
+        return product(kept, self.down[chosen]) + self.common_path(x)
+
+    def common_path(self, x: Queries) -> Float[Array, "b d"]:
+        """What the groups of the common path add."""
+        if not self.common:
+            return jnp.zeros((len(x), self.down.shape[1]), jnp.float32)
+        first = slice(self.common * self.group_size)
+        gate = None if self.gate is None else row_scores(x, self.gate[first])
+        return row_sums(activate(row_scores(x, self.up[first]), gate), self.down[first])
+
+    def masked(self, x: Queries, together: int = 1) -> Float[Array, "b d"]:
+        """The same output from all neurons, the unread ones set to 0: the reference, and the faster way for many queries at once.
+
+        With `shared`, every `together` queries are one call.
+        """
+        gate = None if self.gate is None else row_scores(x, self.gate)
+        active = activate(row_scores(x, self.up), gate)
+        scores = group_scores(active, self.group_size)[:, self.common :]
+        estimated = self.estimated(x)
+        if self.shared:
+            calls = estimated.reshape(-1, together, estimated.shape[1])
+            estimated = jnp.broadcast_to(jnp.sum(calls, axis=1, keepdims=True), calls.shape).reshape(estimated.shape)
+        chosen = nominate(estimated, self.candidates)
+        rows = jnp.arange(len(x))[:, None]
+        scores = jnp.full_like(scores, -1.0).at[rows, chosen].set(jnp.take_along_axis(scores, chosen, axis=1))
+        split = self.common * self.group_size
+        beyond = keep_groups(active[:, split:], scores, self.k - self.common)
+        return product(jnp.concatenate([active[:, :split], beyond], axis=1), self.down)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights that one query reads: the estimators, the common path, the candidates, `down` of those kept."""
+        copies = sum(copy.bytes_read(self.candidates) for copy in (self.estimator, self.up_estimator) if copy is not None)
+        row = self.up.shape[1] * self.up.dtype.itemsize * self.group_size
+        before = 1 if self.gate is None else 2
+        return copies + row * ((before + 1) * self.common + before * self.candidates + (self.k - self.common))
+
+
+def common_first(usage: Float[AnyArray, " m"], group_size: int) -> Int[Array, " f"]:
+    """The order of neurons (f,) that puts the most used groups (m,) first."""
+    return members(jnp.argsort(-usage, stable=True), group_size)
+
+
+def members(groups: Indices, group_size: int) -> Int[Array, "*b _"]:
+    """The neurons (*b, c * group_size) of groups (*b, c)."""
+    groups = jnp.asarray(groups)
+    place = jax.lax.broadcasted_iota(groups.dtype, (*groups.shape, group_size), groups.ndim)
+    return (groups[..., None] * group_size + place).reshape(*groups.shape[:-1], -1)

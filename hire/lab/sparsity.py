@@ -1,0 +1,68 @@
+"""What a group-sparse FFN does on text: which groups each token keeps, and the layers that search for them."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import hire
+from hire.axes import Array, Bool, Float, Queries, Tokens
+from hire.estimators import Estimator
+from hire.ffn import common_first
+from hire.models import Decoder
+from hire.models.decoder import FFN
+
+
+@partial(jax.jit, static_argnames="graph")
+def layer_inputs(graph: nnx.GraphDef, state: nnx.State, tokens: Tokens) -> list[Float[Array, "b t d"]]:
+    """What the FFN of every layer is given for texts (b, t)."""
+    model, seen = nnx.merge(graph, state), []
+
+    def tapped(ffn: Callable) -> Callable:
+        return lambda x: seen.append(x) or ffn(x)
+
+    for block in model.blocks:
+        block.ffn = tapped(block.ffn)
+    model.prefill(tokens)
+    return seen
+
+
+def ffn_inputs(model: Decoder, windows: np.ndarray, batch: int = 16) -> list[np.ndarray]:
+    """What the FFN of every layer is given for windows (w, t): an array (w, t, d) a layer."""
+    graph, state = nnx.split(model)
+    padded = np.concatenate([windows, windows[:1].repeat(-len(windows) % batch, 0)])
+    parts = [jax.device_get(layer_inputs(graph, state, padded[at : at + batch])) for at in range(0, len(padded), batch)]
+    return [np.concatenate(layer)[: len(windows)] for layer in zip(*parts, strict=True)]
+
+
+@partial(jax.jit, static_argnames=("group_size", "k"))
+def groups_kept(up: Float[Array, "f d"], x: Queries, group_size: int, k: int) -> Bool[Array, "b m"]:
+    """Which groups of a ReLU layer each query keeps: the k best, less those that are 0."""
+    scores = hire.group_scores(jax.nn.relu(x @ up.T), group_size)
+    return (scores >= hire.exact_top_k(scores, k).values[..., -1:]) & (scores > 0)
+
+
+def searched_ffn(
+    ffn: FFN, usage: np.ndarray, copy: Callable[[jax.Array], Estimator], *, candidates: int, common: int = 0, shared: bool = False
+) -> hire.HireFFN:
+    """The search of a trained layer: its most used groups first, and a copy made of the neurons beyond the common path."""
+    size = ffn.group_size
+    order = common_first(jnp.asarray(usage), size)
+    up, down = ffn.up[...][order], ffn.down[...][order]
+    estimator = copy(up[common * size :])
+    return hire.HireFFN(up, down, estimator, group_size=size, k=ffn.kept, candidates=candidates, common=common, shared=shared)
+
+
+def apply(ffn: hire.HireFFN, together: int, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """A searched layer on texts: every `together` consecutive tokens are one call, as when they are verified together."""
+    return ffn.masked(x.reshape(-1, x.shape[-1]), together).reshape(x.shape)
+
+
+def with_ffns(model: Decoder, ffns: Sequence[hire.HireFFN], together: int = 1) -> Decoder:
+    """The model, inside a compiled function, with its FFNs searched."""
+    for block, ffn in zip(model.blocks, ffns, strict=True):
+        block.ffn = partial(apply, ffn, together)
+    return model

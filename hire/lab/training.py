@@ -1,0 +1,223 @@
+"""Training decoders on the committed text, dense or group-sparse; a run that is killed goes on where it last saved.
+
+Batches depend on the seed and the step alone, so models of one seed see the same text in the same order, resumed or not.
+"""
+
+import functools
+import hashlib
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.flatten_util import ravel_pytree
+from tokenizers import Tokenizer
+
+from hire.axes import Array, Float, Tokens
+from hire.lab import records
+from hire.lab.evaluation import score_documents
+from hire.lab.paths import CHECKPOINTS
+from hire.lab.text import documents
+from hire.models import Decoder, DecoderConfig, TextModel, preset
+from hire.models.checkpoints import load_checkpoint, save_checkpoint
+from hire.models.tokenizer import train_tokenizer
+from hire.models.weights import cache_folder
+
+BOS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A model and how it is trained: on `tokens` tokens, in steps of `batch` windows of `length` tokens.
+
+    Adam with decoupled weight decay; the rate rises over the first `warmup` share of the steps and falls as a cosine to a tenth.
+    In the first `dense_share` of the steps the FFNs keep all groups. `documents` takes that many of the training split, for a toy.
+    """
+
+    config: DecoderConfig
+    tokens: int
+    batch: int = 16
+    length: int = 256
+    rate: float = 4e-3
+    warmup: float = 0.04
+    decay: float = 0.1
+    seed: int = 0
+    dense_share: float = 0.0
+    documents: int | None = None
+
+    @property
+    def steps(self) -> int:
+        return self.tokens // (self.batch * self.length)
+
+    def config_at(self, step: int) -> DecoderConfig:
+        """The configuration that is trained at a step: dense at first where the schedule says so."""
+        return replace(self.config, kept=1.0) if step < self.dense_share * self.steps else self.config
+
+
+LONG, SHORT = 5_500_000, 1_100_000  # tokens: about 40 and 8 minutes on two cores
+SHIPPED = ("dense", "groups8", "groups8-5")  # the long ones, whose models are committed
+
+SMALL = preset("small")
+MODELS = {
+    "dense": SMALL,
+    "groups8": replace(SMALL, group_size=8, kept=0.1),
+    "groups8-5": replace(SMALL, group_size=8, kept=0.05),
+    "topk": replace(SMALL, kept=0.1),
+    **{f"groups{size}": replace(SMALL, group_size=size, kept=0.1) for size in (4, 16, 32)},
+    "none": replace(SMALL, ffn_width=0),
+    "narrow": replace(SMALL, ffn_width=208),  # as many neurons as groups8 keeps
+    "experts": replace(SMALL, group_size=8, kept=0.1, routed=True),
+}
+
+
+def plan_of(variant: str) -> Plan:
+    """The plan of a variant: a model of MODELS for LONG tokens; after "short-" for SHORT ones; "@1" at the end is seed 1.
+
+    Raises ValueError, listing the models, for another name.
+    """
+    name, _, seed = variant.removeprefix("short-").partition("@")
+    if name not in MODELS or not (seed.isdigit() or not seed):
+        raise ValueError(f"variant {variant!r}: expected one of {', '.join(MODELS)}, perhaps short- before and @seed behind it")
+    tokens = SHORT if variant.startswith("short-") else LONG
+    return Plan(config=MODELS[name], tokens=tokens, seed=int(seed or 0))
+
+
+@functools.cache
+def corpus(vocabulary: int, count: int | None = None) -> tuple[Tokenizer, np.ndarray]:
+    """A tokenizer trained on the training split, or its first `count` documents, and their tokens one after the other."""
+    texts = [document.text for document in documents("train")[:count]]
+    tokenizer = train_tokenizer(texts, vocabulary)
+    ids = [text.ids for text in tokenizer.encode_batch_fast(texts)]
+    return tokenizer, np.concatenate([np.asarray(text, np.int32) for text in ids])
+
+
+def batch_at(tokens: np.ndarray, plan: Plan, step: int) -> Tokens:
+    """The windows (batch, length + 1) of a step, <bos> first: every window of the corpus once an epoch, in the seed's order."""
+    spans = len(tokens) // plan.length
+    epoch, place = divmod(step, spans // plan.batch)
+    order = np.random.default_rng([plan.seed, epoch]).permutation(spans)
+    chosen = order[place * plan.batch : (place + 1) * plan.batch]
+    windows = tokens[: spans * plan.length].reshape(spans, plan.length)[chosen]
+    return np.concatenate([np.full((plan.batch, 1), BOS, np.int32), windows], axis=1)
+
+
+def mean_loss(graph: nnx.GraphDef, state: nnx.State, windows: Tokens) -> Float[Array, ""]:
+    """Mean of -log p, in nats, of every token of the windows but the first."""
+    model = nnx.merge(graph, state)
+    logits = model.logits(model.prefill(windows[:, :-1])[0])
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]))
+
+
+def optimizer(plan: Plan) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(0.0, plan.rate, int(plan.warmup * plan.steps), plan.steps, 0.1 * plan.rate)
+    matrices = functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
+    adam = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=plan.decay, mask=matrices)
+    return optax.chain(optax.clip_by_global_norm(1.0), adam)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "plan"), donate_argnames=("state", "moments"))
+def update(graph: nnx.GraphDef, plan: Plan, state: nnx.State, moments: optax.OptState, windows: Tokens):
+    """One step: the loss before it, and state and optimizer state after it."""
+    loss, slope = jax.value_and_grad(functools.partial(mean_loss, graph), argnums=0)(state, windows)
+    changes, moments = optimizer(plan).update(slope, moments, state)
+    return loss, optax.apply_updates(state, changes), moments
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model with its tokenizer, the loss of every step in nats, and seconds of every step of this process."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    losses: np.ndarray
+    seconds: list[float]
+
+
+def train(plan: Plan, name: str, *, save_every: int = 50, folder: Path | None = None) -> Trained:
+    """Train by a plan, from its last checkpoint below `folder` (the user's cache folder by default) if it has one.
+
+    Raises RuntimeError when a checkpoint cannot be written; the one before is then intact.
+    """
+    tokenizer, tokens = corpus(plan.config.vocabulary, plan.documents)
+    model = Decoder(plan.config, rngs=nnx.Rngs(plan.seed))
+    state = nnx.state(model, nnx.Param)
+    moments = optimizer(plan).init(state)
+    graphs = {config: nnx.graphdef(Decoder(config, rngs=nnx.Rngs(0))) for config in {plan.config, plan.config_at(0)}}
+    kept = Resumable((folder or cache_folder() / "training") / f"{name}-{hashlib.sha256(repr(plan).encode()).hexdigest()[:8]}")
+    begin, (state, moments, losses) = kept.restore((state, moments, jnp.full((plan.steps,), jnp.nan)))
+    losses = np.array(losses)
+    start, seconds = time.monotonic(), []
+    for step in range(begin, plan.steps):
+        began = time.perf_counter()
+        loss, state, moments = update(graphs[plan.config_at(step)], plan, state, moments, batch_at(tokens, plan, step))
+        losses[step] = loss
+        seconds.append(time.perf_counter() - began)
+        done = step + 1
+        if done % save_every == 0 or done == plan.steps:
+            kept.save(done, (state, moments, jnp.asarray(losses)))
+            pace = (done - begin) * plan.batch * plan.length / (time.monotonic() - start)
+            left = (plan.steps - done) * plan.batch * plan.length / pace / 60
+            recent = np.mean(losses[max(0, done - save_every) : done])
+            print(f"{name}: step {done} of {plan.steps}, loss {recent:.4f}, {pace:.0f} tokens/s, {left:.1f} min left", flush=True)
+    nnx.update(model, state)
+    return Trained(model, tokenizer, losses, seconds)
+
+
+def train_variant(variant: str) -> None:
+    """Train a variant, score it on the evaluation split, and keep the outcome as a record; a shipped one also as a checkpoint."""
+    plan = plan_of(variant)
+    trained = train(plan, variant)
+    subject = TextModel(trained.model, trained.tokenizer, "trained here")
+    if variant in SHIPPED:
+        save_checkpoint(CHECKPOINTS / f"{variant}.safetensors", trained.model, trained.tokenizer)
+        subject = load_checkpoint(CHECKPOINTS / f"{variant}.safetensors")
+    kinds = ("speech", "commentary", "novel")
+    scored = {kind: score_documents(subject, documents("evaluation", [kind])).summary() for kind in kinds}
+    curve = [float(np.mean(part)) for part in np.array_split(trained.losses, 50)]
+    results = dict(scored=scored, curve=curve, tokens=plan.tokens, minutes=sum(trained.seconds) / 60, steps=len(trained.seconds))
+    records.write(
+        records.RECORDS,
+        "training",
+        f"training/{variant}",
+        kind="measured",
+        weights=subject.stored,
+        setting=asdict(plan) | dict(variant=variant, parameters=sum(plan.config.parameters().values())),
+        results=results,
+        command=f"make train VARIANT={variant}",
+    )
+    print(f"{variant}:", *(f"{kind} {scored[kind]['bits_per_byte']:.4f}" for kind in kinds), "bits a byte")
+
+
+class Resumable:
+    """A folder of checkpoints of one run, the last two of them, in Orbax."""
+
+    def __init__(self, folder: Path):
+        import orbax.checkpoint as ocp
+
+        self.ocp = ocp
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def restore(self, tree):
+        """The step of the last checkpoint and what it holds, or 0 and the tree as given, which also says the shapes."""
+        step = self.manager.latest_step()
+        if step is None:
+            return 0, tree
+        flat, unravel = ravel_pytree(tree)
+        return step, unravel(self.manager.restore(step, args=self.ocp.args.StandardRestore({"flat": flat}))["flat"])
+
+    def save(self, step: int, tree) -> None:
+        """Write the tree as one vector: of many arrays Orbax would go on to write the others after one has failed."""
+        try:
+            self.manager.save(step, args=self.ocp.args.StandardSave({"flat": ravel_pytree(tree)[0]}))
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0]
+            before = self.manager.latest_step()
+            raise RuntimeError(
+                f"the checkpoint of step {step} could not be written ({reason}); that of step {before} is intact: free some space "
+                f"below {self.manager.directory} and run it again"
+            ) from None

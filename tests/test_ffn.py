@@ -1,0 +1,157 @@
+"""HiRE-FFN: grouped top-k by hand, the searched layer against all neurons, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hire
+from hire.ffn import common_first
+from hire.models import preset
+from hire.models.decoder import FFN
+from hire.topk import keep_groups
+
+
+def test_groups_are_scored_and_kept_by_hand():
+    active = jnp.asarray([[1.0, 2.0, 0.0, -4.0, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]])
+    assert hire.group_scores(active, 2).tolist() == [[3.0, 4.0, 1.0], [0.0, 0.0, 1.0]]
+    assert hire.group_scores(active, 3, "max").tolist() == [[2.0, 4.0], [0.0, 1.0]]
+    kept = keep_groups(active, hire.group_scores(active, 2), 2)
+    assert kept.tolist() == [[1.0, 2.0, 0.0, -4.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]]
+
+
+def test_dropped_groups_get_no_gradient():
+    active = jnp.asarray([1.0, 2.0, 5.0, 0.0])
+    slope = jax.grad(lambda a: jnp.sum(keep_groups(a, hire.group_scores(a, 2), 1) ** 2))(active)
+    assert slope.tolist() == [0.0, 0.0, 10.0, 0.0]
+
+
+def layer(rng, groups, group_size, d, gated):
+    """Random matrices of a layer: up, down, gate."""
+    parts = [jnp.asarray(rng.normal(size=(groups * group_size, d)), jnp.float32) for _ in range(3)]
+    return parts[0], parts[1], parts[2] if gated else None
+
+
+def by_hand(x, up, down, gate, group_size, k):
+    """The layer in numpy, one query and group after the other, when every group is a candidate and none is common."""
+    out = np.zeros_like(x)
+    for row, query in enumerate(x):
+        first = up @ query
+        if gate is None:
+            active = np.maximum(first, 0)
+        else:
+            z = gate @ query
+            active = 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))) * first
+        scores = np.abs(active).reshape(-1, group_size).sum(1)
+        for group in np.argsort(-scores, kind="stable")[:k]:
+            members = slice(group * group_size, (group + 1) * group_size)
+            out[row] += active[members] @ down[members]
+    return out
+
+
+shapes = dict(
+    b=st.sampled_from([1, 2, 5]),
+    groups=st.sampled_from([3, 20, 150]),
+    group_size=st.sampled_from([1, 4, 8]),
+    gated=st.booleans(),
+    share=st.floats(0.1, 0.9),
+    seed=st.integers(0, 2**31),
+)
+
+
+@given(**shapes, shared=st.booleans())
+def test_with_every_group_a_candidate_it_is_the_layer_in_numpy(b, groups, group_size, gated, share, seed, shared):
+    rng = np.random.default_rng(seed)
+    up, down, gate = layer(rng, groups, group_size, 6, gated)
+    x = jnp.asarray(rng.normal(size=(b, 6)), jnp.float32)
+    k = max(1, int(share * groups))
+    copy = hire.Quantized.fit(up if gate is None else gate, 8)
+    ffn = hire.HireFFN(up, down, copy, gate, group_size=group_size, k=k, candidates=groups, shared=shared)
+    expected = by_hand(*map(np.asarray, (x, up, down)), None if gate is None else np.asarray(gate), group_size, k)
+    np.testing.assert_allclose(ffn(x), expected, atol=1e-3)
+    np.testing.assert_allclose(ffn.masked(x, b), expected, atol=1e-3)
+
+
+@given(**shapes, shared=st.booleans(), common=st.floats(0, 0.9), both=st.booleans())
+def test_the_fast_paths_are_the_masked_layer(b, groups, group_size, gated, share, seed, shared, common, both):
+    rng = np.random.default_rng(seed)
+    up, down, gate = layer(rng, groups, group_size, 6, gated)
+    x = jnp.asarray(rng.normal(size=(b, 6)), jnp.float32)
+    k = max(1, int(share * groups))
+    first = int(common * (k - 1))
+    candidates = min(groups - first, k - first + groups // 4)
+    beyond = slice(first * group_size, None)
+    copy = hire.LowRank.fit((up if gate is None else gate)[beyond], min(4, len(up[beyond])), bits=8)
+    second = hire.Quantized.fit(up[beyond], 8) if gated and both else None
+    settings = dict(group_size=group_size, k=k, candidates=candidates, common=first, shared=shared)
+    ffn = hire.HireFFN(up, down, copy, gate, second, **settings)
+    np.testing.assert_allclose(ffn(x), ffn.masked(x, b), atol=1e-3)
+
+
+def test_it_keeps_what_training_keeps(rng):
+    config = preset("tiny", gated=False, ffn_width=128, group_size=8, kept=0.25, sparse_layers=(1,))
+    trained = FFN(config, 1, jnp.float32, nnx.Rngs(0))
+    x = jnp.asarray(rng.normal(size=(3, 64)), jnp.float32)
+    up, down = trained.up[...], trained.down[...]
+    ffn = hire.HireFFN(up, down, hire.Quantized.fit(up, 8), group_size=8, k=4, candidates=16)
+    np.testing.assert_allclose(ffn(x), trained(x), atol=1e-5)
+    dense = FFN(config, 0, jnp.float32, nnx.Rngs(0))
+    np.testing.assert_allclose(dense(x), jax.nn.relu(x @ up.T) @ down, atol=1e-5)
+
+
+def test_the_common_path_is_always_in(rng):
+    up, down, _ = layer(rng, 20, 4, 6, False)
+    order = common_first(jnp.arange(20.0), 4)  # the last groups are used most
+    assert order[:8].tolist() == [76, 77, 78, 79, 72, 73, 74, 75]
+    up, down = up[order], down[order]
+    ffn = hire.HireFFN(up, down, hire.Quantized.fit(up[8:], 8), group_size=4, k=3, candidates=18, common=2)
+    x = jnp.asarray(rng.normal(size=(2, 6)), jnp.float32)
+    active = jax.nn.relu(x @ up.T)
+    others = keep_groups(active[:, 8:], hire.group_scores(active[:, 8:], 4), 1)
+    np.testing.assert_allclose(ffn(x), active[:, :8] @ down[:8] + others @ down[8:], atol=1e-4)
+
+
+def test_bytes_by_hand(rng):
+    up, down, gate = layer(rng, 10, 2, 8, True)
+    copy = hire.Quantized.fit(up[4:], 8)  # 16 neurons of 8 bytes and a scale of 4 bytes
+    settings = dict(group_size=2, k=3, candidates=5, common=2)
+    row = 2 * 8 * 4  # one group in one matrix
+    assert hire.HireFFN(up, down, copy, **settings).bytes_read == 16 * 12 + row * (2 * 2 + 5 + 1)
+    gates = hire.Quantized.fit(gate[4:], 8)
+    assert hire.HireFFN(up, down, gates, gate, copy, **settings).bytes_read == 2 * 16 * 12 + row * (3 * 2 + 2 * 5 + 1)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(group_size=3), "group_size = 3: expected a divisor of the 40 neurons"),
+        (dict(k=0), "k = 0: expected a whole number from 1 to 10"),
+        (dict(k=3, candidates=2), r"candidates = 2: expected a whole number from 3 to 10"),
+        (dict(k=3, candidates=4, common=3), r"common = 3: expected a whole number from 0 to 2 \(less than k"),
+        (dict(k=3, candidates=4, common=1), r"estimator of rows \(40, 6\): expected \(36, 6\), as the rows are"),
+        (dict(estimator=hire.Quantized.fit(jnp.ones((40, 6)), 8)), r"estimator of other rows \(40, 6\)"),
+        (dict(down=jnp.ones((4, 6))), r"down of shape \(4, 6\): expected \(40, 6\), as up is"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(unchecked, rng, settings, message):
+    up, down, _ = layer(rng, 10, 4, 6, False)
+    given = dict(up=up, down=down, estimator=hire.Quantized.fit(up, 8), group_size=4, k=2, candidates=4) | settings
+    with pytest.raises(ValueError, match=message):
+        hire.HireFFN(**given)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(group_size=7), "group_size = 7: expected a divisor of ffn_width = 128"),
+        (dict(group_size=8, kept=0.01), "kept = 0.01: expected a share, at most 1, that leaves one of 16 groups or more"),
+        (dict(kept=1.5), "kept = 1.5: expected a share"),
+        (dict(sparse_layers=(1, 9)), r"sparse_layers = \(1, 9\): expected layers from 0 to 5"),
+    ],
+)
+def test_a_sparse_model_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        preset("tiny", **changes)

@@ -1,0 +1,181 @@
+"""Training: batches, real kills, a disk that is full; the files of trained models."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hire.lab import evaluation, training
+from hire.lab.ngram import kneser_ney
+from hire.lab.text import documents
+from hire.models import Decoder, TextModel, preset
+from hire.models.checkpoints import load_checkpoint, save_checkpoint
+from hire.models.tokenizer import byte_tokenizer
+
+TOY = training.Plan(
+    config=preset("tiny", layers=2, gated=False, group_size=8, kept=0.25, global_every=2),
+    tokens=12 * 4 * 32,
+    batch=4,
+    length=32,
+    documents=2,
+)
+RUN = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from hire.lab import training
+sys.path.insert(0, {tests!r})
+from test_training import TOY
+if len(sys.argv) > 2:  # no file may grow beyond so many bytes: writes fail as on a full disk
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+training.train(TOY, "toy", save_every=2, folder=Path(sys.argv[1]))
+"""
+
+
+def start(*arguments):
+    code = RUN.format(tests=os.path.dirname(__file__))
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def killed_at(words, folder):
+    """Start the toy's run and kill it, as a machine does that goes away, when it says so."""
+    with start(folder) as process:
+        for line in process.stdout:
+            if words in line:
+                process.send_signal(signal.SIGKILL)
+                break
+        process.wait()
+        assert process.returncode == -signal.SIGKILL, process.stderr.read()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_outside():
+    """optax promotes types by itself."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The losses and weights of the toy's run without an end before its end."""
+    trained = training.train(TOY, "toy", save_every=50, folder=tmp_path_factory.mktemp("whole"))
+    return trained.losses, jax.tree.map(np.asarray, nnx.state(trained.model))
+
+
+def test_every_window_is_seen_once_an_epoch():
+    tokens, plan = np.arange(100, 100 + 70), replace(TOY, length=10, batch=3)
+    epoch = np.concatenate([training.batch_at(tokens, plan, step) for step in (0, 1)])
+    assert (epoch[:, 0] == training.BOS).all()
+    assert len({tuple(window) for window in epoch[:, 1:]}) == 6  # of seven: the last, incomplete batch waits for the next order
+    assert {window[1] % 10 for window in epoch} == {0}
+    again, other = training.batch_at(tokens, plan, 1), training.batch_at(tokens, replace(plan, seed=1), 1)
+    assert (again == epoch[3:]).all() and (other != again).any()
+    assert (training.batch_at(tokens, plan, 2) != epoch[:3]).any()
+
+
+def test_the_loss_falls(uninterrupted):
+    losses, _ = uninterrupted
+    assert np.isfinite(losses).all()
+    assert losses[0] == pytest.approx(np.log(512), abs=1.0)
+    assert losses[-3:].mean() < losses[:3].mean() - 0.1
+
+
+def test_a_killed_run_goes_on_to_the_same_losses(uninterrupted, tmp_path):
+    killed_at("step 4 of 12", tmp_path)
+    resumed = training.train(TOY, "toy", save_every=50, folder=tmp_path)
+    assert len(resumed.seconds) < 12  # it did not begin anew
+    losses, weights = uninterrupted
+    np.testing.assert_allclose(resumed.losses, losses, rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(nnx.state(resumed.model)), jax.tree.leaves(weights), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    killed_at("step 2 of 12", tmp_path)
+    with start(tmp_path, 2000) as process:
+        _, errors = process.communicate()
+    assert process.returncode == 1
+    last = errors.strip().splitlines()[-1]
+    assert "could not be written" in last and "is intact" in last, errors
+    assert training.Resumable(next(tmp_path.iterdir())).manager.latest_step() in (2, 4)
+
+
+def test_a_schedule_is_dense_first():
+    plan = replace(TOY, dense_share=0.5)
+    assert [plan.config_at(step).kept for step in (0, 5, 6, 11)] == [1.0, 1.0, 0.25, 0.25]
+
+
+def test_variants_have_names():
+    assert training.plan_of("short-groups8@2") == replace(training.plan_of("groups8"), tokens=training.SHORT, seed=2)
+    assert training.plan_of("dense").config.groups == 2048
+    with pytest.raises(ValueError, match="variant 'groups9': expected one of dense, groups8"):
+        training.plan_of("groups9")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = Decoder(preset("tiny", layers=1, gated=False, group_size=8, kept=0.25, sparse_layers=(0,)), rngs=nnx.Rngs(0))
+    save_checkpoint(tmp_path / "toy.safetensors", model, byte_tokenizer())
+    return model, tmp_path / "toy.safetensors"
+
+
+def test_a_checkpoint_gives_the_model_back(saved):
+    model, path = saved
+    loaded = load_checkpoint(path, model.config)
+    assert loaded.model.config == model.config
+    for ours, theirs in zip(jax.tree.leaves(nnx.state(loaded.model)), jax.tree.leaves(nnx.state(model)), strict=True):
+        np.testing.assert_array_equal(ours, theirs.astype(jnp.bfloat16).astype(jnp.float32))
+    assert loaded.tokenizer.encode("ab").ids == byte_tokenizer().encode("ab").ids
+    assert not list(path.parent.glob("*.partial"))
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused(saved):
+    model, path = saved
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="restore it with git") as error:
+            load_checkpoint(path)
+        assert "\n" not in str(error.value)
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="a model of another kept, layers; expected the configuration"):
+        load_checkpoint(path, replace(model.config, kept=0.5, layers=2, sparse_layers=(0,)))
+    with pytest.raises(FileNotFoundError, match="`make train VARIANT=nothing` makes a trained model"):
+        load_checkpoint(path.with_stem("nothing"))
+
+
+def test_every_token_of_a_document_is_scored_once(saved):
+    model, _ = saved
+    subject = TextModel(model, byte_tokenizer(), "random weights")
+    texts = documents("evaluation", ["speech"])[:2]
+    short = [replace(text, text=text.text[:length]) for text, length in zip(texts, (70, 32), strict=True)]
+    scores = evaluation.score_documents(subject, short, length=32, batch=4)
+    assert scores.tokens.tolist() == [70, 32] and scores.bytes.tolist() == [70, 32]
+    ids = np.asarray(byte_tokenizer().encode(short[0].text).ids)
+    expected = 0.0
+    for at in range(0, 70, 32):
+        part = ids[at : at + 32]
+        logits = model.logits(model.prefill(np.concatenate([[2], part[:-1]])[None].astype(np.int32))[0])[0]
+        expected -= float(np.sum(np.asarray(jax.nn.log_softmax(logits))[np.arange(len(part)), part]))
+    assert scores.nats[0] == pytest.approx(expected, rel=1e-4)
+    summary = scores.summary()
+    assert summary["bits_per_byte"] == pytest.approx(summary["loss"] / np.log(2))
+
+
+def test_kneser_ney_by_hand():
+    # Tokens 1 2 1 2 1 3 with order 2. Bigrams (0 starts): 01 12 21 12 21 13. Once: 01, 13; twice: 12, 21.
+    # Discount 2 / (2 + 4) = 1/3. Continuations: 1 after {0, 2} = 2, 2 after {1} = 1, 3 after {1} = 1: 4, 3 kinds; discount 1/2.
+    # p1(3) = (1 - 1/2)/4 + (1/2)(3)/4 (1/8) = 0.125 + 0.046875; p(3 | 1) = (1 - 1/3)/3 + (1/3)(2)/3 p1(3).
+    nats = kneser_ney(np.asarray([1, 2, 1, 2, 1, 3]), np.asarray([1, 3]), 8, 2)
+    assert np.exp(-nats[1]) == pytest.approx(2 / 9 + 2 / 9 * 0.171875)
+    every = np.asarray([np.exp(-kneser_ney(np.asarray([1, 2, 1, 2, 1, 3]), np.asarray([1, last]), 8, 2)[1]) for last in range(8)])
+    assert every.sum() == pytest.approx(1.0)
