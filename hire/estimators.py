@@ -4,6 +4,7 @@ The paper names the two and leaves rank, bits and fitting open (PAPER claim lr-a
 multiply: the factors of a low-rank copy may themselves be quantized.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -93,7 +94,7 @@ def row_scores_at(x: Queries, rows: Rows, indices: Indices) -> Candidates:
 def row_sums(weights: Float[AnyArray, "*b m"], rows: Rows) -> Float[Array, "*b d"]:
     """Sums, float32, of all rows (m, d) times their weights (*b, m)."""
     m, d = rows.shape
-    if weights.shape[:-1].count(1) == weights.ndim - 1 and m % SPLIT == 0 and jax.default_backend() == "cpu":
+    if math.prod(weights.shape[:-1]) == 1 and m % SPLIT == 0 and jax.default_backend() == "cpu":
         parts = product(weights.reshape(SPLIT, -1), rows.reshape(SPLIT, -1, d), "pm,pmd->pd")
         return parts.sum(0).reshape(*weights.shape[:-1], d)
     return product(weights, rows)

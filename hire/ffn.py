@@ -1,5 +1,6 @@
 """HiRE-FFN: of the groups of neurons in a feed-forward layer, those that score best, found without reading the others."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
@@ -78,6 +79,10 @@ class HireFFN:
             active = activate(jnp.ones_like(first) if self.up_estimator is None else self.up_estimator.scores(x), first)
         return group_scores(active, self.group_size)
 
+    def active(self, scores: Callable[[Rows], jax.Array]) -> Float[Array, "*b f"]:
+        """What the neurons pass on whose products with the queries `scores` takes from a matrix."""
+        return activate(scores(self.up), None if self.gate is None else scores(self.gate))
+
     def neurons(self, groups: Indices) -> Int[Array, "*b _"]:
         """The neurons (*b, c * group_size) of groups (*b, c), which count from the first one beyond the common path."""
         return members(groups + self.common, self.group_size)
@@ -85,8 +90,7 @@ class HireFFN:
     def search(self, x: Queries) -> Float[Array, "b d"]:
         """Every query with candidates of its own."""
         chosen = self.neurons(nominate(self.estimated(x), self.candidates))
-        gate = None if self.gate is None else row_scores_at(x, self.gate, chosen)
-        active = activate(row_scores_at(x, self.up, chosen), gate)
+        active = self.active(lambda rows: row_scores_at(x, rows, chosen))
         best = exact_top_k(group_scores(active, self.group_size), self.k - self.common).indices
         places = members(best, self.group_size)
         kept, rows = (jnp.take_along_axis(part, places, axis=1) for part in (active, chosen))
@@ -96,8 +100,7 @@ class HireFFN:
         """All queries with the same candidates."""
         pooled = jnp.sum(self.estimated(x), axis=0, keepdims=True)
         chosen = self.neurons(nominate(pooled, self.candidates))[0]
-        gate = None if self.gate is None else row_scores(x, self.gate[chosen])
-        active = activate(row_scores(x, self.up[chosen]), gate)
+        active = self.active(lambda rows: row_scores(x, rows[chosen]))
         kept = keep_groups(active, group_scores(active, self.group_size), self.k - self.common)
         return product(kept, self.down[chosen]) + self.common_path(x)
 
@@ -106,16 +109,14 @@ class HireFFN:
         if not self.common:
             return jnp.zeros((len(x), self.down.shape[1]), jnp.float32)
         first = slice(self.common * self.group_size)
-        gate = None if self.gate is None else row_scores(x, self.gate[first])
-        return row_sums(activate(row_scores(x, self.up[first]), gate), self.down[first])
+        return row_sums(self.active(lambda rows: row_scores(x, rows[first])), self.down[first])
 
     def masked(self, x: Queries, together: int = 1) -> Float[Array, "b d"]:
         """The same output from all neurons, the unread ones set to 0: the reference, and the faster way for many queries at once.
 
         With `shared`, every `together` queries are one call.
         """
-        gate = None if self.gate is None else row_scores(x, self.gate)
-        active = activate(row_scores(x, self.up), gate)
+        active = self.active(lambda rows: row_scores(x, rows))
         scores = group_scores(active, self.group_size)[:, self.common :]
         estimated = self.estimated(x)
         if self.shared:

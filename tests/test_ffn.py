@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import hire
 from hire.ffn import common_first
-from hire.models import preset
+from hire.models import Decoder, preset
 from hire.models.decoder import FFN
-from hire.topk import keep_groups
+from hire.topk import keep_groups, kth_score
 
 
 def test_groups_are_scored_and_kept_by_hand():
@@ -21,6 +21,15 @@ def test_groups_are_scored_and_kept_by_hand():
     assert hire.group_scores(active, 3, "max").tolist() == [[2.0, 4.0], [0.0, 1.0]]
     kept = keep_groups(active, hire.group_scores(active, 2), 2)
     assert kept.tolist() == [[1.0, 2.0, 0.0, -4.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]]
+
+
+@given(
+    scores=st.lists(st.floats(-3, 3, width=32) | st.sampled_from([0.0, 1.0, np.inf, -np.inf]), min_size=1, max_size=9),
+    data=st.data(),
+)
+def test_the_kth_score_is_that_of_a_sort(scores, data):
+    k = data.draw(st.integers(1, len(scores)))
+    assert kth_score(jnp.asarray([scores]), k).tolist() == [[sorted(scores)[-k]]]
 
 
 def test_dropped_groups_get_no_gradient():
@@ -155,3 +164,24 @@ def test_settings_that_cannot_be_are_refused(unchecked, rng, settings, message):
 def test_a_sparse_model_that_cannot_be_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         preset("tiny", **changes)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_converted_model_steps_as_it_reads(rng, shared):
+    """One text at a time a step has one query, and so has a call of prefill: shared or not, both are the trained model."""
+    config = preset("tiny", vocabulary=300, layers=2, gated=False, group_size=8, kept=0.25)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    ffns = []
+    for block in model.blocks:
+        up, down = block.ffn.up[...], block.ffn.down[...]
+        ffns.append(hire.HireFFN(up, down, hire.Quantized.fit(up, 8), group_size=8, k=4, candidates=16, shared=shared))
+    fast = hire.convert(model, ffn=ffns)
+    tokens = jnp.asarray(rng.integers(3, 300, (1, 12)), jnp.int32)
+    whole = model.prefill(tokens)[0]
+    np.testing.assert_allclose(fast.prefill(tokens)[0], whole, atol=2e-4)
+    _, cache = fast.prefill(tokens[:, :11], 12)
+    np.testing.assert_allclose(fast.step(tokens[:, 11], cache)[0], whole[:, 11], atol=2e-4)
+    with pytest.raises(ValueError, match="12 tokens, 5 together: expected a multiple"):
+        hire.convert(model, ffn=ffns, together=5).prefill(tokens)
+    with pytest.raises(ValueError, match=r"FFNs of widths \[64\]: expected 2, one a layer, of width 64"):
+        hire.convert(model, ffn=ffns[:1])

@@ -1,6 +1,6 @@
 """What a model makes of real text: hidden states by document, losses, and the quality of a search over them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,8 +12,6 @@ from flax import nnx
 from hire.axes import AnyArray, Array, Float, Hidden, Int, Queries, Rows, Tokens
 from hire.choose import batches, candidates_needed, mean_bound
 from hire.estimators import Estimator, row_scores
-from hire.ffn import HireFFN
-from hire.lab.sparsity import with_ffns
 from hire.lab.text import Document
 from hire.models import Decoder, TextModel, generate
 from hire.sampling import sampling_probabilities
@@ -63,48 +61,35 @@ class Scores:
         return dict(loss=nats / tokens, bits_per_byte=nats / np.log(2) / size, accuracy=hits / tokens, tokens=int(tokens))
 
 
-@partial(jax.jit, static_argnames=("graph", "together"))
-def window_scores(
-    graph: nnx.GraphDef, state: nnx.State, tokens: Tokens, ffns: Sequence[HireFFN] | None, together: int
-) -> tuple[Float[Array, "b _"], Float[Array, "b _"]]:
-    """-log p (b, t) of every token of windows (b, t) but the first, and whether it was the likeliest, each (b, t - 1)."""
+@partial(jax.jit, static_argnames="graph")
+def window_scores(graph: nnx.GraphDef, state: nnx.State, tokens: Tokens) -> tuple[Float[Array, "b _"], Float[Array, "b _"]]:
+    """-log p of every token of windows (b, t) but the first, and whether it was the likeliest, each (b, t - 1)."""
     model = nnx.merge(graph, state)
-    if ffns is not None:
-        with_ffns(model, ffns, together)
     logits = model.logits(model.prefill(tokens[:, :-1])[0])
-    targets = tokens[:, 1:]
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen, (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+    return surprise(logits, tokens[:, 1:]), (jnp.argmax(logits, axis=-1) == tokens[:, 1:]).astype(jnp.float32)
 
 
-def score_documents(
-    subject: TextModel,
-    texts: Sequence[Document],
-    length: int = 256,
-    batch: int = 16,
-    *,
-    ffns: Sequence[HireFFN] | None = None,
-    together: int = 1,
-) -> Scores:
-    """Every token of every document, predicted once: windows of `length` tokens side by side, each after <bos> alone.
-
-    With `ffns` the model's FFNs are searched, `together` consecutive tokens a call (it divides the length).
-    """
+def score_documents(subject: TextModel, texts: Sequence[Document], length: int = 256, batch: int = 16) -> Scores:
+    """Every token of every document, predicted once: windows of `length` tokens side by side, each after <bos> alone."""
     graph, state = nnx.split(subject.model)
     encoded = [ids.ids for ids in subject.tokenizer.encode_batch([text.text for text in texts], add_special_tokens=False)]
     spans = [(index, ids[start : start + length]) for index, ids in enumerate(encoded) for start in range(0, len(ids), length)]
-    windows = np.zeros((len(spans) + -len(spans) % batch, length + 1), np.int32)
+    windows = np.zeros((len(spans), length + 1), np.int32)
     windows[:, 0] = subject.tokens("")[0]
-    for window, (_, ids) in zip(windows, spans, strict=False):
+    for window, (_, ids) in zip(windows, spans, strict=True):
         window[1 : 1 + len(ids)] = ids
-    totals = np.zeros((2, len(texts)))
-    for start in range(0, len(windows), batch):
-        scored = map(np.asarray, window_scores(graph, state, windows[start : start + batch], ffns, together))
-        for total, part in zip(totals, scored, strict=True):
-            for (index, ids), values in zip(spans[start : start + batch], part, strict=False):
-                total[index] += values[: len(ids)].sum(dtype=np.float64)
-    lengths = np.asarray([len(ids) for ids in encoded])
-    return Scores(totals[0], totals[1], lengths, np.asarray([len(text.text.encode()) for text in texts]))
+    real = np.arange(length)[None] < np.asarray([len(ids) for _, ids in spans])[:, None]
+    scored = in_batches(partial(window_scores, graph, state), windows, batch)
+    owner = [index for index, _ in spans]
+    nats, hits = (np.bincount(owner, np.where(real, part, 0).sum(1, dtype=np.float64), len(texts)) for part in scored)
+    return Scores(nats, hits, np.asarray(list(map(len, encoded))), np.asarray([len(text.text.encode()) for text in texts]))
+
+
+def in_batches(function: Callable, values: AnyArray, batch: int):
+    """What a compiled function returns for values (n, …), in numpy; it is called with batches of one size, so it compiles once."""
+    padded = np.concatenate([values, values[:1].repeat(-len(values) % batch, 0)])
+    parts = [jax.device_get(function(part)) for part in batches(padded, batch)]
+    return jax.tree.map(lambda *pieces: np.concatenate(pieces)[: len(values)], *parts)
 
 
 @partial(jax.jit, static_argnames="graph")
@@ -116,9 +101,7 @@ def hidden_states(graph: nnx.GraphDef, state: nnx.State, tokens: Tokens) -> Hidd
 def collect(model: Decoder, tokens: np.ndarray, names: np.ndarray, *, skip: int = 1, batch: int = 16) -> States:
     """Hidden states of windows (w, t) from position `skip` on, all but the last position, whose next token is not known."""
     graph, state = nnx.split(model)
-    padded = np.concatenate([tokens, tokens[:1].repeat(-len(tokens) % batch, 0)])
-    parts = [np.asarray(hidden_states(graph, state, part)) for part in batches(padded, batch)]
-    hidden = np.concatenate(parts)[: len(tokens), skip:-1]
+    hidden = in_batches(partial(hidden_states, graph, state), tokens, batch)[:, skip:-1]
     count = hidden.shape[1]
     return States(hidden.reshape(-1, hidden.shape[-1]), tokens[:, skip + 1 :].reshape(-1), np.repeat(names, count))
 
@@ -126,8 +109,12 @@ def collect(model: Decoder, tokens: np.ndarray, names: np.ndarray, *, skip: int 
 @jax.jit
 def loss(rows: Rows, hidden: Queries, targets: Int[AnyArray, " b"]) -> Float[Array, " b"]:
     """-log p (b,) of each target, in nats."""
-    logits = row_scores(hidden, rows)
-    return jax.nn.logsumexp(logits, axis=1) - jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+    return surprise(row_scores(hidden, rows), targets)
+
+
+def surprise(logits: Float[Array, "*b v"], targets: Int[AnyArray, "*b"]) -> Float[Array, "*b"]:
+    """-log p (*b,) of each target, in nats."""
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
 
 
 def losses(model: Decoder, states: States) -> np.ndarray:
@@ -171,9 +158,7 @@ def curve(rows: Rows, estimator: Estimator, hidden: Queries, best: TopK, candida
 
 def found_by(softmax: HireSoftmax, hidden: Queries, batch: int = 64) -> TopK:
     """What the search returns for many queries (n, d), in numpy."""
-    padded = np.concatenate([hidden, hidden[:1].repeat(-len(hidden) % batch, 0)])
-    parts = [jax.device_get(softmax(part)) for part in batches(padded, batch)]
-    return TopK(*(np.concatenate(part)[: len(hidden)] for part in zip(*parts, strict=True)))
+    return in_batches(softmax, hidden, batch)
 
 
 def judge(softmax: HireSoftmax, states: States, best: TopK, batch: int = 64) -> dict[str, dict]:

@@ -1,6 +1,6 @@
 """What a group-sparse FFN does on text: which groups each token keeps, and the layers that search for them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -12,6 +12,7 @@ import hire
 from hire.axes import Array, Bool, Float, Queries, Tokens
 from hire.estimators import Estimator
 from hire.ffn import common_first
+from hire.lab.evaluation import in_batches
 from hire.models import Decoder
 from hire.models.decoder import FFN
 
@@ -33,9 +34,7 @@ def layer_inputs(graph: nnx.GraphDef, state: nnx.State, tokens: Tokens) -> list[
 def ffn_inputs(model: Decoder, windows: np.ndarray, batch: int = 16) -> list[np.ndarray]:
     """What the FFN of every layer is given for windows (w, t): an array (w, t, d) a layer."""
     graph, state = nnx.split(model)
-    padded = np.concatenate([windows, windows[:1].repeat(-len(windows) % batch, 0)])
-    parts = [jax.device_get(layer_inputs(graph, state, padded[at : at + batch])) for at in range(0, len(padded), batch)]
-    return [np.concatenate(layer)[: len(windows)] for layer in zip(*parts, strict=True)]
+    return in_batches(partial(layer_inputs, graph, state), windows, batch)
 
 
 @partial(jax.jit, static_argnames=("group_size", "k"))
@@ -54,15 +53,3 @@ def searched_ffn(
     up, down = ffn.up[...][order], ffn.down[...][order]
     estimator = copy(up[common * size :])
     return hire.HireFFN(up, down, estimator, group_size=size, k=ffn.kept, candidates=candidates, common=common, shared=shared)
-
-
-def apply(ffn: hire.HireFFN, together: int, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-    """A searched layer on texts: every `together` consecutive tokens are one call, as when they are verified together."""
-    return ffn.masked(x.reshape(-1, x.shape[-1]), together).reshape(x.shape)
-
-
-def with_ffns(model: Decoder, ffns: Sequence[hire.HireFFN], together: int = 1) -> Decoder:
-    """The model, inside a compiled function, with its FFNs searched."""
-    for block, ffn in zip(model.blocks, ffns, strict=True):
-        block.ffn = partial(apply, ffn, together)
-    return model

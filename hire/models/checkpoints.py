@@ -7,12 +7,11 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from tokenizers import Tokenizer
 
 from hire.models.config import DecoderConfig
 from hire.models.decoder import Decoder
-from hire.models.weights import TextModel, expected_shapes, fill
+from hire.models.weights import TextModel, expected_shapes, fill, named_arrays
 
 
 def save_checkpoint(path: Path, model: Decoder, tokenizer: Tokenizer) -> None:
@@ -22,8 +21,7 @@ def save_checkpoint(path: Path, model: Decoder, tokenizer: Tokenizer) -> None:
     """
     from safetensors.flax import save_file
 
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    arrays = {".".join(map(str, name)): value[...].astype(jnp.bfloat16) for name, value in flat}
+    arrays = {name: array.astype(jnp.bfloat16) for name, array in named_arrays(model).items()}
     facts = dict(config=json.dumps(asdict(model.config)), tokenizer=tokenizer.to_str(), sha256=seal(arrays))
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".partial")

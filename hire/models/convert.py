@@ -14,21 +14,25 @@ from hire.softmax import HireSoftmax
 class SearchedFFN(nnx.Module):
     """A HireFFN in the place of a layer's FFN. A step searches; a whole text, which reads every neuron anyway, is masked."""
 
-    def __init__(self, ffn: HireFFN):
-        self.ffn = nnx.data(ffn)
+    def __init__(self, ffn: HireFFN, together: int):
+        self.ffn, self.together = nnx.data(ffn), together
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         if x.ndim == 2:
             return self.ffn(x).astype(x.dtype)
-        each = replace(self.ffn, shared=False)  # tokens of a text do not see later ones
-        return each.masked(x.reshape(-1, x.shape[-1])).reshape(x.shape).astype(x.dtype)
+        if x.shape[1] % self.together:
+            raise ValueError(f"{x.shape[1]} tokens, {self.together} together: expected a multiple")
+        return self.ffn.masked(x.reshape(-1, x.shape[-1]), self.together).reshape(x.shape).astype(x.dtype)
 
 
-def convert(model: Decoder, *, softmax: HireSoftmax | None = None, ffn: Sequence[HireFFN] | None = None) -> Decoder:
+def convert(
+    model: Decoder, *, softmax: HireSoftmax | None = None, ffn: Sequence[HireFFN] | None = None, together: int = 1
+) -> Decoder:
     """The model with its softmax searched by `softmax` (dense for None) and its FFNs, one a layer, by `ffn` (as is for None).
 
-    Its other weights are the given model's, not copies. Raises ValueError when the softmax was fitted to other rows than this
-    model's embedding, or when the FFNs are not one a layer, of its width.
+    In prefill every `together` consecutive tokens of a text are one call of a shared FFN, as when they are verified together. The
+    other weights are the given model's, not copies. Raises ValueError when the softmax was fitted to other rows than this model's
+    embedding, or when the FFNs are not one a layer, of its width.
     """
     converted = nnx.merge(*nnx.split(model))
     converted.softmax = None
@@ -40,5 +44,5 @@ def convert(model: Decoder, *, softmax: HireSoftmax | None = None, ffn: Sequence
         if widths != [model.config.width] * model.config.layers:
             raise ValueError(f"FFNs of widths {widths}: expected {model.config.layers}, one a layer, of width {model.config.width}")
         for block, searched in zip(converted.blocks, ffn, strict=True):
-            block.ffn = SearchedFFN(searched)
+            block.ffn = SearchedFFN(searched, together)
     return converted

@@ -1,4 +1,4 @@
-"""Gemma's tokenizer, rebuilt with the `tokenizers` library from the pieces and scores that a GGUF file carries."""
+"""Tokenizers of the `tokenizers` library: Gemma's from what a GGUF file carries, and our own on bytes."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,7 @@ from tokenizers.models import BPE
 
 NORMAL, USER_DEFINED = 1, 4  # SentencePiece's kinds of pieces that text can become; the others are control and bytes
 SPACE = "\u2581"
+ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 
 
 def sentencepiece_bpe(pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> Tokenizer:
@@ -34,20 +35,21 @@ def sentencepiece_bpe(pieces: Sequence[str], scores: Sequence[float], kinds: Seq
 
 def byte_tokenizer() -> Tokenizer:
     """One id a byte, after four that are kept for control: what the toy model reads."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE({piece: 4 + index for index, piece in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    return byte_level(BPE({piece: 4 + index for index, piece in enumerate(sorted(ALPHABET))}, []))
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
     """A byte-level BPE tokenizer of so many ids, trained on texts; the first four are for control, <bos> is 2 as in Gemma."""
-    tokenizer = Tokenizer(BPE())
+    tokenizer = byte_level(BPE())
+    control = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=control, initial_alphabet=ALPHABET, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def byte_level(pieces: BPE) -> Tokenizer:
+    """A tokenizer that writes bytes as the characters of ALPHABET, and spaces among them."""
+    tokenizer = Tokenizer(pieces)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    control = ["<pad>", "<eos>", "<bos>", "<unk>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=control, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer

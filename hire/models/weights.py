@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import psutil
@@ -156,9 +157,14 @@ def fill(config: DecoderConfig, arrays: Mapping[str, AnyArray], dtype) -> Decode
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
+def named_arrays(model: Decoder) -> dict[str, jax.Array]:
+    """The weights of a model by our names."""
+    return {".".join(map(str, path)): value[...] for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
 def gguf_names(model: Decoder) -> dict[str, np.ndarray]:
     """The weights of a model under a GGUF's names and in its layout, as the numpy reference takes them."""
-    arrays = {".".join(map(str, path)): np.asarray(value[...]) for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    arrays = {ours: np.asarray(array) for ours, array in named_arrays(model).items()}
     names = {ours: theirs for ours, theirs, _ in named(model.config, 0)}
     return {names[ours]: array.T if ours.endswith(LAST) else array for ours, array in arrays.items()}
 
