@@ -13,19 +13,13 @@ import pytest
 from flax import nnx
 
 from hire.lab import evaluation, training
-from hire.lab.ngram import kneser_ney
+from hire.lab.ngram import baselines, kneser_ney
 from hire.lab.text import documents
 from hire.models import Decoder, TextModel, preset
 from hire.models.checkpoints import load_checkpoint, save_checkpoint
 from hire.models.tokenizer import byte_tokenizer
 
-TOY = training.Plan(
-    config=preset("tiny", layers=2, gated=False, group_size=8, kept=0.25, global_every=2),
-    tokens=12 * 4 * 32,
-    batch=4,
-    length=32,
-    documents=2,
-)
+TOY = training.plan_of("groups8", toy=True)
 RUN = """
 import sys
 from dataclasses import replace
@@ -89,10 +83,13 @@ def test_the_loss_falls(uninterrupted):
     assert losses[-3:].mean() < losses[:3].mean() - 0.1
 
 
-def test_a_killed_run_goes_on_to_the_same_losses(uninterrupted, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_losses(uninterrupted, tmp_path, monkeypatch):
     killed_at("step 4 of 12", tmp_path)
+    steps, batch_at = [], training.batch_at
+    monkeypatch.setattr(training, "batch_at", lambda tokens, plan, step: steps.append(step) or batch_at(tokens, plan, step))
     resumed = training.train(TOY, "toy", save_every=50, folder=tmp_path)
-    assert len(resumed.seconds) < 12  # it did not begin anew
+    assert steps in (list(range(4, 12)), list(range(6, 12)))  # from its last checkpoint, not from the beginning
+    assert np.isfinite(resumed.seconds).all()
     losses, weights = uninterrupted
     np.testing.assert_allclose(resumed.losses, losses, rtol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(nnx.state(resumed.model)), jax.tree.leaves(weights), strict=True):
@@ -111,14 +108,23 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
 
 def test_a_schedule_is_dense_first():
     plan = replace(TOY, dense_share=0.5)
-    assert [plan.config_at(step).kept for step in (0, 5, 6, 11)] == [1.0, 1.0, 0.25, 0.25]
+    assert [plan.config_at(step).kept for step in (0, 5, 6, 11)] == [1.0, 1.0, 0.1, 0.1]
 
 
 def test_variants_have_names():
     assert training.plan_of("short-groups8@2") == replace(training.plan_of("groups8"), tokens=training.SHORT, seed=2)
     assert training.plan_of("dense").config.groups == 2048
+    assert all(training.plan_of(name, toy=True).steps == 12 for name in training.MODELS)
     with pytest.raises(ValueError, match="variant 'groups9': expected one of dense, groups8"):
         training.plan_of("groups9")
+
+
+def test_outcomes_are_records_or_toys():
+    toys = training.outcomes(["dense", "short-none@1"], toy=True)
+    assert all(toy["scored"]["all"]["loss"] > 4 and len(toy["curve"]) == 12 for toy in toys.values())
+    assert toys["dense"]["scored"].keys() == {"speech", "commentary", "novel", "all"}
+    with pytest.raises(FileNotFoundError, match="no record of training short-none@9: `make train VARIANT=short-none@9` makes it"):
+        training.outcomes(["short-none@9"])
 
 
 @pytest.fixture
@@ -179,3 +185,16 @@ def test_kneser_ney_by_hand():
     assert np.exp(-nats[1]) == pytest.approx(2 / 9 + 2 / 9 * 0.171875)
     every = np.asarray([np.exp(-kneser_ney(np.asarray([1, 2, 1, 2, 1, 3]), np.asarray([1, last]), 8, 2)[1]) for last in range(8)])
     assert every.sum() == pytest.approx(1.0)
+
+
+def test_baselines_take_each_document_by_itself():
+    tokenizer = byte_tokenizer()
+    train = np.asarray(tokenizer.encode(documents("train")[0].text[:20000]).ids)
+    texts = [replace(text, text=text.text[:1000]) for text in documents("evaluation", ["novel"])[:2]]
+    alone, together = [baselines(tokenizer, train, [text]) for text in texts], baselines(tokenizer, train, texts)
+    sizes = [len(text.text.encode()) for text in texts]
+    for order in ("1-gram", "5-gram"):
+        assert together[order] == pytest.approx(np.average([found[order] for found in alone], weights=sizes))
+    assert together["5-gram"] < together["1-gram"] < 8
+    halves = np.asarray(tokenizer.encode("ab" * 50).ids)
+    assert baselines(tokenizer, halves, [replace(texts[0], text="abba")])["1-gram"] == pytest.approx(1.0)

@@ -1,7 +1,7 @@
 """What a model makes of real text: hidden states by document, losses, and the quality of a search over them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import jax
@@ -54,6 +54,10 @@ class Scores:
     hits: np.ndarray
     tokens: np.ndarray
     bytes: np.ndarray
+
+    def of(self, chosen: np.ndarray) -> "Scores":
+        """Those of some documents."""
+        return Scores(*(getattr(self, part.name)[chosen] for part in fields(self)))
 
     def summary(self) -> dict[str, float]:
         """Loss in nats a token, bits a byte, and the share of tokens guessed right, over all documents as one text."""

@@ -1,8 +1,12 @@
 """What a trained model is held against: n-grams with Kneser-Ney smoothing on the same tokens, and a general compressor."""
 
 import lzma
+from collections.abc import Sequence
 
 import numpy as np
+from tokenizers import Tokenizer
+
+from hire.lab.text import Document
 
 
 def kneser_ney(train: np.ndarray, text: np.ndarray, vocabulary: int, order: int = 5) -> np.ndarray:
@@ -44,7 +48,15 @@ def lookup(keys: np.ndarray, asked: np.ndarray, *values: np.ndarray) -> list[np.
     return [np.where(keys[place] == asked, value[place], 0) for value in values]
 
 
-def compressed_bits_per_byte(text: str) -> float:
-    """Bits a byte of a text that `xz -9` compresses by itself."""
-    raw = text.encode()
-    return 8 * len(lzma.compress(raw, preset=9)) / len(raw)
+def baselines(tokenizer: Tokenizer, train: np.ndarray, texts: Sequence[Document]) -> dict[str, float]:
+    """Bits a byte of texts: 1-gram and 5-gram counted in the training tokens, each document from its beginning, and `xz -9`."""
+    raw = "\n".join(text.text for text in texts).encode()
+    size = sum(len(text.text.encode()) for text in texts)
+    before = np.zeros(4, np.int64)  # as far as a 5-gram looks back
+    pieces = [np.concatenate([before, ids.ids]) for ids in tokenizer.encode_batch([text.text for text in texts])]
+    real = np.concatenate([np.arange(len(piece)) >= len(before) for piece in pieces])
+    bits = {
+        f"{order}-gram": kneser_ney(train, np.concatenate(pieces), tokenizer.get_vocab_size(), order)[real].sum() / np.log(2)
+        for order in (1, 5)
+    }
+    return {name: float(value / size) for name, value in bits.items()} | {"xz -9": 8 * len(lzma.compress(raw, preset=9)) / len(raw)}

@@ -5,7 +5,9 @@ Batches depend on the seed and the step alone, so models of one seed see the sam
 
 import functools
 import hashlib
+import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,8 +23,9 @@ from tokenizers import Tokenizer
 from hire.axes import Array, Float, Tokens
 from hire.lab import records
 from hire.lab.evaluation import score_documents
+from hire.lab.ngram import baselines
 from hire.lab.paths import CHECKPOINTS
-from hire.lab.text import documents
+from hire.lab.text import Document, documents
 from hire.models import Decoder, DecoderConfig, TextModel, preset
 from hire.models.checkpoints import load_checkpoint, save_checkpoint
 from hire.models.tokenizer import train_tokenizer
@@ -65,12 +68,14 @@ class Plan:
 
 LONG, SHORT = 5_500_000, 900_000  # tokens: about 45 and 8 minutes on two cores
 SHIPPED = ("dense", "groups8", "groups8-5")  # the long ones, whose models are committed
+KINDS = ("speech", "commentary", "novel")  # what models are evaluated on: more of what they were trained on, and a novel unlike it
 
 SMALL = preset("small")
 MODELS = {
     "dense": SMALL,
     "groups8": replace(SMALL, group_size=8, kept=0.1),
     "groups8-5": replace(SMALL, group_size=8, kept=0.05),
+    "groups8-20": replace(SMALL, group_size=8, kept=0.2),
     "topk": replace(SMALL, kept=0.1),
     **{f"groups{size}": replace(SMALL, group_size=size, kept=0.1) for size in (4, 16, 32)},
     "none": replace(SMALL, ffn_width=0),
@@ -79,16 +84,21 @@ MODELS = {
 }
 
 
-def plan_of(variant: str) -> Plan:
+def plan_of(variant: str, *, toy: bool = False) -> Plan:
     """The plan of a variant: a model of MODELS for LONG tokens; after "short-" for SHORT ones; "@1" at the end is seed 1.
 
-    Raises ValueError, listing the models, for another name.
+    With `toy`, a model of the same kind for a dozen steps, which takes seconds and shows nothing. Raises ValueError, listing the
+    models, for another name.
     """
     name, _, seed = variant.removeprefix("short-").partition("@")
     if name not in MODELS or not (seed.isdigit() or not seed):
         raise ValueError(f"variant {variant!r}: expected one of {', '.join(MODELS)}, perhaps short- before and @seed behind it")
-    tokens = SHORT if variant.startswith("short-") else LONG
-    return Plan(config=MODELS[name], tokens=tokens, seed=int(seed or 0))
+    config, seeded = MODELS[name], int(seed or 0)
+    if toy:
+        sparse = dict(group_size=config.group_size, kept=config.kept, routed=config.routed, ffn_width=config.ffn_width // 4)
+        config = preset("tiny", layers=2, gated=False, global_every=2, **sparse)
+        return Plan(config=config, tokens=12 * 4 * 32, batch=4, length=32, documents=2, seed=seeded)
+    return Plan(config=config, tokens=SHORT if variant.startswith("short-") else LONG, seed=seeded)
 
 
 @functools.cache
@@ -147,12 +157,16 @@ def update(graph: nnx.GraphDef, plan: Plan, state: nnx.State, moments: optax.Opt
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model with its tokenizer, the loss of every step in nats, and seconds of every step of this process."""
+    """A trained model with its tokenizer, and of every step the loss in nats and the seconds."""
 
     model: Decoder
     tokenizer: Tokenizer
     losses: np.ndarray
-    seconds: list[float]
+    seconds: np.ndarray
+
+    @property
+    def subject(self) -> TextModel:
+        return TextModel(self.model, self.tokenizer, "trained here")
 
 
 def train(plan: Plan, name: str, *, save_every: int = 50, folder: Path | None = None) -> Trained:
@@ -166,48 +180,102 @@ def train(plan: Plan, name: str, *, save_every: int = 50, folder: Path | None = 
     moments = optimizer(plan).init(state)
     graphs = {config: nnx.graphdef(Decoder(config, rngs=nnx.Rngs(0))) for config in {plan.config, plan.config_at(0)}}
     kept = Resumable((folder or cache_folder() / "training") / f"{name}-{hashlib.sha256(repr(plan).encode()).hexdigest()[:8]}")
-    begin, (state, moments, losses) = kept.restore((state, moments, jnp.full((plan.steps,), jnp.nan)))
-    losses = np.array(losses)
-    start, seconds = time.monotonic(), []
+    begin, (state, moments, told) = kept.restore((state, moments, jnp.full((2, plan.steps), jnp.nan)))
+    told = np.array(told)  # losses, seconds
     for step in range(begin, plan.steps):
-        began = time.perf_counter()
+        start = time.perf_counter()
         loss, state, moments = update(graphs[plan.config_at(step)], plan, state, moments, batch_at(tokens, plan, step))
-        losses[step] = loss
-        seconds.append(time.perf_counter() - began)
+        told[:, step] = loss, time.perf_counter() - start
         done = step + 1
         if done % save_every == 0 or done == plan.steps:
-            kept.save(done, (state, moments, jnp.asarray(losses)))
-            pace = (done - begin) * plan.batch * plan.length / (time.monotonic() - start)
-            left = (plan.steps - done) * plan.batch * plan.length / pace / 60
-            recent = np.mean(losses[max(0, done - save_every) : done])
+            kept.save(done, (state, moments, jnp.asarray(told)))
+            recent, seconds = np.mean(told[:, max(begin, done - save_every) : done], axis=1)
+            pace, left = plan.batch * plan.length / seconds, (plan.steps - done) * seconds / 60
             print(f"{name}: step {done} of {plan.steps}, loss {recent:.4f}, {pace:.0f} tokens/s, {left:.1f} min left", flush=True)
     nnx.update(model, state)
-    return Trained(model, tokenizer, losses, seconds)
+    return Trained(model, tokenizer, *told)
+
+
+def results(trained: Trained, texts: Sequence[Document]) -> dict:
+    """What came of a training, as a record states it: losses on texts, by kind and by document; of training, in 50 means; times."""
+    scores = score_documents(trained.subject, texts)
+    kinds = np.asarray([text.kind for text in texts])
+    return dict(
+        scored={kind: scores.of(kinds == kind).summary() for kind in sorted(set(kinds))} | dict(all=scores.summary()),
+        nats=np.round(scores.nats, 2).tolist(),
+        curve=[float(np.mean(part)) for part in np.array_split(trained.losses, min(50, len(trained.losses)))],
+        minutes=float(trained.seconds.sum() / 60),
+        step_seconds=float(np.median(trained.seconds)),
+    )
 
 
 def train_variant(variant: str) -> None:
-    """Train a variant, score it on the evaluation split, and keep the outcome as a record; a shipped one also as a checkpoint."""
+    """Train a variant, evaluate it, and keep the outcome as a record; a shipped one also as a checkpoint.
+
+    The variant "baselines" is what they are held against.
+    """
+    if variant == "baselines":
+        return write_baselines()
     plan = plan_of(variant)
     trained = train(plan, variant)
-    subject = TextModel(trained.model, trained.tokenizer, "trained here")
     if variant in SHIPPED:
-        save_checkpoint(CHECKPOINTS / f"{variant}.safetensors", trained.model, trained.tokenizer)
-        subject = load_checkpoint(CHECKPOINTS / f"{variant}.safetensors")
-    kinds = ("speech", "commentary", "novel")
-    scored = {kind: score_documents(subject, documents("evaluation", [kind])).summary() for kind in kinds}
-    curve = [float(np.mean(part)) for part in np.array_split(trained.losses, 50)]
-    results = dict(scored=scored, curve=curve, tokens=plan.tokens, minutes=sum(trained.seconds) / 60, steps=len(trained.seconds))
-    records.write(
+        path = CHECKPOINTS / f"{variant}.safetensors"
+        save_checkpoint(path, trained.model, trained.tokenizer)
+        trained = replace(trained, model=load_checkpoint(path).model)  # what is evaluated is what is shipped
+    record = records.write(
         records.RECORDS,
         "training",
         f"training/{variant}",
         kind="measured",
-        weights=subject.stored,
+        weights="trained here",
         setting=asdict(plan) | dict(variant=variant, parameters=sum(plan.config.parameters().values())),
-        results=results,
+        results=results(trained, documents("evaluation", KINDS)),
         command=f"make train VARIANT={variant}",
     )
-    print(f"{variant}:", *(f"{kind} {scored[kind]['bits_per_byte']:.4f}" for kind in kinds), "bits a byte")
+    for kind, scored in record["results"]["scored"].items():
+        print(f"{variant}: {kind} {scored['bits_per_byte']:.4f} bits a byte, {scored['accuracy']:.1%} of the tokens guessed")
+
+
+def write_baselines() -> None:
+    """Keep what n-grams on the same tokens and a compressor reach on the evaluation texts, as a record."""
+    tokenizer, tokens = corpus(SMALL.vocabulary)
+    asked = {kind: documents("evaluation", [kind]) for kind in KINDS} | dict(all=documents("evaluation", KINDS))
+    record = records.write(
+        records.RECORDS,
+        "training",
+        "training/baselines",
+        kind="measured",
+        weights="n-grams counted here",
+        setting=dict(tokens=len(tokens), vocabulary=SMALL.vocabulary),
+        results={kind: baselines(tokenizer, tokens, texts) for kind, texts in asked.items()},
+        command="make train VARIANT=baselines",
+    )
+    for kind, reached in record["results"].items():
+        print(f"{kind}:", *(f"{name} {bits:.4f}" for name, bits in reached.items()), "bits a byte")
+
+
+def outcomes(variants: Sequence[str], *, toy: bool = False) -> dict[str, dict]:
+    """The results of variants, from their committed records; with `toy`, of toys that are trained here and now.
+
+    Raises FileNotFoundError, with the command that makes it, for a variant that has no record.
+    """
+    if toy:
+        with tempfile.TemporaryDirectory() as folder:
+            texts = documents("evaluation", KINDS)[::40]
+            return {name: results(train(plan_of(name, toy=True), name, folder=Path(folder)), texts) for name in variants}
+    known = {record["id"]: record["results"] for record in records.read(topic="training")}
+    for name in variants:
+        if f"training/{name}" not in known:
+            raise FileNotFoundError(f"no record of training {name}: `make train VARIANT={name}` makes it")
+    return {name: known[f"training/{name}"] for name in variants}
+
+
+def trained_model(variant: str, *, toy: bool = False) -> TextModel:
+    """A shipped model; with `toy`, a toy of its kind that is trained here and now."""
+    if not toy:
+        return load_checkpoint(CHECKPOINTS / f"{variant}.safetensors")
+    with tempfile.TemporaryDirectory() as folder:
+        return train(plan_of(variant, toy=True), variant, folder=Path(folder)).subject
 
 
 class Resumable:
