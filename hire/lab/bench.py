@@ -1,6 +1,6 @@
 """Latency of the softmax and of the whole decode step, dense and searched, side by side; `make bench` prints it as a table."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -8,12 +8,13 @@ import numpy as np
 import hire
 from hire.axes import Queries, Rows
 from hire.choose import true_top_k
-from hire.estimators import row_scores, row_scores_at
+from hire.estimators import row_scores, row_scores_at, row_sums
+from hire.ffn import HireFFN, activate
 from hire.lab import records
 from hire.lab.decode import StepForms
 from hire.lab.evaluation import collect, judge, windows
 from hire.lab.text import documents
-from hire.lab.timing import dense_forms, interleaved, medians, stream_form
+from hire.lab.timing import DENSE, dense_forms, interleaved, medians, stream_form
 from hire.models import Decoder, load_gemma
 from hire.search import nominate
 from hire.softmax import HireSoftmax
@@ -81,6 +82,32 @@ def time_steps(
     """Seconds of a whole decode step of both models, whose weights are the same arrays."""
     forms = {"dense": StepForms(dense, slots, k).whole(batch), "HiRE": StepForms(searched, slots, k).whole(batch)}
     return interleaved(forms, slices(hidden, 1, repeats), repeats)
+
+
+def dense_ffns(layers: Sequence[HireFFN]) -> dict[str, Callable]:
+    """The same ReLU layers dense, called with (layer, queries): every dense form twice, over `up` and over `down` turned to (d, f),
+    and the fastest of them with `down` as it is.
+    """
+    turned = [layer.down.T.copy() for layer in layers]
+    kept = [layer.down for layer in layers]
+
+    def form(scores: Callable, add: Callable, downs: Sequence[Rows]) -> Callable:
+        compiled = jax.jit(lambda up, down, x: add(activate(scores(up, x)), down))
+        return lambda asked: compiled(layers[asked[0]].up, downs[asked[0]], asked[1])
+
+    forms = {name: form(scores, lambda active, down: scores(down, active), turned) for name, scores in DENSE.items()}
+    return forms | {"dense rows in parts": form(DENSE["dense x @ W.T"], row_sums, kept)}
+
+
+def time_ffns(searched: dict[str, Sequence[HireFFN]], queries: Sequence[Queries], repeats: int) -> dict[str, list[float]]:
+    """Seconds of a ReLU layer on batches of queries, each time another of a model's layers: dense, the machine's stream of as many
+    bytes, and every search.
+    """
+    layers = next(iter(searched.values()))
+    stream, _ = stream_form(2 * layers[0].up.nbytes)
+    forms = dense_ffns(layers) | {"stream": stream}
+    forms |= {name: lambda asked, ffns=ffns: ffns[asked[0]](asked[1]) for name, ffns in searched.items()}
+    return interleaved(forms, [(turn % len(layers), x) for turn, x in enumerate(queries)], repeats)
 
 
 def speedups(timed: dict[int, dict[str, list[float]]]) -> dict[int, float]:

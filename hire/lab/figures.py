@@ -130,6 +130,38 @@ def batch_axes(axis: Axes, batches: Sequence[int]) -> None:
     axis.minorticks_off()
 
 
+def share_lines(axis: Axes, lines: dict[str, tuple], colors: dict, *, ticks: Sequence = (), decimals: int = 0, **titles) -> None:
+    """Shares over x, name -> (x, shares), each line labelled at its end. With ticks the x axis doubles."""
+    for name, (x, shares) in lines.items():
+        axis.plot(x, shares, "o-" if ticks else "-", ms=4, color=colors[name])
+    if ticks:
+        axis.set_xscale("log", base=2)
+        axis.set(xticks=ticks, xticklabels=ticks)
+    axis.minorticks_off()
+    axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=decimals))
+    axis.set(**titles)
+    free = -np.inf  # the lowest height, in points, that no label has taken
+    for name, (x, shares) in sorted(lines.items(), key=lambda line: line[1][1][-1]):
+        height = axis.transData.transform((x[-1], shares[-1]))[1] * 72 / axis.figure.dpi
+        label(axis, x[-1], shares[-1], name, colors[name], offset=(7, max(0, free - height)))
+        free = max(height, free) + 11
+
+
+def rule(axis: Axes, value: float, name: str, color) -> None:
+    """A labelled horizontal line."""
+    axis.axhline(value, color=color, ls="--", lw=1)
+    axis.annotate(
+        name,
+        (0.98, value),
+        xycoords=axis.get_yaxis_transform(),
+        xytext=(0, 6),
+        textcoords="offset points",
+        ha="right",
+        color=color,
+        fontsize=9,
+    )
+
+
 def stage_bars(axis: Axes, seconds: dict[str, float], floors: dict[str, float]) -> None:
     """Milliseconds of each stage, and within the bar the least time that its weight bytes take at the machine's bandwidth."""
     blue, gray = sns.color_palette("colorblind")[0], "0.25"

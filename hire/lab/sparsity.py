@@ -1,6 +1,6 @@
 """What a group-sparse FFN does on text: which groups each token keeps, and the layers that search for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -42,6 +42,28 @@ def groups_kept(up: Float[Array, "f d"], x: Queries, group_size: int, k: int) ->
     """Which groups of a ReLU layer each query keeps: the k best, less those that are 0."""
     scores = hire.group_scores(jax.nn.relu(x @ up.T), group_size)
     return (scores >= hire.exact_top_k(scores, k).values[..., -1:]) & (scores > 0)
+
+
+def sets_kept(model: Decoder, windows: np.ndarray) -> np.ndarray:
+    """Which groups of every layer each token of windows (w, t) keeps: (layers, w, t, m), bool."""
+    w, t = windows.shape
+    layers = zip(model.blocks, ffn_inputs(model, windows), strict=True)
+    kept = [groups_kept(block.ffn.up[...], x.reshape(w * t, -1), block.ffn.group_size, block.ffn.kept) for block, x in layers]
+    return np.stack([np.asarray(layer).reshape(w, t, -1) for layer in kept])
+
+
+def unions(sets: np.ndarray, counts: Sequence[int]) -> list[float]:
+    """Share of the groups that so many consecutive tokens of sets (layers, w, t, m) keep together, on average."""
+    shares = []
+    for count in counts:
+        runs = sets[:, :, : sets.shape[2] // count * count]
+        shares.append(float(runs.reshape(*runs.shape[:2], -1, count, runs.shape[-1]).any(3).mean()))
+    return shares
+
+
+def predicted_by_earlier(sets: np.ndarray, lags: Sequence[int]) -> list[float]:
+    """Share of what the tokens of sets (layers, w, t, m) keep that was also kept so many tokens earlier."""
+    return [float((sets[:, :, lag:] & sets[:, :, :-lag]).sum() / sets[:, :, lag:].sum()) for lag in lags]
 
 
 def searched_ffn(

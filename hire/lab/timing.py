@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hire.axes import Rows
+from hire.axes import Array, Float, Queries, Rows
 from hire.estimators import row_scores
 from hire.topk import exact_top_k
 
@@ -43,22 +43,27 @@ def medians(durations: dict[str, list[float]]) -> dict[str, float]:
     return {name: float(np.median(seconds)) for name, seconds in durations.items()}
 
 
+def padded(rows: Rows, x: Queries) -> Float[Array, "b m"]:
+    return (jnp.pad(x, ((0, -len(x) % 16), (0, 0))) @ rows.T)[: len(x)]
+
+
+# Every row's score for queries (b, d), in four forms: the fastest of them is what HiRE is compared with.
+DENSE: dict[str, Callable] = {
+    "dense x @ W.T": lambda rows, x: x @ rows.T,
+    "dense W @ x": lambda rows, x: (rows @ x[0])[None] if len(x) == 1 else (rows @ x.T).T,
+    "dense multiply-reduce": lambda rows, x: jnp.sum(rows * x, 1)[None] if len(x) == 1 else row_scores(x, rows),
+    "dense padded to 16": padded,
+}
+
+
 def dense_forms(rows: Rows, k: int) -> dict[str, Callable]:
-    """The exact top-k of every row's score for queries (b, d), in four forms: the fastest of them is what HiRE is compared with."""
+    """The exact top-k of every row's score for queries (b, d), in every dense form."""
 
     def form(scores: Callable) -> Callable:
         compiled = jax.jit(lambda rows, x: exact_top_k(scores(rows, x), k))
         return lambda x: compiled(rows, x)
 
-    def padded(rows, x):
-        return (jnp.pad(x, ((0, -len(x) % 16), (0, 0))) @ rows.T)[: len(x)]
-
-    return {
-        "dense x @ W.T": form(lambda rows, x: x @ rows.T),
-        "dense W @ x": form(lambda rows, x: (rows @ x[0])[None] if len(x) == 1 else (rows @ x.T).T),
-        "dense multiply-reduce": form(lambda rows, x: jnp.sum(rows * x, 1)[None] if len(x) == 1 else row_scores(x, rows)),
-        "dense padded to 16": form(padded),
-    }
+    return {name: form(scores) for name, scores in DENSE.items()}
 
 
 def stream_form(nbytes: int = 2**30) -> tuple[Callable, int]:

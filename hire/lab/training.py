@@ -7,7 +7,7 @@ import functools
 import hashlib
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -169,15 +169,34 @@ class Trained:
         return TextModel(self.model, self.tokenizer, "trained here")
 
 
+def beginning(plan: Plan) -> tuple[Decoder, nnx.State, optax.OptState]:
+    """The model of a plan before its first step, and its state and the optimizer's."""
+    model = Decoder(plan.config, rngs=nnx.Rngs(plan.seed))
+    state = nnx.state(model, nnx.Param)
+    return model, state, optimizer(plan).init(state)
+
+
+def step_form(plan: Plan) -> Callable:
+    """Training by a plan as a form to be timed (timing.interleaved): called with a step's number, it goes one step further."""
+    tokens = corpus(plan.config.vocabulary, plan.documents)[1]
+    model, state, moments = beginning(plan)
+    graph = nnx.graphdef(model)
+
+    def form(step: int) -> jax.Array:
+        nonlocal state, moments
+        loss, state, moments = update(graph, plan, state, moments, batch_at(tokens, plan, step))
+        return loss
+
+    return form
+
+
 def train(plan: Plan, name: str, *, save_every: int = 50, folder: Path | None = None) -> Trained:
     """Train by a plan, from its last checkpoint below `folder` (the user's cache folder by default) if it has one.
 
     Raises RuntimeError when a checkpoint cannot be written; the one before is then intact.
     """
     tokenizer, tokens = corpus(plan.config.vocabulary, plan.documents)
-    model = Decoder(plan.config, rngs=nnx.Rngs(plan.seed))
-    state = nnx.state(model, nnx.Param)
-    moments = optimizer(plan).init(state)
+    model, state, moments = beginning(plan)
     graphs = {config: nnx.graphdef(Decoder(config, rngs=nnx.Rngs(0))) for config in {plan.config, plan.config_at(0)}}
     kept = Resumable((folder or cache_folder() / "training") / f"{name}-{hashlib.sha256(repr(plan).encode()).hexdigest()[:8]}")
     begin, (state, moments, told) = kept.restore((state, moments, jnp.full((2, plan.steps), jnp.nan)))
@@ -260,9 +279,7 @@ def outcomes(variants: Sequence[str], *, toy: bool = False) -> dict[str, dict]:
     Raises FileNotFoundError, with the command that makes it, for a variant that has no record.
     """
     if toy:
-        with tempfile.TemporaryDirectory() as folder:
-            texts = documents("evaluation", KINDS)[::40]
-            return {name: results(train(plan_of(name, toy=True), name, folder=Path(folder)), texts) for name in variants}
+        return {name: toy_results(name.removeprefix("short-")) for name in variants}
     known = {record["id"]: record["results"] for record in records.read(topic="training")}
     for name in variants:
         if f"training/{name}" not in known:
@@ -272,10 +289,18 @@ def outcomes(variants: Sequence[str], *, toy: bool = False) -> dict[str, dict]:
 
 def trained_model(variant: str, *, toy: bool = False) -> TextModel:
     """A shipped model; with `toy`, a toy of its kind that is trained here and now."""
-    if not toy:
-        return load_checkpoint(CHECKPOINTS / f"{variant}.safetensors")
+    return train_toy(variant).subject if toy else load_checkpoint(CHECKPOINTS / f"{variant}.safetensors")
+
+
+@functools.cache
+def train_toy(variant: str) -> Trained:
     with tempfile.TemporaryDirectory() as folder:
-        return train(plan_of(variant, toy=True), variant, folder=Path(folder)).subject
+        return train(plan_of(variant, toy=True), variant, folder=Path(folder))
+
+
+@functools.cache
+def toy_results(variant: str) -> dict:
+    return results(train_toy(variant), documents("evaluation", KINDS)[::40])
 
 
 class Resumable:
