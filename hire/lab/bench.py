@@ -1,15 +1,16 @@
 """Latency of the softmax and of the whole decode step, dense and searched, side by side; `make bench` prints it as a table."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import hire
 from hire.axes import Queries, Rows
 from hire.choose import true_top_k
 from hire.estimators import row_scores, row_scores_at, row_sums
-from hire.ffn import HireFFN, activate
+from hire.ffn import HireFFN, activate, members
 from hire.lab import records
 from hire.lab.decode import StepForms
 from hire.lab.evaluation import collect, judge, windows
@@ -84,6 +85,37 @@ def time_steps(
     return interleaved(forms, slices(hidden, 1, repeats), repeats)
 
 
+def random_ffns(count: int, neurons: int, width: int, rank: int, shares: dict[str, tuple]) -> dict[str, list[HireFFN]]:
+    """So many ReLU layers of random weights, whose speed is that of trained ones, in groups of 8, each searched in every setting:
+    shares of the groups (kept, candidates, common path), and whether one selection serves a batch.
+    """
+    searched, groups = {name: [] for name in shares}, neurons // 8
+    for key in jax.random.split(jax.random.key(0), count):
+        up, down = (jax.random.normal(part, (neurons, width)) for part in jax.random.split(key))
+        copies = {}
+        for name, (*parts, shared) in shares.items():
+            k, candidates, common = (round(part * groups) for part in parts)
+            copies[common] = copies.get(common) or hire.LowRank.fit(up[8 * common :], rank, bits=8)
+            ffn = HireFFN(up, down, copies[common], k=k, candidates=candidates, common=common, shared=shared)
+            searched[name].append(ffn)
+    return searched
+
+
+def gather_bandwidths(rows: Rows, sizes: Sequence[int], share: float, repeats: int) -> list[float]:
+    """For each group size: the bandwidth of the exact scores of a share of rows in random groups, over that of reading them all."""
+    count = int(share * len(rows))
+    rng, dot = np.random.default_rng(0), jax.jit(row_scores_at)
+    x = jnp.ones((1, rows.shape[1]), jnp.float32)
+    stream, _ = stream_form(rows.nbytes)
+    reached = []
+    for size in sizes:
+        draws = [rng.permutation(len(rows) // size)[None, : count // size].astype(np.int32) for _ in range(repeats)]
+        taken = [members(groups, size) for groups in draws]
+        seconds = medians(interleaved({"gather": lambda chosen: dot(x, rows, chosen), "stream": stream}, taken, repeats))
+        reached.append(taken[0].size / len(rows) * seconds["stream"] / seconds["gather"])
+    return reached
+
+
 def dense_ffns(layers: Sequence[HireFFN]) -> dict[str, Callable]:
     """The same ReLU layers dense, called with (layer, queries): every dense form twice, over `up` and over `down` turned to (d, f),
     and the fastest of them with `down` as it is.
@@ -110,9 +142,16 @@ def time_ffns(searched: dict[str, Sequence[HireFFN]], queries: Sequence[Queries]
     return interleaved(forms, [(turn % len(layers), x) for turn, x in enumerate(queries)], repeats)
 
 
-def speedups(timed: dict[int, dict[str, list[float]]]) -> dict[int, float]:
-    """By batch: the median of the fastest dense form over HiRE's."""
-    return {batch: medians(forms)[fastest_dense(forms)] / medians(forms)["HiRE"] for batch, forms in timed.items()}
+def speedups(timed: dict[int, dict[str, list[float]]], name: str = "HiRE") -> dict[int, float]:
+    """By batch: the median of the fastest dense form over that of one form."""
+    return {batch: medians(forms)[fastest_dense(forms)] / medians(forms)[name] for batch, forms in timed.items()}
+
+
+def over_batches(timed: dict[int, dict[str, list[float]]], names: Iterable[str]) -> dict[str, list[float]]:
+    """Median seconds at every batch: of some forms, and of the fastest dense one."""
+    middle = {batch: medians(forms) for batch, forms in timed.items()}
+    lines = {name: [by_name[name] for by_name in middle.values()] for name in names}
+    return lines | {"fastest dense": [middle[batch][fastest_dense(forms)] for batch, forms in timed.items()]}
 
 
 def table(what: str, timed: dict[int, dict[str, list[float]]]) -> str:

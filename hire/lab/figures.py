@@ -130,16 +130,21 @@ def batch_axes(axis: Axes, batches: Sequence[int]) -> None:
     axis.minorticks_off()
 
 
-def share_lines(axis: Axes, lines: dict[str, tuple], colors: dict, *, ticks: Sequence = (), decimals: int = 0, **titles) -> None:
-    """Shares over x, name -> (x, shares), each line labelled at its end. With ticks the x axis doubles."""
+def share_lines(
+    axis: Axes, lines: dict[str, tuple], colors: dict, *, ticks: Sequence = (), decimals: int = 0, across: bool = False, **titles
+) -> None:
+    """Shares over x, name -> (x, shares), each line labelled at its end. With ticks x doubles; with `across` it is a share, too."""
     for name, (x, shares) in lines.items():
-        axis.plot(x, shares, "o-" if ticks else "-", ms=4, color=colors[name])
+        axis.plot(x, shares, "o-" if len(x) < 20 else "-", ms=4, color=colors[name])
     if ticks:
         axis.set_xscale("log", base=2)
         axis.set(xticks=ticks, xticklabels=ticks)
     axis.minorticks_off()
     axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=decimals))
+    if across:
+        axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
     axis.set(**titles)
+    axis.autoscale_view()
     free = -np.inf  # the lowest height, in points, that no label has taken
     for name, (x, shares) in sorted(lines.items(), key=lambda line: line[1][1][-1]):
         height = axis.transData.transform((x[-1], shares[-1]))[1] * 72 / axis.figure.dpi

@@ -1,6 +1,7 @@
 """What a group-sparse FFN does on text: which groups each token keeps, and the layers that search for them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -9,11 +10,14 @@ import numpy as np
 from flax import nnx
 
 import hire
-from hire.axes import Array, Bool, Float, Queries, Tokens
+from hire.axes import Array, Bool, Float, Queries, Rows, Tokens
+from hire.choose import batches
 from hire.estimators import Estimator
 from hire.ffn import common_first
-from hire.lab.evaluation import in_batches
-from hire.models import Decoder
+from hire.lab.evaluation import in_batches, score_documents, windows
+from hire.lab.text import Document, documents
+from hire.lab.training import trained_model
+from hire.models import Decoder, TextModel
 from hire.models.decoder import FFN
 
 
@@ -44,11 +48,16 @@ def groups_kept(up: Float[Array, "f d"], x: Queries, group_size: int, k: int) ->
     return (scores >= hire.exact_top_k(scores, k).values[..., -1:]) & (scores > 0)
 
 
+def layers_of(model: Decoder) -> list[FFN]:
+    """The FFNs of a model that is as it was trained."""
+    return [block.ffn for block in model.blocks if isinstance(block.ffn, FFN)]
+
+
 def sets_kept(model: Decoder, windows: np.ndarray) -> np.ndarray:
     """Which groups of every layer each token of windows (w, t) keeps: (layers, w, t, m), bool."""
     w, t = windows.shape
-    layers = zip(model.blocks, ffn_inputs(model, windows), strict=True)
-    kept = [groups_kept(block.ffn.up[...], x.reshape(w * t, -1), block.ffn.group_size, block.ffn.kept) for block, x in layers]
+    layers = zip(layers_of(model), ffn_inputs(model, windows), strict=True)
+    kept = [groups_kept(ffn.up[...], x.reshape(w * t, -1), ffn.group_size, ffn.kept) for ffn, x in layers]
     return np.stack([np.asarray(layer).reshape(w, t, -1) for layer in kept])
 
 
@@ -66,12 +75,87 @@ def predicted_by_earlier(sets: np.ndarray, lags: Sequence[int]) -> list[float]:
     return [float((sets[:, :, lag:] & sets[:, :, :-lag]).sum() / sets[:, :, lag:].sum()) for lag in lags]
 
 
-def searched_ffn(
-    ffn: FFN, usage: np.ndarray, copy: Callable[[jax.Array], Estimator], *, candidates: int, common: int = 0, shared: bool = False
-) -> hire.HireFFN:
-    """The search of a trained layer: its most used groups first, and a copy made of the neurons beyond the common path."""
-    size = ffn.group_size
-    order = common_first(jnp.asarray(usage), size)
-    up, down = ffn.up[...][order], ffn.down[...][order]
-    estimator = copy(up[common * size :])
-    return hire.HireFFN(up, down, estimator, group_size=size, k=ffn.kept, candidates=candidates, common=common, shared=shared)
+def group_recall(ffn: hire.HireFFN, x: Queries, candidates: Sequence[int]) -> list[float]:
+    """Share of the k best groups of queries (n, d) that the estimator of a layer without common path puts among the first k'."""
+    kept = np.concatenate([np.asarray(groups_kept(ffn.up, part, ffn.group_size, ffn.k)) for part in batches(x)])
+    estimated = np.concatenate([np.asarray(ffn.estimated(part)) for part in batches(x)])
+    depth = np.argsort(np.argsort(-estimated, axis=1), axis=1)[kept]
+    return [float(np.mean(depth < count)) for count in candidates]
+
+
+def searched(
+    model: Decoder,
+    copy: Callable[[int, Rows], Estimator],
+    *,
+    kept: float,
+    candidates: float,
+    common: float = 0.0,
+    shared: bool = False,
+    group_size: int | None = None,
+    usage: np.ndarray | None = None,
+    up_copy: Callable[[int, Rows], Estimator] | None = None,
+) -> list[hire.HireFFN]:
+    """The search of every layer of a model: kept, candidates and common path as shares of its groups.
+
+    The most used groups, by `usage` (layers, m), come first. `copy(layer, rows)` makes the estimator of the neurons beyond the
+    common path, of the gate where there is one; `up_copy` another one of `up`.
+    """
+    layers = []
+    for layer, ffn in enumerate(layers_of(model)):
+        size = group_size or ffn.group_size
+        groups = ffn.up.shape[0] // size
+        order = common_first(jnp.zeros(groups) if usage is None else jnp.asarray(usage[layer]), size)
+        up, down = ffn.up[...][order], ffn.down[...][order]
+        gate = None if ffn.gate is None else ffn.gate[...][order]
+        k, first, count = (round(share * groups) for share in (kept, common, candidates))
+        beyond = slice(first * size, None)
+        estimator = copy(layer, (up if gate is None else gate)[beyond])
+        second = None if up_copy is None else up_copy(layer, up[beyond])
+        counts = dict(group_size=size, k=k, candidates=count, common=first)
+        layers.append(hire.HireFFN(up, down, estimator, gate, second, **counts, shared=shared))
+    return layers
+
+
+def loss_with(subject: TextModel, texts: Sequence[Document], ffns: Sequence[hire.HireFFN], together: int = 1, **shape) -> float:
+    """The model's loss on texts, in nats a token, with its FFNs searched."""
+    fast = replace(subject, model=hire.convert(subject.model, ffn=ffns, together=together))
+    return score_documents(fast, texts, **shape).summary()["loss"]
+
+
+class Studied:
+    """A trained sparse model with what its layers are given: by windows (w, t) that copies are fitted to, and by others."""
+
+    def __init__(self, subject: TextModel, fitted_to: np.ndarray, judged_on: np.ndarray, texts: Sequence[Document]):
+        self.subject, self.model, self.texts = subject, subject.model, texts
+        self.fitted_to, self.unseen = (
+            [x.reshape(-1, x.shape[-1]) for x in ffn_inputs(self.model, windows)] for windows in (fitted_to, judged_on)
+        )
+        self.usage = sets_kept(self.model, fitted_to).mean((1, 2))
+        self.loss = score_documents(subject, texts).summary()["loss"]
+
+    @classmethod
+    def of(cls, variant: str, texts: Sequence[Document], *, toy: bool, length: int, count: int) -> "Studied":
+        """A model trained here, its copies fitted to `count` windows of calibration text, judged on as many of a novel."""
+        subject = trained_model(variant, toy=toy)
+        kinds = documents("calibration"), documents("evaluation", ["novel"])
+        seen, novel = (windows(subject, texts, length, 2)[0][:count] for texts in kinds)
+        return cls(subject, seen, novel, texts)
+
+    def low_rank(self, rank: int, *, fitted: bool = True) -> Callable[[int, Rows], Estimator]:
+        """A copy for `searched`: int8 factors, fitted to what the layer is given."""
+        return lambda layer, rows: hire.LowRank.fit(rows, rank, calibration=self.fitted_to[layer] if fitted else None, bits=8)
+
+    def searched(self, copy: Callable[[int, Rows], Estimator], candidates: float, **settings) -> list[hire.HireFFN]:
+        """Its layers, searched for as many groups as it was trained to keep."""
+        return searched(self.model, copy, kept=self.model.config.kept, candidates=candidates, usage=self.usage, **settings)
+
+    def recall(self, copy: Callable[[int, Rows], Estimator], candidates: Sequence[float]) -> np.ndarray:
+        """Share of the groups kept that are among so many candidates (shares of all groups), mean of the layers."""
+        counts = [round(share * self.model.config.groups) for share in candidates]
+        layers = zip(self.searched(copy, 1.0), self.unseen, strict=True)
+        return np.mean([group_recall(ffn, x, counts) for ffn, x in layers], axis=0)
+
+    def judged(self, ffns: Sequence[hire.HireFFN], together: int = 1) -> tuple[float, float]:
+        """Bytes read, as a share of the dense layers', and the loss over the model's own, relative."""
+        size = sum(ffn.bytes_read for ffn in ffns) / sum(2 * ffn.up.nbytes for ffn in ffns)
+        return size, loss_with(self.subject, self.texts, ffns, together) / self.loss - 1

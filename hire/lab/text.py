@@ -1,7 +1,7 @@
 """Real text: the committed public-domain corpus, and data sets from the hub through the same function."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import datasets
 
@@ -18,6 +18,11 @@ class Document:
     name: str
     kind: str
     text: str
+
+
+def beginnings(texts: Sequence[Document], size: int) -> list[Document]:
+    """The first `size` characters of every document."""
+    return [replace(text, text=text.text[:size]) for text in texts]
 
 
 def documents(
