@@ -1,0 +1,86 @@
+"""What the lab says of sparse layers: their sets, their search, and the dense layers that they are timed against."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hire
+from hire.lab import bench, evaluation, sparsity, training
+from hire.lab.text import beginnings, documents
+from hire.models import TextModel
+from hire.models.tokenizer import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def studied():
+    with jax.numpy_dtype_promotion("standard"):  # optax promotes types by itself
+        texts = beginnings(documents("evaluation", training.KINDS)[::40], 400)
+        return sparsity.Studied.of("groups8", texts, toy=True, length=32, count=8)
+
+
+def int8(layer, rows):
+    return hire.Quantized.fit(rows, 8)
+
+
+def test_the_sets_are_those_that_the_model_keeps(studied, rng):
+    model, config = studied.model, studied.model.config
+    windows = rng.integers(3, 500, (3, 16)).astype(np.int32)
+    sets = sparsity.sets_kept(model, windows)
+    assert sets.shape == (2, 3, 16, config.groups) and sets.sum(-1).max() == config.groups_kept(0)
+    ffn, x = model.blocks[1].ffn, jnp.asarray(sparsity.ffn_inputs(model, windows)[1][2])
+    alone = hire.group_scores(ffn.activations(x), 8)
+    order = np.argsort(-np.asarray(alone), axis=1)[:, : config.groups_kept(0)]
+    assert all(sets[1, 2, token, groups].all() for token, groups in enumerate(order))
+    silenced = jnp.where(jnp.repeat(jnp.asarray(sets[1, 2]), 8, axis=1), ffn.activations(x), 0) @ ffn.down[...]
+    np.testing.assert_allclose(ffn(x), silenced, atol=1e-4)
+
+
+def test_unions_and_lags_by_hand():
+    sets = np.zeros((1, 1, 4, 4), bool)
+    sets[0, 0, [0, 1, 2, 3], [0, 0, 1, 2]] = True
+    assert sparsity.unions(sets, [1, 2, 3, 4]) == [0.25, 0.375, 0.5, 0.75]
+    assert sparsity.predicted_by_earlier(sets, [1, 2]) == [pytest.approx(1 / 3), 0.0]
+
+
+def test_with_every_group_a_candidate_nothing_is_lost(studied):
+    whole = studied.searched(int8, 1.0)
+    assert studied.judged(whole)[1] == pytest.approx(0.0, abs=1e-5)
+    assert studied.recall(int8, [1.0]).tolist() == [1.0]
+    shared = studied.searched(int8, 0.9, common=0.05, shared=True)
+    assert abs(studied.judged(shared, together=8)[1]) < 0.05  # its common path is kept where the model would drop it
+    few = studied.judged(studied.searched(studied.low_rank(4), 0.1))
+    assert few[0] < studied.judged(whole)[0] and few[1] != 0.0
+
+
+def test_recall_grows_with_candidates_and_bits(studied):
+    coarse, fine = studied.recall(studied.low_rank(4), [0.1, 0.3, 1.0]), studied.recall(int8, [0.1, 0.3, 1.0])
+    assert coarse[0] < coarse[1] < coarse[2] == 1.0
+    assert fine[0] > 0.9 > coarse[0]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_timed_layer_is_the_same_layer(rng, batch):
+    shares = {"all": (1.0, 1.0, 0.0, False), "common": (1.0, 0.75, 0.25, False), "shared": (1.0, 1.0, 0.0, True)}
+    searched = bench.random_ffns(2, 256, 32, 8, shares)
+    x = rng.normal(size=(batch, 32)).astype(np.float32)
+    layer = searched["all"][1]
+    expected = np.maximum(x @ np.asarray(layer.up).T, 0) @ np.asarray(layer.down)
+    for name, form in bench.dense_ffns(searched["all"]).items():
+        np.testing.assert_allclose(form((1, x)), expected, atol=1e-2, err_msg=name)
+    for name in shares:
+        np.testing.assert_allclose(searched[name][1](x), expected, atol=1e-2, err_msg=name)
+    timed = bench.time_ffns(searched, [x] * 3, 3)
+    assert {len(seconds) for seconds in timed.values()} == {3} and "stream" in timed
+    lines = bench.over_batches({batch: timed}, shares)
+    assert lines["fastest dense"][0] == pytest.approx(lines["all"][0] * bench.speedups({batch: timed}, "all")[batch])
+
+
+def test_a_gated_model_is_searched_by_its_gate(tiny):
+    subject, texts = TextModel(tiny, byte_tokenizer(), "random weights"), beginnings(documents("evaluation", ["novel"])[:1], 300)
+    own = evaluation.score_documents(subject, texts, batch=4).summary()["loss"]
+    for both in (None, int8):
+        whole = sparsity.searched(subject.model, int8, kept=1.0, candidates=1.0, group_size=8, up_copy=both)
+        assert sparsity.loss_with(subject, texts, whole, batch=4) == pytest.approx(own, rel=1e-4)
+    some = sparsity.searched(subject.model, int8, kept=0.25, candidates=0.5, group_size=8)
+    assert sparsity.loss_with(subject, texts, some, batch=4) != pytest.approx(own, rel=1e-4)
