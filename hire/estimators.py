@@ -5,7 +5,7 @@ multiply: the factors of a low-rank copy may themselves be quantized.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hire.axes import AnyArray, Array, Codes, Float, Indices, Queries, Rows, UInt32
+from hire.axes import AnyArray, Array, Codes, Float, Indices, Int, Queries, Rows, UInt32
 from hire.topk import check_count
 
 Candidates = Float[Array, "b c"]
@@ -53,7 +53,7 @@ class Estimator(Protocol):
 
 THIN = 16  # queries up to which a CPU reads the rows once by multiply-and-reduce; beyond it XLA's matrix product is faster
 SPLIT = 16  # parts in which a CPU sums rows for one query: faster than one product, into which XLA also fuses what made the weights
-CHUNK = 64  # rows gathered at a time on a CPU for several queries: they stay in cache between the gather and the product
+CHUNK = 128  # rows gathered at a time on a CPU: they stay in cache between the gather and the product
 
 
 def product(one: AnyArray, other: AnyArray, pattern: str | None = None, precision: str | None = None) -> Float[Array, "..."]:
@@ -80,15 +80,38 @@ def row_scores(x: Queries, rows: Rows) -> Float[Array, "b m"]:
     return product(x, rows.T)  # for one query XLA fuses a cast of the rows into this form, and copies them first in the others
 
 
-def row_scores_at(x: Queries, rows: Rows, indices: Indices) -> Candidates:
-    """Exact scores, float32, of the rows at indices (b, c): only those rows are read. NaN where there is no such row."""
+def row_scores_at(x: Queries, rows: Rows, indices: Indices, group: int = 1) -> Float[Array, "b _"]:
+    """Exact scores (b, c * group), float32, of the rows at indices (b, c): only those rows are read. NaN where there is none.
+
+    With `group`, indices are of groups of so many consecutive rows, which are read as one.
+    """
+    return each(lambda x, indices: scores_among(x[None], rows, indices, group)[0], x, indices)
+
+
+def scores_among(x: Queries, rows: Rows, indices: Int[AnyArray, " c"], group: int = 1) -> Float[Array, "b _"]:
+    """row_scores_at of the same indices (c,) for all queries: their rows are read once."""
     x, rows = x.astype(rows.dtype), jnp.asarray(rows)
-    if len(x) == 1 or jax.default_backend() != "cpu":
-        return product(x, rows[indices], "bd,bcd->bc")
-    b, c = indices.shape
-    chunks = jnp.pad(indices, ((0, 0), (0, -c % CHUNK))).reshape(-1, CHUNK)
-    queries = jnp.repeat(x, len(chunks) // b, axis=0)
-    return jax.lax.map(lambda part: product(rows[part[0]], part[1]), (chunks, queries)).reshape(b, -1)[:, :c]
+    if jax.default_backend() != "cpu" or (len(x) == 1 and group == 1):
+        return product(x, taken(rows, indices, group).T)
+    parts = jax.lax.map(lambda part: product(taken(rows, part, group), x.T), chunks(indices, CHUNK // group))
+    return parts.reshape(-1, len(x)).T[:, : indices.size * group]
+
+
+def each(function: Callable, *parts: AnyArray) -> Array:
+    """A function of every query's part of arrays (b, …): of all at once or, on a CPU with its caches, of one after the other."""
+    if len(parts[0]) == 1:
+        return function(*(part[0] for part in parts))[None]
+    return jax.lax.map(lambda one: function(*one), parts) if jax.default_backend() == "cpu" else jax.vmap(function)(*parts)
+
+
+def taken(rows: Rows, indices: Int[AnyArray, " c"], group: int) -> Float[Array, "_ d"]:
+    """The rows (c * group, d) of the groups at indices (c,)."""
+    return rows.reshape(-1, group * rows.shape[1])[indices].reshape(-1, rows.shape[1])
+
+
+def chunks(values: AnyArray, size: int) -> AnyArray:
+    """values (c,) in pieces (_, size) of which the last is filled up with zeros."""
+    return jnp.pad(values, (0, -len(values) % size)).reshape(-1, size)
 
 
 def row_sums(weights: Float[AnyArray, "*b m"], rows: Rows) -> Float[Array, "*b d"]:
@@ -100,15 +123,23 @@ def row_sums(weights: Float[AnyArray, "*b m"], rows: Rows) -> Float[Array, "*b d
     return product(weights, rows)
 
 
-def row_sums_at(weights: Candidates, rows: Rows, indices: Indices) -> Float[Array, "b d"]:
-    """Sums, float32, of the rows at indices (b, c) times their weights (b, c): only those rows are read."""
+def row_sums_at(weights: Float[AnyArray, "b _"], rows: Rows, indices: Indices, group: int = 1) -> Float[Array, "b d"]:
+    """Sums, float32, of the rows at indices (b, c) times their weights (b, c * group): only those rows are read."""
+    return each(lambda weights, indices: sums_among(weights[None], rows, indices, group)[0], weights, indices)
+
+
+def sums_among(weights: Float[AnyArray, "b _"], rows: Rows, indices: Int[AnyArray, " c"], group: int = 1) -> Float[Array, "b d"]:
+    """row_sums_at of the same indices (c,) for all weights (b, c * group): their rows are read once."""
     weights, rows = weights.astype(rows.dtype), jnp.asarray(rows)
     if jax.default_backend() != "cpu":
-        return product(weights, rows[indices], "bc,bcd->bd")
-    b, c = indices.shape
-    chunks, shares = (jnp.pad(part, ((0, 0), (0, -c % CHUNK))).reshape(-1, CHUNK) for part in (indices, weights))
-    sums = jax.lax.map(lambda part: product(part[1], rows[part[0]]), (chunks, shares))
-    return sums.reshape(b, -1, rows.shape[1]).sum(1)
+        return product(weights, taken(rows, indices, group))
+    b, places = len(weights), chunks(indices, CHUNK // group)
+    shares = jnp.pad(weights, ((0, 0), (0, places.size * group - weights.shape[1]))).reshape(b, len(places), -1).swapaxes(0, 1)
+
+    def add(total, part):
+        return total + product(part[0], taken(rows, part[1], group)), None
+
+    return jax.lax.scan(add, jnp.zeros((b, rows.shape[1]), jnp.float32), (shares, places))[0]
 
 
 @jax.jit

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hire.axes import AnyArray, Array, Float, Indices, Int, Queries, Rows
-from hire.estimators import Estimator, product, row_scores, row_scores_at, row_sums, row_sums_at
+from hire.estimators import Estimator, product, row_scores, row_scores_at, row_sums, row_sums_at, scores_among, sums_among
 from hire.search import check_fitted, check_search, nominate
 from hire.topk import check_count, exact_top_k, group_scores, keep_groups
 
@@ -83,26 +83,24 @@ class HireFFN:
         """What the neurons pass on whose products with the queries `scores` takes from a matrix."""
         return activate(scores(self.up), None if self.gate is None else scores(self.gate))
 
-    def neurons(self, groups: Indices) -> Int[Array, "*b _"]:
-        """The neurons (*b, c * group_size) of groups (*b, c), which count from the first one beyond the common path."""
-        return members(groups + self.common, self.group_size)
-
     def search(self, x: Queries) -> Float[Array, "b d"]:
         """Every query with candidates of its own."""
-        chosen = self.neurons(nominate(self.estimated(x), self.candidates))
-        active = self.active(lambda rows: row_scores_at(x, rows, chosen))
+        chosen = nominate(self.estimated(x), self.candidates) + self.common
+        active = self.active(lambda rows: row_scores_at(x, rows, chosen, self.group_size))
         best = exact_top_k(group_scores(active, self.group_size), self.k - self.common).indices
-        places = members(best, self.group_size)
-        kept, rows = (jnp.take_along_axis(part, places, axis=1) for part in (active, chosen))
-        return row_sums_at(kept, self.down, rows) + self.common_path(x)
+        kept, groups = (
+            jnp.take_along_axis(active, members(best, self.group_size), axis=1),
+            jnp.take_along_axis(chosen, best, axis=1),
+        )
+        return row_sums_at(kept, self.down, groups, self.group_size) + self.common_path(x)
 
     def spread(self, x: Queries) -> Float[Array, "b d"]:
         """All queries with the same candidates."""
         pooled = jnp.sum(self.estimated(x), axis=0, keepdims=True)
-        chosen = self.neurons(nominate(pooled, self.candidates))[0]
-        active = self.active(lambda rows: row_scores(x, rows[chosen]))
+        chosen = nominate(pooled, self.candidates)[0] + self.common
+        active = self.active(lambda rows: scores_among(x, rows, chosen, self.group_size))
         kept = keep_groups(active, group_scores(active, self.group_size), self.k - self.common)
-        return product(kept, self.down[chosen]) + self.common_path(x)
+        return sums_among(kept, self.down, chosen, self.group_size) + self.common_path(x)
 
     def common_path(self, x: Queries) -> Float[Array, "b d"]:
         """What the groups of the common path add."""

@@ -64,12 +64,14 @@ def test_every_timed_layer_is_the_same_layer(rng, batch):
     shares = {"all": (1.0, 1.0, 0.0, False), "common": (1.0, 0.75, 0.25, False), "shared": (1.0, 1.0, 0.0, True)}
     searched = bench.random_ffns(2, 256, 32, 8, shares)
     x = rng.normal(size=(batch, 32)).astype(np.float32)
-    layer = searched["all"][1]
-    expected = np.maximum(x @ np.asarray(layer.up).T, 0) @ np.asarray(layer.down)
-    for name, form in bench.dense_ffns(searched["all"]).items():
-        np.testing.assert_allclose(form((1, x)), expected, atol=1e-2, err_msg=name)
-    for name in shares:
-        np.testing.assert_allclose(searched[name][1](x), expected, atol=1e-2, err_msg=name)
+    expected = x
+    for layer in searched["all"]:
+        expected = expected + np.maximum(expected @ np.asarray(layer.up).T, 0) @ np.asarray(layer.down)
+        expected = expected / np.sqrt(np.mean(expected**2, axis=1, keepdims=True))
+    forms = bench.dense_ffns(searched["all"])
+    forms |= {name: bench.through(lambda ffn, x: ffn(x), ffns) for name, ffns in searched.items()}
+    for name, form in forms.items():
+        np.testing.assert_allclose(form(x), expected, atol=1e-3, err_msg=name)
     timed = bench.time_ffns(searched, [x] * 3, 3)
     assert {len(seconds) for seconds in timed.values()} == {3} and "stream" in timed
     lines = bench.over_batches({batch: timed}, shares)

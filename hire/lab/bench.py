@@ -10,7 +10,7 @@ import hire
 from hire.axes import Queries, Rows
 from hire.choose import true_top_k
 from hire.estimators import row_scores, row_scores_at, row_sums
-from hire.ffn import HireFFN, activate, members
+from hire.ffn import HireFFN, activate
 from hire.lab import records
 from hire.lab.decode import StepForms
 from hire.lab.evaluation import collect, judge, windows
@@ -103,43 +103,52 @@ def random_ffns(count: int, neurons: int, width: int, rank: int, shares: dict[st
 
 def gather_bandwidths(rows: Rows, sizes: Sequence[int], share: float, repeats: int) -> list[float]:
     """For each group size: the bandwidth of the exact scores of a share of rows in random groups, over that of reading them all."""
-    count = int(share * len(rows))
-    rng, dot = np.random.default_rng(0), jax.jit(row_scores_at)
+    rng, dot = np.random.default_rng(0), jax.jit(row_scores_at, static_argnames="group")
     x = jnp.ones((1, rows.shape[1]), jnp.float32)
     stream, _ = stream_form(rows.nbytes)
     reached = []
     for size in sizes:
-        draws = [rng.permutation(len(rows) // size)[None, : count // size].astype(np.int32) for _ in range(repeats)]
-        taken = [members(groups, size) for groups in draws]
-        seconds = medians(interleaved({"gather": lambda chosen: dot(x, rows, chosen), "stream": stream}, taken, repeats))
-        reached.append(taken[0].size / len(rows) * seconds["stream"] / seconds["gather"])
+        groups = len(rows) // size
+        draws = [rng.permutation(groups)[None, : int(share * groups)].astype(np.int32) for _ in range(repeats)]
+        forms = {"gather": lambda chosen, size=size: dot(x, rows, chosen, group=size), "stream": stream}
+        seconds = medians(interleaved(forms, draws, repeats))
+        reached.append(draws[0].size / groups * seconds["stream"] / seconds["gather"])
     return reached
 
 
-def dense_ffns(layers: Sequence[HireFFN]) -> dict[str, Callable]:
-    """The same ReLU layers dense, called with (layer, queries): every dense form twice, over `up` and over `down` turned to (d, f),
-    and the fastest of them with `down` as it is.
-    """
-    turned = [layer.down.T.copy() for layer in layers]
-    kept = [layer.down for layer in layers]
+def through(layer: Callable, layers: Sequence) -> Callable:
+    """A form that sends queries through all layers in one compiled program, as a decode step does, each added to its input."""
 
-    def form(scores: Callable, add: Callable, downs: Sequence[Rows]) -> Callable:
-        compiled = jax.jit(lambda up, down, x: add(activate(scores(up, x)), down))
-        return lambda asked: compiled(layers[asked[0]].up, downs[asked[0]], asked[1])
+    @jax.jit
+    def run(layers, x):
+        for weights in layers:
+            x = x + layer(weights, x)
+            x = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True))
+        return x
+
+    return lambda x: run(layers, x)
+
+
+def dense_ffns(layers: Sequence[HireFFN]) -> dict[str, Callable]:
+    """The same ReLU layers dense: every form for both products, over `down` turned to (d, f); and the fastest with it as it is."""
+    turned = [(layer.up, layer.down.T.copy()) for layer in layers]
+    kept = [(layer.up, layer.down) for layer in layers]
+
+    def form(scores: Callable, add: Callable, layers: Sequence) -> Callable:
+        return through(lambda weights, x: add(activate(scores(weights[0], x)), weights[1]), layers)
 
     forms = {name: form(scores, lambda active, down: scores(down, active), turned) for name, scores in DENSE.items()}
-    return forms | {"dense rows in parts": form(DENSE["dense x @ W.T"], row_sums, kept)}
+    return forms | {"dense rows in parts": form(lambda rows, x: row_scores(x, rows), row_sums, kept)}
 
 
 def time_ffns(searched: dict[str, Sequence[HireFFN]], queries: Sequence[Queries], repeats: int) -> dict[str, list[float]]:
-    """Seconds of a ReLU layer on batches of queries, each time another of a model's layers: dense, the machine's stream of as many
-    bytes, and every search.
-    """
+    """Seconds a layer that batches of queries take through ReLU layers: dense, the machine's stream of as many bytes, searched."""
     layers = next(iter(searched.values()))
-    stream, _ = stream_form(2 * layers[0].up.nbytes)
+    stream, _ = stream_form(len(layers) * 2 * layers[0].up.nbytes)
     forms = dense_ffns(layers) | {"stream": stream}
-    forms |= {name: lambda asked, ffns=ffns: ffns[asked[0]](asked[1]) for name, ffns in searched.items()}
-    return interleaved(forms, [(turn % len(layers), x) for turn, x in enumerate(queries)], repeats)
+    forms |= {name: through(lambda ffn, x: ffn(x), ffns) for name, ffns in searched.items()}
+    durations = interleaved(forms, queries, repeats)
+    return {name: [value / len(layers) for value in seconds] for name, seconds in durations.items()}
 
 
 def speedups(timed: dict[int, dict[str, list[float]]], name: str = "HiRE") -> dict[int, float]:
