@@ -57,8 +57,8 @@ demo: $(STAMP)  ## the first minute: one table, dense against HiRE on a real sof
 bench: $(STAMP)  ## latency of softmax and decode step, dense against HiRE: a table, appended to data/records/bench.jsonl
 	@$(LAB) bench
 
-train: $(STAMP)  ## train VARIANT=dense, groups8, short-topk, … (hire/lab/training.py lists them); goes on where it was
-	@$(LAB) train $(VARIANT)
+train: $(STAMP)  ## train VARIANT=dense, groups8, short-topk, … (hire/lab/training.py lists them), or several; goes on where it was
+	@set -e; for variant in $(VARIANT); do $(LAB) train $$variant; done
 
 verify: $(STAMP)  ## every target of the work: obtained, threshold, met or not
 	@$(LAB) verify

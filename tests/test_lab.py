@@ -121,6 +121,25 @@ def test_the_roofline_by_hand():
     assert roofline.step_seconds(preset("gemma3_270m"), [2], chip, cache=1000, itemsize=4) == [pytest.approx(total / 1e9)]
 
 
+def test_a_commit_is_dirty_when_code_differs(tmp_path, monkeypatch):
+    for name, folder in (("ROOT", ""), ("NOTEBOOKS", "notebooks")):
+        monkeypatch.setattr(records, name, tmp_path / folder)
+    (tmp_path / "notebooks").mkdir()
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("text"), nbformat.v4.new_code_cell("x = 1")])
+
+    def differs(cell: int, source: str) -> bool:
+        book.cells[cell].source = source
+        nbformat.write(book, tmp_path / "notebooks/01.ipynb")
+        return records.commit.__wrapped__().endswith("-dirty")
+
+    assert records.commit.__wrapped__() == "unknown"  # outside git
+    nbformat.write(book, tmp_path / "notebooks/01.ipynb")
+    for command in ("init -q", "add -A", "-c user.name=a -c user.email=a@b commit -qm first"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    assert not differs(0, "what a run writes")
+    assert differs(1, "x = 2") and not differs(1, "x = 1")
+
+
 def test_a_record_replaces_the_one_with_its_id(tmp_path):
     facts = dict(kind="measured", weights="none", setting={})
     records.write(tmp_path, "topic", "b", results=dict(x=1), **facts)

@@ -22,7 +22,7 @@ BOOKS = [entry["name"] for entry in load("register")["figures"] if (NOTEBOOKS / 
 
 
 def test_the_ten_lines_of_the_readme_run(rng):
-    code, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    code, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert len(code.strip().splitlines()) <= 10
     states = rng.normal(size=(3000, 160)).astype(np.float32) * np.geomspace(1, 0.05, 160, dtype=np.float32)
     given = dict(embedding=hire.topk.jnp.asarray(rng.normal(size=(4000, 160)), np.float32))

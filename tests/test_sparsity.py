@@ -1,5 +1,8 @@
 """What the lab says of sparse layers: their sets, their search, and the dense layers that they are timed against."""
 
+import re
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 
 import hire
 from hire.lab import bench, evaluation, sparsity, training
+from hire.lab.paths import CHECKPOINTS, ROOT
 from hire.lab.text import beginnings, documents
 from hire.models import TextModel
 from hire.models.tokenizer import byte_tokenizer
@@ -86,3 +90,25 @@ def test_a_gated_model_is_searched_by_its_gate(tiny):
         assert sparsity.loss_with(subject, texts, whole, batch=4) == pytest.approx(own, rel=1e-4)
     some = sparsity.searched(subject.model, int8, kept=0.25, candidates=0.5, group_size=8)
     assert sparsity.loss_with(subject, texts, some, batch=4) != pytest.approx(own, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", training.SHIPPED)
+def test_a_shipped_model_is_what_its_record_says(name):
+    path = CHECKPOINTS / f"{name}.safetensors"
+    subject = training.trained_model(name)
+    assert path.stat().st_size <= 16e6 and subject.model.config == training.MODELS[name]
+    results = training.outcomes([name])[name]
+    scores = evaluation.score_documents(subject, training.texts_judged()[:2])
+    np.testing.assert_allclose(scores.nats, results["nats"][:2], rtol=1e-3)
+
+
+def test_the_readme_searches_a_shipped_model(monkeypatch):
+    *_, code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    monkeypatch.chdir(ROOT)
+    given = dict(hire=hire)
+    exec(code, given)
+    subject, texts = training.trained_model("groups8"), training.texts_judged()[-2:]
+    own, searched = (
+        evaluation.score_documents(replace(subject, model=given[name]), texts).summary()["loss"] for name in ("sparse", "fast")
+    )
+    assert searched == pytest.approx(own, rel=0.01)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from hire.lab.paths import RECORDS, ROOT
+from hire.lab.paths import NOTEBOOKS, RECORDS, ROOT
 
 KINDS = ("measured", "compiler-estimate", "simulated", "published")
 
@@ -24,14 +24,19 @@ KINDS = ("measured", "compiler-estimate", "simulated", "published")
 def commit() -> str:
     """The commit that this process began at, "-dirty" when code differs from it, "unknown" outside git.
 
-    What a run itself writes (figures, records, generated pages) is not code, or every second figure would be dirty.
+    What a run itself writes (figures, records, pages, the notebooks' text) is not code, or every second figure would be dirty.
     """
 
     def git(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
 
+    def cells(text: str) -> list[str]:
+        return ["".join(cell["source"]) for cell in json.loads(text or '{"cells": []}')["cells"] if cell["cell_type"] == "code"]
+
     found = git("rev-parse", "--short", "HEAD").stdout.strip()
-    changed = git("diff", "--quiet", "HEAD", "--", "hire", "notebooks", "constraints.txt").returncode
+    changed = git("diff", "--quiet", "HEAD", "--", "hire", "notebooks/profiles", "constraints.txt").returncode
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        changed |= cells(git("show", f"HEAD:notebooks/{path.name}").stdout) != cells(path.read_text())
     return f"{found}{'-dirty' if changed else ''}" if found else "unknown"
 
 
