@@ -93,7 +93,7 @@ def scores_among(x: Queries, rows: Rows, indices: Int[AnyArray, " c"], group: in
     x, rows = x.astype(rows.dtype), jnp.asarray(rows)
     if jax.default_backend() != "cpu" or (len(x) == 1 and group == 1):
         return product(x, taken(rows, indices, group).T)
-    parts = jax.lax.map(lambda part: product(taken(rows, part, group), x.T), chunks(indices, CHUNK // group))
+    parts = jax.lax.map(lambda part: product(taken(rows, part, group), x.T), chunks(indices, max(1, CHUNK // group)))
     return parts.reshape(-1, len(x)).T[:, : indices.size * group]
 
 
@@ -106,7 +106,7 @@ def each(function: Callable, *parts: AnyArray) -> Array:
 
 def taken(rows: Rows, indices: Int[AnyArray, " c"], group: int) -> Float[Array, "_ d"]:
     """The rows (c * group, d) of the groups at indices (c,)."""
-    return rows.reshape(-1, group * rows.shape[1])[indices].reshape(-1, rows.shape[1])
+    return rows.reshape(-1, group, rows.shape[1])[indices].reshape(-1, rows.shape[1])
 
 
 def chunks(values: AnyArray, size: int) -> AnyArray:
@@ -133,7 +133,7 @@ def sums_among(weights: Float[AnyArray, "b _"], rows: Rows, indices: Int[AnyArra
     weights, rows = weights.astype(rows.dtype), jnp.asarray(rows)
     if jax.default_backend() != "cpu":
         return product(weights, taken(rows, indices, group))
-    b, places = len(weights), chunks(indices, CHUNK // group)
+    b, places = len(weights), chunks(indices, max(1, CHUNK // group))
     shares = jnp.pad(weights, ((0, 0), (0, places.size * group - weights.shape[1]))).reshape(b, len(places), -1).swapaxes(0, 1)
 
     def add(total, part):

@@ -26,10 +26,10 @@ class HireFFN:
     nominates `candidates` (k'), their exact activations are computed, the k - common best are kept, and `down` is read for those.
     The estimator is of the neurons beyond the common path: of `up`, or of `gate` where there is one; with `up_estimator` a gated
     layer is predicted from both. With `shared` the queries of a call are tokens that are alike (dynamic overlap): candidates are
-    nominated once, by the sum of their estimated scores, and read once; each query keeps its own best among them.
+    nominated once, by the sum of their estimated scores, and read once in both matrices; each query keeps its own best among them.
 
     Raises ValueError when group_size does not divide f, when 0 <= common < k <= common + candidates <= groups does not hold, when
-    shapes do not fit, or for an estimator of other rows.
+    shapes do not fit, for an estimator of other rows, or for an up_estimator of a layer without gate.
     """
 
     up: Rows
@@ -59,6 +59,8 @@ class HireFFN:
         check_count("common", self.common, 0, self.k - 1, "less than k, the groups that are kept")
         beyond = groups - self.common
         check_count("candidates", self.candidates, self.k - self.common, beyond, "from k - common to the groups beyond common")
+        if self.gate is None and self.up_estimator is not None:
+            raise ValueError("up_estimator without a gate: expected one estimator, of up")
         first = self.up if self.gate is None else self.gate
         for rows, copy in ((first, self.estimator), (self.up, self.up_estimator)):
             if copy is not None:
@@ -129,11 +131,14 @@ class HireFFN:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of weights that one query reads: the estimators, the common path, the candidates, `down` of those kept."""
+        """Bytes of weights that one call for one query reads, or a shared one for all: the estimators, the common path, the
+        candidates, `down` of those kept (shared: of all candidates).
+        """
         copies = sum(copy.bytes_read(self.candidates) for copy in (self.estimator, self.up_estimator) if copy is not None)
         row = self.up.shape[1] * self.up.dtype.itemsize * self.group_size
         before = 1 if self.gate is None else 2
-        return copies + row * ((before + 1) * self.common + before * self.candidates + (self.k - self.common))
+        last = self.candidates if self.shared else self.k - self.common
+        return copies + row * ((before + 1) * self.common + before * self.candidates + last)
 
 
 def common_first(usage: Float[AnyArray, " m"], group_size: int) -> Int[Array, " f"]:

@@ -64,9 +64,9 @@ def by_hand(x, up, down, gate, group_size, k):
 shapes = dict(
     b=st.sampled_from([1, 2, 5]),
     groups=st.sampled_from([3, 20, 150]),
-    group_size=st.sampled_from([1, 4, 8]),
+    group_size=st.sampled_from([1, 4, 8, 150]),
     gated=st.booleans(),
-    share=st.floats(0.1, 0.9),
+    share=st.floats(0.01, 0.9),
     seed=st.integers(0, 2**31),
 )
 
@@ -84,14 +84,14 @@ def test_with_every_group_a_candidate_it_is_the_layer_in_numpy(b, groups, group_
     np.testing.assert_allclose(ffn.masked(x, b), expected, atol=1e-3)
 
 
-@given(**shapes, shared=st.booleans(), common=st.floats(0, 0.9), both=st.booleans())
-def test_the_fast_paths_are_the_masked_layer(b, groups, group_size, gated, share, seed, shared, common, both):
+@given(**shapes, shared=st.booleans(), common=st.floats(0, 0.9), both=st.booleans(), spare=st.sampled_from([4, 999]))
+def test_the_fast_paths_are_the_masked_layer(b, groups, group_size, gated, share, seed, shared, common, both, spare):
     rng = np.random.default_rng(seed)
     up, down, gate = layer(rng, groups, group_size, 6, gated)
     x = jnp.asarray(rng.normal(size=(b, 6)), jnp.float32)
     k = max(1, int(share * groups))
     first = int(common * (k - 1))
-    candidates = min(groups - first, k - first + groups // 4)
+    candidates = min(groups - first, k - first + groups // spare)
     beyond = slice(first * group_size, None)
     copy = hire.LowRank.fit((up if gate is None else gate)[beyond], min(4, len(up[beyond])), bits=8)
     second = hire.Quantized.fit(up[beyond], 8) if gated and both else None
@@ -129,6 +129,7 @@ def test_bytes_by_hand(rng):
     settings = dict(group_size=2, k=3, candidates=5, common=2)
     row = 2 * 8 * 4  # one group in one matrix
     assert hire.HireFFN(up, down, copy, **settings).bytes_read == 16 * 12 + row * (2 * 2 + 5 + 1)
+    assert hire.HireFFN(up, down, copy, shared=True, **settings).bytes_read == 16 * 12 + row * (2 * 2 + 5 + 5)
     gates = hire.Quantized.fit(gate[4:], 8)
     assert hire.HireFFN(up, down, gates, gate, copy, **settings).bytes_read == 2 * 16 * 12 + row * (3 * 2 + 2 * 5 + 1)
 
@@ -142,6 +143,7 @@ def test_bytes_by_hand(rng):
         (dict(k=3, candidates=4, common=3), r"common = 3: expected a whole number from 0 to 2 \(less than k"),
         (dict(k=3, candidates=4, common=1), r"estimator of rows \(40, 6\): expected \(36, 6\), as the rows are"),
         (dict(estimator=hire.Quantized.fit(jnp.ones((40, 6)), 8)), r"estimator of other rows \(40, 6\)"),
+        (dict(up_estimator=hire.Quantized.fit(jnp.ones((40, 6)), 8)), "up_estimator without a gate"),
         (dict(down=jnp.ones((4, 6))), r"down of shape \(4, 6\): expected \(40, 6\), as up is"),
     ],
 )

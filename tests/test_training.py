@@ -106,14 +106,17 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     assert training.Resumable(next(tmp_path.iterdir())).manager.latest_step() in (2, 4)
 
 
-def test_a_schedule_is_dense_first():
-    plan = replace(TOY, dense_share=0.5)
-    assert [plan.config_at(step).kept for step in (0, 5, 6, 11)] == [1.0, 1.0, 0.1, 0.1]
+def test_a_schedule_is_dense_at_first_and_sparser_in_stages():
+    plan = replace(TOY, config=replace(TOY.config, kept=0.0625), easing=0.5)
+    expected = [1.0, 1.0, 0.5, 0.25, 0.25, 0.125] + [0.0625] * 6
+    assert [plan.config_at(step).kept for step in range(12)] == pytest.approx(expected)
+    assert {TOY.config_at(step).kept for step in range(12)} == {TOY.config.kept}
 
 
 def test_variants_have_names():
     assert training.plan_of("short-groups8@2") == replace(training.plan_of("groups8"), tokens=training.SHORT, seed=2)
     assert training.plan_of("dense").config.groups == 2048
+    assert [training.plan_of(name).easing for name in ("dense", "topk", "groups8-abrupt")] == [0.0, 0.5, 0.0]
     assert all(training.plan_of(name, toy=True).steps == 12 for name in training.MODELS)
     with pytest.raises(ValueError, match="variant 'groups9': expected one of dense, groups8"):
         training.plan_of("groups9")
@@ -152,6 +155,9 @@ def test_a_checkpoint_that_is_not_whole_is_refused(saved):
         with pytest.raises(ValueError, match="restore it with git") as error:
             load_checkpoint(path)
         assert "\n" not in str(error.value)
+    path.write_bytes(whole.replace(b'\\"kept\\": 0.25', b'\\"kept\\": 0.75'))
+    with pytest.raises(ValueError, match="its contents are not those that were saved; restore it with git"):
+        load_checkpoint(path)
     path.write_bytes(whole)
     with pytest.raises(ValueError, match="a model of another kept, layers; expected the configuration"):
         load_checkpoint(path, replace(model.config, kept=0.5, layers=2, sparse_layers=(0,)))

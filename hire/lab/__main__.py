@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         return run(chosen)
-    except (ValueError, RuntimeError, FileNotFoundError, ConnectionError, MemoryError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -19,15 +19,19 @@ def save_checkpoint(path: Path, model: Decoder, tokenizer: Tokenizer) -> None:
 
     Raises OSError when it cannot be written; a file that was there before is then still whole.
     """
+    from safetensors import SafetensorError
     from safetensors.flax import save_file
 
     arrays = {name: array.astype(jnp.bfloat16) for name, array in named_arrays(model).items()}
-    facts = dict(config=json.dumps(asdict(model.config)), tokenizer=tokenizer.to_str(), sha256=seal(arrays))
+    facts = dict(config=json.dumps(asdict(model.config)), tokenizer=tokenizer.to_str())
+    facts["sha256"] = seal(arrays, facts)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".partial")
     try:
         save_file(arrays, scratch, metadata=facts)
         scratch.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written ({error}): free some space and run it again") from None
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -47,8 +51,8 @@ def load_checkpoint(path: Path, config: DecoderConfig | None = None, *, dtype=jn
             arrays = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole checkpoint ({error}); restore it with git") from None
-    if facts.get("sha256") != seal(arrays):
-        raise ValueError(f"{path}: its weights are not those that were saved; restore it with git")
+    if facts.pop("sha256", None) != seal(arrays, facts):
+        raise ValueError(f"{path}: its contents are not those that were saved; restore it with git")
     stored = json.loads(facts["config"])
     found = DecoderConfig(**stored | dict(sparse_layers=stored["sparse_layers"] and tuple(stored["sparse_layers"])))
     if config is not None and found != config:
@@ -61,9 +65,9 @@ def load_checkpoint(path: Path, config: DecoderConfig | None = None, *, dtype=jn
     return TextModel(fill(found, arrays, dtype), Tokenizer.from_str(facts["tokenizer"]), f"trained here, bfloat16 ({path.stem})")
 
 
-def seal(arrays: dict) -> str:
-    """sha256 of all weights, with their names and shapes."""
-    digest = hashlib.sha256()
+def seal(arrays: dict, facts: dict[str, str]) -> str:
+    """sha256 of all weights, with their names and shapes, and of configuration and tokenizer."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(arrays):
         array = np.asarray(arrays[name])
         digest.update(f"{name} {array.shape} {array.dtype}".encode() + array.tobytes())
