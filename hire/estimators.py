@@ -130,7 +130,7 @@ def row_sums_at(weights: Float[AnyArray, "b _"], rows: Rows, indices: Indices, g
 
 def sums_among(weights: Float[AnyArray, "b _"], rows: Rows, indices: Int[AnyArray, " c"], group: int = 1) -> Float[Array, "b d"]:
     """row_sums_at of the same indices (c,) for all weights (b, c * group): their rows are read once."""
-    weights, rows = weights.astype(rows.dtype), jnp.asarray(rows)
+    weights, rows = jnp.asarray(weights), jnp.asarray(rows)
     if jax.default_backend() != "cpu":
         return product(weights, taken(rows, indices, group))
     b, places = len(weights), chunks(indices, max(1, CHUNK // group))
@@ -217,9 +217,9 @@ class Quantized:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """HiRE-LR: rows ≈ factors (m, r) @ projection (r, d); the factors plain or quantized."""
+    """HiRE-LR: rows ≈ factors (m, r) @ projection (r, d); both plain or quantized."""
 
-    projection: Float[Array, "r d"]
+    projection: Float[Array, "r d"] | Quantized
     factors: Float[Array, "m r"] | Quantized
     fingerprint: UInt32[Array, ""]
 
@@ -239,7 +239,7 @@ class LowRank:
         for C = E[x xᵀ] = L Lᵀ it keeps the leading directions of rows @ L, and so spends its rank where queries
         really lie. Without, C is the identity and this is the plain SVD. `ridge` adds that share of C's mean
         variance to its diagonal, so that a direction no calibration query took is not dropped altogether.
-        bits = 8 or 4 quantizes the factors, None keeps them in the type of the rows.
+        bits = 8 or 4 quantizes the factors, and the projection to 8 bits; None keeps the factors in the type of the rows.
 
         Raises ValueError when rank is not in 1..min(m, d), bits do not exist, or the calibration does not fit the rows.
         """
@@ -258,8 +258,9 @@ class LowRank:
         projection = jnp.asarray(np.linalg.solve(lower.T, leading).T, jnp.float32)
         mixing = jnp.asarray(lower @ leading, jnp.float32)
         factors = product(rows, mixing, "md,dr->mr")
-        kept = factors.astype(rows.dtype) if bits is None else Quantized.fit(factors, bits)
-        return cls(projection, kept, fingerprint(rows))
+        if bits is None:
+            return cls(projection, factors.astype(rows.dtype), fingerprint(rows))
+        return cls(Quantized.fit(projection, 8), Quantized.fit(factors, bits), fingerprint(rows))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -272,19 +273,19 @@ class LowRank:
     def bytes_read(self, candidates: int) -> int:
         return self.nbytes
 
-    def project(self, x: Queries) -> Float[Array, "b r"]:
-        """Queries (b, d) in the r kept directions."""
-        return jnp.matmul(x.astype(jnp.float32), self.projection.T)
-
     def scores(self, x: Queries) -> Float[Array, "b m"]:
-        if isinstance(self.factors, Quantized):
-            return self.factors.scores(self.project(x))
-        return row_scores(self.project(x), self.factors)
+        return scores_of(self.factors, scores_of(self.projection, x))
 
     def scores_at(self, x: Queries, indices: Indices) -> Candidates:
+        projected = scores_of(self.projection, x)
         if isinstance(self.factors, Quantized):
-            return self.factors.scores_at(self.project(x), indices)
-        return row_scores_at(self.project(x), self.factors, indices)
+            return self.factors.scores_at(projected, indices)
+        return row_scores_at(projected, self.factors, indices)
+
+
+def scores_of(rows: Rows | Quantized, x: Queries) -> Float[Array, "b m"]:
+    """Score of every row, plain or quantized."""
+    return rows.scores(x) if isinstance(rows, Quantized) else row_scores(x, rows)
 
 
 def check_bits(bits: int) -> None:

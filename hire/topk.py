@@ -131,15 +131,15 @@ def kth_score(scores: Scores, k: int) -> Float[Array, "*b 1"]:
     """
     check_count("k", k, 1, scores.shape[-1], "the number of rows")
     sign = jnp.uint32(1 << 31)
-    bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)
-    ordered = jnp.where(bits >= sign, ~bits, bits | sign)  # unsigned numbers in the order of the floats
+    signed = ordered(jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32))
+    keys = jax.lax.bitcast_convert_type(signed, jnp.uint32) ^ sign  # unsigned numbers in the order of the floats
 
     def settle(step, found):
         trial = found | (sign >> step.astype(jnp.uint32))
-        return jnp.where(jnp.sum(ordered >= trial, axis=-1, keepdims=True) >= k, trial, found)
+        return jnp.where(jnp.sum(keys >= trial, axis=-1, keepdims=True) >= k, trial, found)
 
-    found = jax.lax.fori_loop(0, 32, settle, jnp.zeros_like(ordered[..., :1]))
-    return jax.lax.bitcast_convert_type(jnp.where(found >= sign, found ^ sign, ~found), jnp.float32)
+    found = jax.lax.fori_loop(0, 32, settle, jnp.zeros_like(keys[..., :1]))
+    return jax.lax.bitcast_convert_type(ordered(jax.lax.bitcast_convert_type(found ^ sign, jnp.int32)), jnp.float32)
 
 
 def expected_recall(rows: int, k: int, *, buckets: int, per_bucket: int = 1) -> float:

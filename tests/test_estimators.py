@@ -33,7 +33,7 @@ def test_bytes_by_hand():
     assert hire.Quantized.fit(rows, 8).nbytes == 10 * 7 + 4 * 10
     assert hire.Quantized.fit(rows, 4).nbytes == 10 * 4 + 4 * 10  # seven columns take four bytes
     assert hire.LowRank.fit(rows, 3).nbytes == 4 * (10 * 3 + 3 * 7)
-    assert hire.LowRank.fit(rows, 3, bits=8).nbytes == 10 * 3 + 4 * 10 + 4 * 3 * 7
+    assert hire.LowRank.fit(rows, 3, bits=8).nbytes == 10 * 3 + 4 * 10 + 3 * 7 + 4 * 3  # each with its scales
     assert hire.LowRank.fit(rows.astype(jnp.bfloat16), 3).nbytes == 2 * 10 * 3 + 4 * 3 * 7
     assert hire.Quantized.fit(rows, 8).bytes_read(5) == 10 * 7 + 4 * 10
 
