@@ -47,20 +47,44 @@ def test_unions_and_lags_by_hand():
     assert sparsity.predicted_by_earlier(sets, [1, 2]) == [pytest.approx(1 / 3), 0.0]
 
 
-def test_with_every_group_a_candidate_nothing_is_lost(studied):
-    whole = studied.searched(int8, 1.0)
-    assert studied.judged(whole)[1] == pytest.approx(0.0, abs=1e-5)
-    assert studied.recall(int8, [1.0]).tolist() == [1.0]
-    shared = studied.searched(int8, 0.9, common=0.05, shared=True)
-    assert abs(studied.judged(shared, together=8)[1]) < 0.05  # its common path is kept where the model would drop it
-    few = studied.judged(studied.searched(studied.low_rank(4), 0.1))
-    assert few[0] < studied.judged(whole)[0] and few[1] != 0.0
+def states(subject, windows, ffns=None, **together):
+    model = subject.model if ffns is None else hire.convert(subject.model, ffn=ffns, **together)
+    return model.prefill(windows)[0]
+
+
+def test_with_every_group_a_candidate_nothing_is_lost(studied, rng):
+    subject, windows = studied.subject, rng.integers(3, 500, (3, 16)).astype(np.int32)
+    own, whole = states(subject, windows), studied.searched(int8, 1.0)
+    np.testing.assert_allclose(states(subject, windows, whole), own, atol=1e-4)
+    shared = studied.searched(int8, 1.0, shared=True)
+    np.testing.assert_allclose(states(subject, windows, shared, together=8), own, atol=1e-4)
+    few = studied.searched(studied.low_rank(4), 0.1)
+    assert np.abs(states(subject, windows, few) - own).max() > 0.1
+    judged = studied.judged(whole)
+    assert judged["mean"] == pytest.approx(0.0, abs=1e-6) and judged["documents"] == len(studied.texts)
+    assert studied.judged(few)["bytes"] == sparsity.bytes_share(few) < judged["bytes"]
+
+
+def test_different_texts_share_what_they_need_together(studied, rng):
+    one = rng.integers(3, 500, (1, 16)).astype(np.int32)
+    shared = studied.searched(int8, 0.1, shared=True)
+    alone = hire.convert(studied.model, ffn=studied.searched(int8, 0.1))
+    across = hire.convert(studied.model, ffn=shared, together=4)
+    for block in across.blocks:
+        block.ffn = sparsity.Across(block.ffn)
+    same, other = np.repeat(one, 4, axis=0), np.concatenate([one, rng.integers(3, 500, (3, 16))]).astype(np.int32)
+    expected = alone.prefill(one)[0][0]  # four texts that are one want what one wants
+    np.testing.assert_allclose(across.prefill(same)[0], np.repeat(expected[None], 4, axis=0), atol=1e-4)
+    assert np.abs(across.prefill(other)[0][0] - expected).max() > 0.1
+    judged = studied.judged(shared, together=4, across=True)
+    assert judged["mean"] != studied.judged(shared, together=4)["mean"]
 
 
 def test_recall_grows_with_candidates_and_bits(studied):
-    coarse, fine = studied.recall(studied.low_rank(4), [0.1, 0.3, 1.0]), studied.recall(int8, [0.1, 0.3, 1.0])
-    assert coarse[0] < coarse[1] < coarse[2] == 1.0
-    assert fine[0] > 0.9 > coarse[0]
+    coarse, fine = studied.curve(studied.low_rank(4), [0.1, 0.3, 1.0]), studied.curve(int8, [0.1, 0.3, 1.0])
+    low, middle, high = coarse["recall"]
+    assert low < middle < high == 1.0 and fine["recall"][0] > 0.9 > low
+    assert coarse["bytes"] < fine["bytes"] and np.all(np.diff(fine["bytes"]) > 0)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -84,12 +108,12 @@ def test_every_timed_layer_is_the_same_layer(rng, batch):
 
 def test_a_gated_model_is_searched_by_its_gate(tiny):
     subject, texts = TextModel(tiny, byte_tokenizer(), "random weights"), beginnings(documents("evaluation", ["novel"])[:1], 300)
-    own = evaluation.score_documents(subject, texts, batch=4).summary()["loss"]
+    own = evaluation.score_documents(subject, texts, batch=4).nats
     for both in (None, int8):
         whole = sparsity.searched(subject.model, int8, kept=1.0, candidates=1.0, group_size=8, up_copy=both)
-        assert sparsity.loss_with(subject, texts, whole, batch=4) == pytest.approx(own, rel=1e-4)
+        np.testing.assert_allclose(sparsity.scores_with(subject, texts, whole, batch=4).nats, own, rtol=1e-5)
     some = sparsity.searched(subject.model, int8, kept=0.25, candidates=0.5, group_size=8)
-    assert sparsity.loss_with(subject, texts, some, batch=4) != pytest.approx(own, rel=1e-4)
+    assert np.abs(sparsity.scores_with(subject, texts, some, batch=4).nats / own - 1).max() > 1e-4
 
 
 def trained(name):

@@ -19,7 +19,7 @@ from hire.models import Decoder, TextModel, preset
 from hire.models.checkpoints import load_checkpoint, save_checkpoint
 from hire.models.tokenizer import byte_tokenizer
 
-TOY = training.plan_of("groups8", toy=True)
+TOY = replace(training.plan_of("groups8", toy=True), easing=0.5)
 RUN = """
 import sys
 from dataclasses import replace
@@ -96,7 +96,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(uninterrupted, tmp_path, monkey
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+def test_a_full_disk_leaves_the_last_checkpoint(uninterrupted, tmp_path):
     killed_at("step 2 of 12", tmp_path)
     with start(tmp_path, 2000) as process:
         _, errors = process.communicate()
@@ -104,13 +104,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     last = errors.strip().splitlines()[-1]
     assert "could not be written" in last and "is intact" in last, errors
     assert training.Resumable(next(tmp_path.iterdir())).manager.latest_step() in (2, 4)
+    resumed = training.train(TOY, "toy", save_every=50, folder=tmp_path)  # once there is room
+    np.testing.assert_allclose(resumed.losses, uninterrupted[0], rtol=1e-5)
 
 
 def test_a_schedule_is_dense_at_first_and_sparser_in_stages():
     plan = replace(TOY, config=replace(TOY.config, kept=0.0625), easing=0.5)
     expected = [1.0, 1.0, 0.5, 0.25, 0.25, 0.125] + [0.0625] * 6
     assert [plan.config_at(step).kept for step in range(12)] == pytest.approx(expected)
-    assert {TOY.config_at(step).kept for step in range(12)} == {TOY.config.kept}
+    assert {replace(TOY, easing=0.0).config_at(step).kept for step in range(12)} == {TOY.config.kept}
 
 
 def test_variants_have_names():
@@ -126,6 +128,8 @@ def test_outcomes_are_records_or_toys():
     toys = training.outcomes(["dense", "short-none@1"], toy=True)
     assert all(toy["scored"]["all"]["loss"] > 4 and len(toy["curve"]) == 12 for toy in toys.values())
     assert toys["dense"]["scored"].keys() == {"speech", "commentary", "novel", "all"}
+    counted = training.outcomes(["baselines"], toy=True)["baselines"]["all"]
+    assert counted["5-gram"] < counted["1-gram"] < 16
     with pytest.raises(FileNotFoundError, match="no record of training short-none@9: `make train VARIANT=short-none@9` makes it"):
         training.outcomes(["short-none@9"])
 
@@ -145,6 +149,27 @@ def test_a_checkpoint_gives_the_model_back(saved):
         np.testing.assert_array_equal(ours, theirs.astype(jnp.bfloat16).astype(jnp.float32))
     assert loaded.tokenizer.encode("ab").ids == byte_tokenizer().encode("ab").ids
     assert not list(path.parent.glob("*.partial"))
+
+
+SAVE = """
+import resource, sys
+from pathlib import Path
+from hire.models.checkpoints import load_checkpoint, save_checkpoint
+path = Path(sys.argv[1])
+subject = load_checkpoint(path)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+save_checkpoint(path, subject.model, subject.tokenizer)
+"""
+
+
+def test_a_full_disk_leaves_the_last_model(saved):
+    model, path = saved
+    whole = path.read_bytes()
+    told = subprocess.run([sys.executable, "-c", SAVE, str(path), str(len(whole) // 2)], capture_output=True, text=True)
+    assert told.returncode == 1
+    last = told.stderr.strip().splitlines()[-1]
+    assert "toy.safetensors" in last and "free some space" in last, told.stderr
+    assert path.read_bytes() == whole and list(path.parent.iterdir()) == [path]
 
 
 def test_a_checkpoint_that_is_not_whole_is_refused(saved):
@@ -181,6 +206,12 @@ def test_every_token_of_a_document_is_scored_once(saved):
     assert scores.nats[0] == pytest.approx(expected, rel=1e-4)
     summary = scores.summary()
     assert summary["bits_per_byte"] == pytest.approx(summary["loss"] / np.log(2))
+
+
+def test_losses_over_others_by_hand():
+    over = evaluation.over([11.0, 20.0, 30.0], [10.0, 20.0, 30.0])
+    assert over["mean"] == pytest.approx(1 / 60) and over["documents"] == 3
+    assert over["low"] == 0.0 and over["high"] == pytest.approx(0.1)  # the first document is drawn three times in 1 of 27, or never
 
 
 def test_kneser_ney_by_hand():

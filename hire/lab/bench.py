@@ -101,19 +101,18 @@ def random_ffns(count: int, neurons: int, width: int, rank: int, shares: dict[st
     return searched
 
 
-def gather_bandwidths(rows: Rows, sizes: Sequence[int], share: float, repeats: int) -> list[float]:
-    """For each group size: the bandwidth of the exact scores of a share of rows in random groups, over that of reading them all."""
+def time_gathers(rows: Rows, sizes: Sequence[int], share: float, repeats: int) -> dict[int, dict[str, list[float]]]:
+    """By group size: seconds of the exact scores of a share of rows in random groups, and of the machine's stream of all rows."""
     rng, dot = np.random.default_rng(0), jax.jit(row_scores_at, static_argnames="group")
     x = jnp.ones((1, rows.shape[1]), jnp.float32)
     stream, _ = stream_form(rows.nbytes)
-    reached = []
+    timed = {}
     for size in sizes:
         groups = len(rows) // size
-        draws = [rng.permutation(groups)[None, : int(share * groups)].astype(np.int32) for _ in range(repeats)]
+        draws = [rng.permutation(groups)[None, : round(share * groups)].astype(np.int32) for _ in range(repeats)]
         forms = {"gather": lambda chosen, size=size: dot(x, rows, chosen, group=size), "stream": stream}
-        seconds = medians(interleaved(forms, draws, repeats))
-        reached.append(draws[0].size / groups * seconds["stream"] / seconds["gather"])
-    return reached
+        timed[size] = interleaved(forms, draws, repeats)
+    return timed
 
 
 def through(layer: Callable, layers: Sequence) -> Callable:
@@ -151,9 +150,10 @@ def time_ffns(searched: dict[str, Sequence[HireFFN]], queries: Sequence[Queries]
     return {name: [value / len(layers) for value in seconds] for name, seconds in durations.items()}
 
 
-def speedups(timed: dict[int, dict[str, list[float]]], name: str = "HiRE") -> dict[int, float]:
-    """By batch: the median of the fastest dense form over that of one form."""
-    return {batch: medians(forms)[fastest_dense(forms)] / medians(forms)[name] for batch, forms in timed.items()}
+def speedups(timed: dict[int, dict[str, list[float]]], name: str = "HiRE", base: str | None = None) -> dict[int, float]:
+    """By batch: the median of a base form, or of the fastest dense one, over that of one form."""
+    middle = {batch: medians(forms) for batch, forms in timed.items()}
+    return {batch: middle[batch][base or fastest_dense(forms)] / middle[batch][name] for batch, forms in timed.items()}
 
 
 def over_batches(timed: dict[int, dict[str, list[float]]], names: Iterable[str]) -> dict[str, list[float]]:

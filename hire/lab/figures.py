@@ -112,10 +112,15 @@ def quality_speed(axis: Axes, lines: dict[str, dict[str, tuple[float, float]]], 
     recall_axis(axis, lowest)
 
 
-def latency_lines(axis: Axes, batches: Sequence[int], lines: dict[str, Sequence[float]], colors: dict, **titles) -> None:
-    """Seconds over batches (doubling), shown in milliseconds, a line each, both axes logarithmic."""
+def latency_lines(
+    axis: Axes, batches: Sequence[int], lines: dict[str, Sequence[float]], colors: dict, *, hollow: Sequence[str] = (), **titles
+) -> None:
+    """Seconds over batches (doubling), shown in milliseconds, a line each, both axes logarithmic; hollow those whose quality is
+    transferred from another model.
+    """
     for name, values in lines.items():
-        axis.plot(batches, np.multiply(values, 1e3), "o-", ms=4, color=colors[name], label=name)
+        style = dict(ls="--", mfc="white") if name in hollow else {}
+        axis.plot(batches, np.multiply(values, 1e3), "o-", ms=4, color=colors[name], label=name, **style)
     batch_axes(axis, batches)
     axis.set(ylabel="ms, median", **titles)
     axis.legend(frameon=False, fontsize=9)
@@ -191,12 +196,22 @@ def save(figure: Figure, folder: Path, name: str, *, note: str, **facts) -> None
     (folder / f"{name}.json").write_text(json.dumps(dict(figure=name, **facts), indent=1) + "\n")
 
 
+def flat(tree: dict, name: str = "") -> dict:
+    """A tree of series as one dict, its names joined by blanks."""
+    if not isinstance(tree, dict):
+        return {name: tree}
+    return {path: series for key, part in tree.items() for path, series in flat(part, f"{name} {key}".strip()).items()}
+
+
 def differences(old: dict, new: dict) -> list[str]:
-    """Names of the series of two figures' facts in one only, or apart by more than `tolerance`: relative, a tenth near 0."""
+    """Names of the series of two figures' facts in one only, or apart by more than `tolerance`: relative, a tenth near 0.
+
+    A tolerance goes by the first word of a name.
+    """
     apart = sorted(set(old["series"]) ^ set(new["series"]))
     for name in sorted(set(old["series"]) & set(new["series"])):
         a, b = (np.asarray(facts["series"][name], np.float64) for facts in (old, new))
-        tolerance = new["tolerance"].get(name, new["tolerance"]["default"])
+        tolerance = new["tolerance"].get(name, new["tolerance"].get(name.partition(" ")[0], new["tolerance"]["default"]))
         if a.shape != b.shape or not np.allclose(a, b, rtol=tolerance, atol=0.1 * tolerance):
             apart.append(name)
     return apart

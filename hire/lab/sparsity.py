@@ -14,7 +14,7 @@ from hire.axes import Array, Bool, Float, Queries, Rows, Tokens
 from hire.choose import batches
 from hire.estimators import Estimator
 from hire.ffn import common_first
-from hire.lab.evaluation import in_batches, score_documents, windows
+from hire.lab.evaluation import Scores, in_batches, over, score_documents, windows
 from hire.lab.text import Document, documents
 from hire.lab.training import trained_model
 from hire.models import Decoder, TextModel
@@ -116,10 +116,45 @@ def searched(
     return layers
 
 
-def loss_with(subject: TextModel, texts: Sequence[Document], ffns: Sequence[hire.HireFFN], together: int = 1, **shape) -> float:
-    """The model's loss on texts, in nats a token, with its FFNs searched."""
-    fast = replace(subject, model=hire.convert(subject.model, ffn=ffns, together=together))
-    return score_documents(fast, texts, **shape).summary()["loss"]
+class Across(nnx.Module):
+    """A searched layer whose shared calls are tokens at one place of different texts, as of requests that are decoded together."""
+
+    def __init__(self, searched: nnx.Module):
+        self.searched = searched
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        return self.searched(x.swapaxes(0, 1)).swapaxes(0, 1)
+
+
+def scores_with(
+    subject: TextModel, texts: Sequence[Document], ffns: Sequence[hire.HireFFN], together: int = 1, across: bool = False, **shape
+) -> Scores:
+    """The model's scores on texts with its FFNs searched, every `together` tokens in one call: following ones or (across) of
+    different texts.
+    """
+    model = hire.convert(subject.model, ffn=ffns, together=together)
+    for block in model.blocks if across else ():
+        block.ffn = Across(block.ffn)
+    return score_documents(replace(subject, model=model), texts, **shape)
+
+
+def untrained(subject: TextModel, texts: Sequence[Document], kept: Sequence[float]) -> dict[str, list[float]]:
+    """Loss of a gated model that was not trained for it over its own, relative, at shares of its neurons kept: the best by exact
+    activations, one by one or in groups of 8, and groups among twice as many candidates, by int8 copies of the gate or of both.
+    """
+    own = score_documents(subject, texts, batch=4).nats
+
+    def copy(layer: int, rows: Rows) -> Estimator:
+        return hire.Quantized.fit(rows, 8)
+
+    def lost(share: float, factor: float, **how) -> float:
+        ffns = searched(subject.model, copy, kept=share, candidates=min(1.0, factor * share), **how)
+        return over(scores_with(subject, texts, ffns, batch=4).nats, own)["mean"]
+
+    every = 1 / min(kept)
+    ways = {"best neurons": (every, dict(group_size=1)), "best groups of 8": (every, dict(group_size=8))}
+    ways |= {"by the gate": (2, dict(group_size=8)), "by both": (2, dict(group_size=8, up_copy=copy))}
+    return {name: [lost(share, factor, **how) for share in kept] for name, (factor, how) in ways.items()}
 
 
 class Studied:
@@ -131,7 +166,7 @@ class Studied:
             [x.reshape(-1, x.shape[-1]) for x in ffn_inputs(self.model, windows)] for windows in (fitted_to, judged_on)
         )
         self.usage = sets_kept(self.model, fitted_to).mean((1, 2))
-        self.loss = score_documents(subject, texts).summary()["loss"]
+        self.own = score_documents(subject, texts)
 
     @classmethod
     def of(cls, variant: str, texts: Sequence[Document], *, toy: bool, length: int, count: int) -> "Studied":
@@ -149,13 +184,20 @@ class Studied:
         """Its layers, searched for as many groups as it was trained to keep."""
         return searched(self.model, copy, kept=self.model.config.kept, candidates=candidates, usage=self.usage, **settings)
 
-    def recall(self, copy: Callable[[int, Rows], Estimator], candidates: Sequence[float]) -> np.ndarray:
-        """Share of the groups kept that are among so many candidates (shares of all groups), mean of the layers."""
+    def curve(self, copy: Callable[[int, Rows], Estimator], candidates: Sequence[float]) -> dict[str, list[float]]:
+        """At so many candidates (shares of all groups): the share of the groups kept that are among them, mean of the layers, and
+        the bytes read as a share of the dense layers'.
+        """
         counts = [round(share * self.model.config.groups) for share in candidates]
         layers = zip(self.searched(copy, 1.0), self.unseen, strict=True)
-        return np.mean([group_recall(ffn, x, counts) for ffn, x in layers], axis=0)
+        found = np.mean([group_recall(ffn, x, counts) for ffn, x in layers], axis=0)
+        return dict(recall=found.tolist(), bytes=[bytes_share(self.searched(copy, share)) for share in candidates])
 
-    def judged(self, ffns: Sequence[hire.HireFFN], together: int = 1) -> tuple[float, float]:
-        """Bytes read, as a share of the dense layers', and the loss over the model's own, relative."""
-        size = sum(ffn.bytes_read for ffn in ffns) / sum(2 * ffn.up.nbytes for ffn in ffns)
-        return size, loss_with(self.subject, self.texts, ffns, together) / self.loss - 1
+    def judged(self, ffns: Sequence[hire.HireFFN], **together) -> dict:
+        """The loss over the model's own (evaluation.over), and the bytes read as a share of the dense layers'."""
+        return over(scores_with(self.subject, self.texts, ffns, **together).nats, self.own.nats) | dict(bytes=bytes_share(ffns))
+
+
+def bytes_share(ffns: Sequence[hire.HireFFN]) -> float:
+    """Bytes that searched ReLU layers read for a query, as a share of the dense layers'."""
+    return sum(ffn.bytes_read for ffn in ffns) / sum(2 * ffn.up.nbytes for ffn in ffns)

@@ -312,7 +312,11 @@ def train_toy(variant: str) -> Trained:
 
 @functools.cache
 def toy_results(variant: str) -> dict:
-    return results(train_toy(variant), texts_judged()[::40])
+    texts = texts_judged()[::40]
+    if variant == "baselines":
+        plan = plan_of("dense", toy=True)
+        return dict(all=baselines(*corpus(plan.config.vocabulary, plan.documents), texts))
+    return results(train_toy(variant), texts)
 
 
 class Resumable:
