@@ -119,8 +119,8 @@ def latency_lines(
     transferred from another model.
     """
     for name, values in lines.items():
-        style = dict(ls="--", mfc="white") if name in hollow else {}
-        axis.plot(batches, np.multiply(values, 1e3), "o-", ms=4, color=colors[name], label=name, **style)
+        line, fill = ("o--", "white") if name in hollow else ("o-", colors[name])
+        axis.plot(batches, np.multiply(values, 1e3), line, ms=4, color=colors[name], mfc=fill, label=name)
     batch_axes(axis, batches)
     axis.set(ylabel="ms, median", **titles)
     axis.legend(frameon=False, fontsize=9)

@@ -119,7 +119,7 @@ def searched(
 class Across(nnx.Module):
     """A searched layer whose shared calls are tokens at one place of different texts, as of requests that are decoded together."""
 
-    def __init__(self, searched: nnx.Module):
+    def __init__(self, searched: Callable):
         self.searched = searched
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
