@@ -56,17 +56,29 @@ SPLIT = 16  # parts in which a CPU sums rows for one query: faster than one prod
 CHUNK = 128  # rows gathered at a time on a CPU: they stay in cache between the gather and the product
 
 
+def by_platform(cpu: Callable[[], Array], others: Callable[[], Array]) -> Array:
+    """cpu() on a CPU and others() elsewhere: settled when the program is compiled, which may be for a device that is not there."""
+    return jax.lax.platform_dependent(cpu=cpu, default=others)
+
+
 def product(one: AnyArray, other: AnyArray, pattern: str | None = None, precision: str | None = None) -> Float[Array, "..."]:
     """one @ other, or their einsum by a pattern, summed in float32.
 
     A CPU takes 16-bit operands as float32: for one query XLA fuses that cast into the product, which is then faster than its own
     product of bfloat16, and the XLA of jax 0.7 has none.
     """
-    if jax.default_backend() == "cpu":
-        one, other = one.astype(jnp.float32), other.astype(jnp.float32)
-    if pattern is None:
-        return jnp.matmul(one, other, precision=precision, preferred_element_type=jnp.float32)
-    return jnp.einsum(pattern, one, other, precision=precision, preferred_element_type=jnp.float32)
+
+    def multiply(one: AnyArray, other: AnyArray) -> Float[Array, "..."]:
+        if pattern is None:
+            return jnp.matmul(one, other, precision=precision, preferred_element_type=jnp.float32)
+        return jnp.einsum(pattern, one, other, precision=precision, preferred_element_type=jnp.float32)
+
+    wide = (one.astype(jnp.float32), other.astype(jnp.float32))
+    return (
+        multiply(*wide)
+        if one.dtype == other.dtype == jnp.float32
+        else by_platform(lambda: multiply(*wide), lambda: multiply(one, other))
+    )
 
 
 def row_scores(x: Queries, rows: Rows) -> Float[Array, "b m"]:
@@ -75,9 +87,14 @@ def row_scores(x: Queries, rows: Rows) -> Float[Array, "b m"]:
     The form is the fastest one on a CPU at that batch (`make bench` times the others).
     """
     x = x.astype(rows.dtype)
-    if 1 < len(x) <= THIN and jax.default_backend() == "cpu":
+
+    def dot() -> Float[Array, "b m"]:
+        return product(x, rows.T)  # for one query XLA fuses a cast of the rows into this form, and copies them first in the others
+
+    def reduce() -> Float[Array, "b m"]:
         return jnp.sum(rows[:, None].astype(jnp.float32) * x[None].astype(jnp.float32), axis=-1).T
-    return product(x, rows.T)  # for one query XLA fuses a cast of the rows into this form, and copies them first in the others
+
+    return by_platform(reduce, dot) if 1 < len(x) <= THIN else dot()
 
 
 def row_scores_at(x: Queries, rows: Rows, indices: Indices, group: int = 1) -> Float[Array, "b _"]:
@@ -91,17 +108,22 @@ def row_scores_at(x: Queries, rows: Rows, indices: Indices, group: int = 1) -> F
 def scores_among(x: Queries, rows: Rows, indices: Int[AnyArray, " c"], group: int = 1) -> Float[Array, "b _"]:
     """row_scores_at of the same indices (c,) for all queries: their rows are read once."""
     x, rows = x.astype(rows.dtype), jnp.asarray(rows)
-    if jax.default_backend() != "cpu" or (len(x) == 1 and group == 1):
+
+    def whole() -> Float[Array, "b _"]:
         return product(x, taken(rows, indices, group).T)
-    parts = jax.lax.map(lambda part: product(taken(rows, part, group), x.T), chunks(indices, max(1, CHUNK // group)))
-    return parts.reshape(-1, len(x)).T[:, : indices.size * group]
+
+    def in_chunks() -> Float[Array, "b _"]:
+        parts = jax.lax.map(lambda part: product(taken(rows, part, group), x.T), chunks(indices, max(1, CHUNK // group)))
+        return parts.reshape(-1, len(x)).T[:, : indices.size * group]
+
+    return whole() if len(x) == group == 1 else by_platform(in_chunks, whole)
 
 
 def each(function: Callable, *parts: AnyArray) -> Array:
     """A function of every query's part of arrays (b, …): of all at once or, on a CPU with its caches, of one after the other."""
     if len(parts[0]) == 1:
         return function(*(part[0] for part in parts))[None]
-    return jax.lax.map(lambda one: function(*one), parts) if jax.default_backend() == "cpu" else jax.vmap(function)(*parts)
+    return by_platform(lambda: jax.lax.map(lambda one: function(*one), parts), lambda: jax.vmap(function)(*parts))
 
 
 def taken(rows: Rows, indices: Int[AnyArray, " c"], group: int) -> Float[Array, "_ d"]:
@@ -117,10 +139,14 @@ def chunks(values: AnyArray, size: int) -> AnyArray:
 def row_sums(weights: Float[AnyArray, "*b m"], rows: Rows) -> Float[Array, "*b d"]:
     """Sums, float32, of all rows (m, d) times their weights (*b, m)."""
     m, d = rows.shape
-    if math.prod(weights.shape[:-1]) == 1 and m % SPLIT == 0 and jax.default_backend() == "cpu":
+    if math.prod(weights.shape[:-1]) > 1 or m % SPLIT:
+        return product(weights, rows)
+
+    def split() -> Float[Array, "*b d"]:
         parts = product(weights.reshape(SPLIT, -1), rows.reshape(SPLIT, -1, d), "pm,pmd->pd")
         return parts.sum(0).reshape(*weights.shape[:-1], d)
-    return product(weights, rows)
+
+    return by_platform(split, lambda: product(weights, rows))
 
 
 def row_sums_at(weights: Float[AnyArray, "b _"], rows: Rows, indices: Indices, group: int = 1) -> Float[Array, "b d"]:
@@ -131,15 +157,18 @@ def row_sums_at(weights: Float[AnyArray, "b _"], rows: Rows, indices: Indices, g
 def sums_among(weights: Float[AnyArray, "b _"], rows: Rows, indices: Int[AnyArray, " c"], group: int = 1) -> Float[Array, "b d"]:
     """row_sums_at of the same indices (c,) for all weights (b, c * group): their rows are read once."""
     weights, rows = jnp.asarray(weights), jnp.asarray(rows)
-    if jax.default_backend() != "cpu":
-        return product(weights, taken(rows, indices, group))
-    b, places = len(weights), chunks(indices, max(1, CHUNK // group))
-    shares = jnp.pad(weights, ((0, 0), (0, places.size * group - weights.shape[1]))).reshape(b, len(places), -1).swapaxes(0, 1)
 
-    def add(total, part):
-        return total + product(part[0], taken(rows, part[1], group)), None
+    def in_chunks() -> Float[Array, "b d"]:
+        places = chunks(indices, max(1, CHUNK // group))
+        shares = jnp.pad(weights, ((0, 0), (0, places.size * group - weights.shape[1])))
+        pieces = shares.reshape(len(weights), len(places), -1).swapaxes(0, 1)
 
-    return jax.lax.scan(add, jnp.zeros((b, rows.shape[1]), jnp.float32), (shares, places))[0]
+        def add(total, part):
+            return total + product(part[0], taken(rows, part[1], group)), None
+
+        return jax.lax.scan(add, jnp.zeros((len(weights), rows.shape[1]), jnp.float32), (pieces, places))[0]
+
+    return by_platform(in_chunks, lambda: product(weights, taken(rows, indices, group)))
 
 
 @jax.jit

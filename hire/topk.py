@@ -22,6 +22,11 @@ def check_count(name: str, value: int, low: int, high: int, of: str) -> None:
         raise ValueError(f"{name} = {value!r}: expected a whole number from {low} to {high} ({of})")
 
 
+def at_most(share: float, count: int) -> int:
+    """The largest number that is no more than a share of count."""
+    return int(share * count + 1e-6)
+
+
 def exact_top_k(scores: Scores, k: int) -> TopK:
     """The k largest of each row of scores (*b, m): float32 values (*b, k), best first, and int32 indices (*b, k).
 

@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hire
-from hire.topk import expected_recall_top1
+from hire.topk import at_most, expected_recall_top1
+
+
+def test_a_share_is_never_exceeded():
+    assert [at_most(share, 256) for share in (0.1, 0.05, 0.25, 1.0)] == [25, 12, 64, 256]
+    assert at_most(0.3, 10) == 3 and at_most(0.29, 100) == 29  # 0.29 * 100 is a little less than 29 in floating point
+    assert at_most(0.1**0.5 * 0.1**0.5, 10) == 1
 
 
 def test_exact_top_k_by_hand():

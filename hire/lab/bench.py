@@ -19,6 +19,7 @@ from hire.lab.timing import DENSE, dense_forms, interleaved, medians, stream_for
 from hire.models import Decoder, load_gemma
 from hire.search import nominate
 from hire.softmax import HireSoftmax
+from hire.topk import at_most
 
 INT8 = "dense int8 rows"
 APPROX = "lax.approx_max_k"
@@ -94,7 +95,7 @@ def random_ffns(count: int, neurons: int, width: int, rank: int, shares: dict[st
         up, down = (jax.random.normal(part, (neurons, width)) for part in jax.random.split(key))
         copies = {}
         for name, (*parts, shared) in shares.items():
-            k, candidates, common = (round(part * groups) for part in parts)
+            k, candidates, common = (at_most(part, groups) for part in parts)
             copies[common] = copies.get(common) or hire.LowRank.fit(up[8 * common :], rank, bits=8)
             ffn = HireFFN(up, down, copies[common], k=k, candidates=candidates, common=common, shared=shared)
             searched[name].append(ffn)
@@ -109,7 +110,7 @@ def time_gathers(rows: Rows, sizes: Sequence[int], share: float, repeats: int) -
     timed = {}
     for size in sizes:
         groups = len(rows) // size
-        draws = [rng.permutation(groups)[None, : round(share * groups)].astype(np.int32) for _ in range(repeats)]
+        draws = [rng.permutation(groups)[None, : at_most(share, groups)].astype(np.int32) for _ in range(repeats)]
         forms = {"gather": lambda chosen, size=size: dot(x, rows, chosen, group=size), "stream": stream}
         timed[size] = interleaved(forms, draws, repeats)
     return timed

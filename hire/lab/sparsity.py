@@ -19,6 +19,7 @@ from hire.lab.text import Document, documents
 from hire.lab.training import trained_model
 from hire.models import Decoder, TextModel
 from hire.models.decoder import FFN
+from hire.topk import at_most
 
 
 @partial(jax.jit, static_argnames="graph")
@@ -107,7 +108,7 @@ def searched(
         order = common_first(jnp.zeros(groups) if usage is None else jnp.asarray(usage[layer]), size)
         up, down = ffn.up[...][order], ffn.down[...][order]
         gate = None if ffn.gate is None else ffn.gate[...][order]
-        k, first, count = (round(share * groups) for share in (kept, common, candidates))
+        k, first, count = (at_most(share, groups) for share in (kept, common, candidates))
         beyond = slice(first * size, None)
         estimator = copy(layer, (up if gate is None else gate)[beyond])
         second = None if up_copy is None else up_copy(layer, up[beyond])
@@ -188,7 +189,7 @@ class Studied:
         """At so many candidates (shares of all groups): the share of the groups kept that are among them, mean of the layers, and
         the bytes read as a share of the dense layers'.
         """
-        counts = [round(share * self.model.config.groups) for share in candidates]
+        counts = [at_most(share, self.model.config.groups) for share in candidates]
         layers = zip(self.searched(copy, 1.0), self.unseen, strict=True)
         found = np.mean([group_recall(ffn, x, counts) for ffn, x in layers], axis=0)
         return dict(recall=found.tolist(), bytes=[bytes_share(self.searched(copy, share)) for share in candidates])

@@ -82,7 +82,7 @@ MODELS = {
     "topk": replace(SMALL, kept=0.1),
     **{f"groups{size}": replace(SMALL, group_size=size, kept=0.1) for size in (4, 16, 32)},
     "none": replace(SMALL, ffn_width=0),
-    "narrow": replace(SMALL, ffn_width=208),  # as many neurons as groups8 keeps
+    "narrow": replace(SMALL, ffn_width=200),  # as many neurons as groups8 keeps
     "experts": replace(SMALL, group_size=8, kept=0.1, routed=True),
 }
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from hire.topk import at_most
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
@@ -11,7 +13,7 @@ class DecoderConfig:
     gated (tanh GELU of one matrix times another) or, with gated=False, the plain ReLU one that sparse training
     starts from; ffn_width = 0 leaves it out. Input and output embeddings are tied.
 
-    With kept < 1 an FFN keeps, of its groups of `group_size` consecutive neurons, that share with the best scores (see
+    With kept < 1 an FFN keeps, of its groups of `group_size` consecutive neurons, at most that share, with the best scores (see
     hire.group_scores), in all layers or in `sparse_layers` alone. With routed=True a learned router scores the groups instead, as
     experts. Raises ValueError for sizes that no model has.
     """
@@ -45,7 +47,7 @@ class DecoderConfig:
             raise ValueError(f"head_width = {self.head_width}: expected an even number, which rotary positions need")
         if self.ffn_width % self.group_size:
             raise ValueError(f"group_size = {self.group_size}: expected a divisor of ffn_width = {self.ffn_width}")
-        if not 0 < self.kept <= 1 or (self.ffn_width and round(self.kept * self.groups) < 1):
+        if not 0 < self.kept <= 1 or (self.ffn_width and at_most(self.kept, self.groups) < 1):
             raise ValueError(f"kept = {self.kept}: expected a share, at most 1, that leaves one of {self.groups} groups or more")
         if not set(self.sparse_layers or ()) <= set(range(self.layers)):
             raise ValueError(f"sparse_layers = {self.sparse_layers}: expected layers from 0 to {self.layers - 1}")
@@ -62,7 +64,7 @@ class DecoderConfig:
     def groups_kept(self, layer: int) -> int:
         """Groups that the FFN of that layer keeps: all of them where it is dense."""
         sparse = self.sparse_layers is None or layer in self.sparse_layers
-        return round(self.kept * self.groups) if sparse else self.groups
+        return at_most(self.kept, self.groups) if sparse else self.groups
 
     def parameters(self) -> dict[str, int]:
         """Number of weights by part; they add up to the model's. The embedding counts once, as the softmax that it is tied to."""
