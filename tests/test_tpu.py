@@ -1,0 +1,110 @@
+"""Reading the TPU compiler's schedules: by hand on small ones, and with the compiler itself where it is installed."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from hire.lab import tpu
+
+BUNDLES = """
+     0   :  { %5 = vsyncpa [#allocation9], 0  ;;  %7 = dma.hbm_to_vmem /*hbm=*/%s1, /*size_in_granules=*/100, /*vmem=*/%s2 }
+   0x1   :  { %s9 = smov 0 } /* Start region 3 */
+   0x2 LB: > { %s8 = sphi %s9, %s10 } /* Start region 4 */
+   0x3   : > { %s6 = shalt.err /* BoundsCheck for %8 = dma.hbm_to_vmem /*hbm=*/%s1, /*size_in_granules=*/10, /*vmem=*/%s2 */ }
+   0x4   : > { %8 = dma.hbm_to_vmem [thread:$0]  /*hbm=*/%s1, /*size_in_granules=*/10, /*vmem=*/%s2  ;;  %9 = dma.vmem_to_smem
+ /*vmem=*/%s2, /*size_in_granules=*/7, /*smem=*/%s3 }
+   0x5 LB: >> { %v1 = vadd.f32 %v2, %v3 } /* Start region 6 */
+   0x6   : >> { %p2_p1 = scmp.ge.s32.totalorder (%p1), %s30_s1, LIMIT /* loop exit test */ }
+   0x7   : >> { %11 = sbr.rel (!%p2_p1) target = $region6 }
+   0x8   : > { %p1_p0 = scmp.ge.s32.totalorder %s10_s2, 3 /* loop exit test */ }
+   0x9   :  { %12 = sbr.rel (!%p1_p0) target = $region4 }
+   0xa   :  {}
+"""
+
+
+def test_bundles_are_counted_as_often_as_they_run():
+    # Inner loop 0x5 to 0x7 five times; what is issued while it jumps, 0x8 to 0xa, counts with it. Outer 0x2 to 0xa three times.
+    cycles, moved, holes = tpu.schedule(BUNDLES.replace("LIMIT", "5"))
+    assert cycles == 2 + 3 * (3 + 5 * 6)
+    assert moved == 32 * (100 + 3 * 10) and holes == ()
+    cycles, moved, holes = tpu.schedule(BUNDLES.replace("LIMIT", "%s77"))
+    assert cycles == 2 + 3 * (3 + 6) and holes == ("a loop of 2 bundles counted once",)
+
+
+HLO = """
+HloModule jit_f
+
+%body (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %p = (s32[], f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %inner = f32[8,128]{1,0:T(8,128)} fusion(%p), kind=kLoop, calls=%fused
+}
+
+ENTRY %main (a: bf16[1000,128], b: f32[64]) -> f32[8,128] {
+  %a = bf16[1000,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %copy-start = (bf16[1000,128]{1,0:T(8,128)(2,1)S(1)}, bf16[1000,128]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%a)
+  %busy = f32[8,128]{1,0:T(8,128)S(1)} fusion(%b), kind=kLoop, calls=%fused
+  %copy-done = bf16[1000,128]{1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start)
+  %uneven = f32[8,128]{1,0:T(8,128)S(1)} fusion(%a, %copy-done), kind=kOutput, calls=%fused
+  %loop = (s32[], f32[8,128]{1,0:T(8,128)}) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"7"}}
+  %gathered = f32[32,128]{1,0:T(8,128)} all-gather(%uneven), channel_id=1, dimensions={0}
+  %strange = f32[8,128]{1,0:T(8,128)} rng(%uneven)
+  ROOT %out = f32[8,128]{1,0:T(8,128)} bitcast(%gathered)
+}
+"""
+
+
+def test_operations_by_hand():
+    unknown = ("a transfer hbm_to_vmem of unknown size",)
+    schedules = {"inner": (150.0, 0.0, ()), "busy": (300.0, 0.0, ()), "uneven": (30.0, 64.0, unknown)}
+    found = {each.name: each for each in tpu.operations(HLO, schedules)}
+    assert found["inner"].times == 7 and found["inner"].cycles == 7 * 150
+    assert found["inner"].seconds == pytest.approx(7 * 150 / 1.5e9)
+    # The prefetch of 256,000 bytes takes 0.3126 us, of which 0.2 us pass while `busy` computes.
+    assert found["copy-start"].nbytes == 256_000
+    assert found["copy-start"].waits == pytest.approx(256_000 / 819e9 - 0.2e-6)
+    assert found["uneven"].nbytes == 256_000  # its operand in HBM, not the copy in VMEM
+    assert found["uneven"].seconds == pytest.approx(256_000 / 819e9 + tpu.LATENCY)
+    assert found["gathered"].kind == "collective" and found["gathered"].nbytes == 32 * 128 * 4
+    assert found["strange"].holes == ("no schedule of it",)
+    assert "out" not in found and "a" not in found
+
+
+compiler = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+
+
+def scores(x, rows):
+    return jax.lax.top_k(jnp.matmul(x, rows.T, preferred_element_type=jnp.float32), 32)
+
+
+def sized(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+@compiler
+@pytest.mark.parametrize("batch", [1, 8])
+def test_no_estimate_is_below_its_bytes(batch):
+    found = tpu.estimate(scores, sized(batch, 1024), sized(32768, 1024))
+    floor = 2 * 32768 * 1024 / tpu.BANDWIDTH
+    assert floor < found["moving"] <= found["seconds"] < 6 * floor
+    assert found["memory"]["argument"] >= 2 * 32768 * 1024
+
+
+@compiler
+def test_what_the_compiler_refuses_is_one_line():
+    with pytest.raises(RuntimeError, match="refused the program for v5e:2x2: .*HBM"):
+        tpu.estimate(scores, sized(8, 2048), sized(2**24, 2048))
+    with pytest.raises(RuntimeError, match="refused the program for v5e:3x9: .*Topology"):
+        tpu.estimate(scores, sized(8, 128), sized(1024, 128), topology="v5e:3x9")
+    with pytest.raises(RuntimeError, match="gave no answer in 0.1 s"):
+        tpu.estimate(scores, sized(8, 128), sized(1024, 128), limit=0.1)
+
+
+def test_without_the_compiler_it_says_how_to_get_it(monkeypatch):
+    def missing(name):
+        raise tpu.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(tpu.importlib.metadata, "version", missing)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install hire\[tpu-compiler\]"):
+        tpu.compiler_version()
