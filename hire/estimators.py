@@ -73,12 +73,9 @@ def product(one: AnyArray, other: AnyArray, pattern: str | None = None, precisio
             return jnp.matmul(one, other, precision=precision, preferred_element_type=jnp.float32)
         return jnp.einsum(pattern, one, other, precision=precision, preferred_element_type=jnp.float32)
 
-    wide = (one.astype(jnp.float32), other.astype(jnp.float32))
-    return (
-        multiply(*wide)
-        if one.dtype == other.dtype == jnp.float32
-        else by_platform(lambda: multiply(*wide), lambda: multiply(one, other))
-    )
+    if one.dtype == other.dtype == jnp.float32:
+        return multiply(one, other)
+    return by_platform(lambda: multiply(one.astype(jnp.float32), other.astype(jnp.float32)), lambda: multiply(one, other))
 
 
 def row_scores(x: Queries, rows: Rows) -> Float[Array, "b m"]:
