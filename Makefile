@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 # with AVX-512 `make bench XLA_FLAGS=--xla_cpu_prefer_vector_width=512` is faster, here it slows the dense product by a third.
 export XLA_FLAGS ?=
 
-.PHONY: help env figures test floor demo bench train verify pages checks lint format lock budgets clean
+.PHONY: help env figures test floor demo bench train v5e verify pages checks lint format lock budgets clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -23,6 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q -c constraints.txt -e '.[all]'
 	$(LAB) weights
+	$(LAB) compiler
 	@echo $$(($$(date +%s) - $$(cat .setup-began))) > $@ && rm .setup-began
 
 figures: $(STAMP)  ## every notebook at PROFILE=cpu (or smoke, tpu) -> figures/; goes on where it was, FRESH=1 starts anew
@@ -45,6 +46,7 @@ FLOOR := .venv-floor/bin/python
 	@test -n "$(FLOOR_PYTHON)" || { echo "error: no python3.12 found: install one, or name it with make floor FLOOR_PYTHON=…"; exit 1; }
 	$(FLOOR_PYTHON) -m venv .venv-floor
 	.venv-floor/bin/pip install -q -c constraints-floor.txt -e '.[all]'
+	$(FLOOR) -m hire.lab compiler
 	@touch $@
 
 floor: .venv-floor/.ready  ## the unit tests and notebook 03 on the oldest versions that are supported, those of Colab's TPU runtime
@@ -59,6 +61,9 @@ bench: $(STAMP)  ## latency of softmax and decode step, dense against HiRE: a ta
 
 train: $(STAMP)  ## train VARIANT=dense, groups8, short-topk, … (hire/lab/training.py lists them), or several; goes on where it was
 	@set -e; for variant in $(VARIANT); do $(LAB) train $$variant; done
+
+v5e: $(STAMP)  ## estimate the headline programs for a TPU v5e with its own compiler, about 30 minutes, as records
+	@$(LAB) v5e
 
 verify: $(STAMP)  ## every target of the work: obtained, threshold, met or not
 	@$(LAB) verify

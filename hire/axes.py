@@ -4,7 +4,7 @@ b  queries (a batch of hidden states)      d  width of a row and of a query
 m  rows (words, groups of neurons, keys)   r  rank of a low-rank copy
 k  rows asked for                          c  candidates, k' in the paper
 v  vocabulary    f  neurons of an FFN      h  query heads    n  key/value heads    e  width of a head
-t  positions of a text    s  slots of a key/value cache
+t  positions of a text    s  slots of a key/value cache    l  128 lanes of a TPU
 
 `*b` stands for any number of leading axes. Arrays are row-major, so that one row is one contiguous read.
 """
@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8, PRNGKeyArray, UInt8, UInt32
 AnyArray = Array | np.ndarray
 
 Rows = Float[AnyArray, "m d"]
+Blocks = Float[AnyArray, "m _ l"]  # rows in pieces of 128 entries, each row whole tiles of a TPU's memory
 Queries = Float[AnyArray, "b d"]
 Scores = Float[AnyArray, "*b m"]
 Indices = Int[AnyArray, "*b c"]
@@ -26,6 +27,7 @@ Key = PRNGKeyArray
 __all__ = [
     "AnyArray",
     "Array",
+    "Blocks",
     "Bool",
     "Codes",
     "Float",

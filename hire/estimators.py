@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hire.axes import AnyArray, Array, Codes, Float, Indices, Int, Queries, Rows, UInt32
+from hire.axes import AnyArray, Array, Blocks, Codes, Float, Indices, Int, Queries, Rows, UInt32
+from hire.kernels import rows as row_kernel
 from hire.topk import check_count
 
 Candidates = Float[Array, "b c"]
@@ -61,6 +62,22 @@ def by_platform(cpu: Callable[[], Array], others: Callable[[], Array]) -> Array:
     return jax.lax.platform_dependent(cpu=cpu, default=others)
 
 
+FORMS = ("auto", "plain", "kernel")
+
+
+def by_form(form: str, plain: Callable[[], Array], kernel: Callable[[], Array]) -> Array:
+    """plain() or kernel(), a Pallas TPU kernel, as `form` says; of "auto" the kernel on a TPU. A named one stays it."""
+    if form == "auto":
+        return jax.lax.platform_dependent(tpu=kernel, default=plain)
+    return kernel() if form == "kernel" else plain()
+
+
+def check_form(form: str) -> None:
+    """Raise ValueError unless form is one of FORMS."""
+    if form not in FORMS:
+        raise ValueError(f"form = {form!r}: expected one of {', '.join(FORMS)}")
+
+
 def product(one: AnyArray, other: AnyArray, pattern: str | None = None, precision: str | None = None) -> Float[Array, "..."]:
     """one @ other, or their einsum by a pattern, summed in float32.
 
@@ -94,11 +111,15 @@ def row_scores(x: Queries, rows: Rows) -> Float[Array, "b m"]:
     return by_platform(reduce, dot) if 1 < len(x) <= THIN else dot()
 
 
-def row_scores_at(x: Queries, rows: Rows, indices: Indices, group: int = 1) -> Float[Array, "b _"]:
-    """Exact scores (b, c * group), float32, of the rows at indices (b, c): only those rows are read. NaN where there is none.
+def row_scores_at(x: Queries, rows: Rows | Blocks, indices: Indices, group: int = 1, form: str = "auto") -> Float[Array, "b _"]:
+    """Exact scores (b, c * group), float32, of the rows at indices (b, c): only those rows are read.
 
-    With `group`, indices are of groups of so many consecutive rows, which are read as one.
+    With `group`, indices are of groups of so many consecutive rows, which are read as one. A kernel takes single rows, of blocks
+    (m, d / 128, 128); `form` as in `by_form`.
     """
+    if rows.ndim == 3:
+        flat = rows.reshape(len(rows), -1)
+        return by_form(form, lambda: row_scores_at(x, flat, indices, group), lambda: row_kernel.scores(x, rows, indices))
     return each(lambda x, indices: scores_among(x[None], rows, indices, group)[0], x, indices)
 
 
@@ -169,12 +190,11 @@ def sums_among(weights: Float[AnyArray, "b _"], rows: Rows, indices: Int[AnyArra
 
 
 @jax.jit
-def fingerprint(rows: Rows) -> UInt32[Array, ""]:
+def fingerprint(rows: Rows | Blocks) -> UInt32[Array, ""]:
     """A checksum of rows (m, d) rounded to bfloat16, so that a copy of them in another precision is still taken for them."""
     bits = jax.lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
-    place = jax.lax.broadcasted_iota(jnp.uint32, rows.shape, 0) * rows.shape[1] + jax.lax.broadcasted_iota(
-        jnp.uint32, rows.shape, 1
-    )
+    axes = range(rows.ndim)
+    place = sum(jax.lax.broadcasted_iota(jnp.uint32, rows.shape, axis) * math.prod(rows.shape[axis + 1 :]) for axis in axes)
     return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)  # whole numbers modulo 2^32: the same in any order of summation
 
 
@@ -307,6 +327,13 @@ class LowRank:
         if isinstance(self.factors, Quantized):
             return self.factors.scores_at(projected, indices)
         return row_scores_at(projected, self.factors, indices)
+
+
+def quantized_product(x: Queries, estimator: Estimator) -> tuple[Float[AnyArray, "b _"], Quantized] | None:
+    """The queries and the quantized rows whose product the estimator's scores are, or None where its rows are not quantized."""
+    if isinstance(estimator, LowRank) and isinstance(estimator.factors, Quantized):
+        return scores_of(estimator.projection, x), estimator.factors
+    return (x, estimator) if isinstance(estimator, Quantized) else None
 
 
 def scores_of(rows: Rows | Quantized, x: Queries) -> Float[Array, "b m"]:

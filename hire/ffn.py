@@ -7,7 +7,19 @@ import jax
 import jax.numpy as jnp
 
 from hire.axes import AnyArray, Array, Float, Indices, Int, Queries, Rows
-from hire.estimators import Estimator, product, row_scores, row_scores_at, row_sums, row_sums_at, scores_among, sums_among
+from hire.estimators import (
+    Estimator,
+    by_form,
+    check_form,
+    product,
+    row_scores,
+    row_scores_at,
+    row_sums,
+    row_sums_at,
+    scores_among,
+    sums_among,
+)
+from hire.kernels import groups as group_kernel
 from hire.search import check_fitted, check_search, nominate
 from hire.topk import check_count, exact_top_k, group_scores, keep_groups
 
@@ -27,9 +39,11 @@ class HireFFN:
     The estimator is of the neurons beyond the common path: of `up`, or of `gate` where there is one; with `up_estimator` a gated
     layer is predicted from both. With `shared` the queries of a call are tokens that are alike (dynamic overlap): candidates are
     nominated once, by the sum of their estimated scores, and read once in both matrices; each query keeps its own best among them.
+    `form` is "plain" JAX, the TPU "kernel", which takes layers without gate and groups of 8 to 128, or "auto", that one on a TPU.
 
     Raises ValueError when group_size does not divide f, when 0 <= common < k <= common + candidates <= groups does not hold, when
-    shapes do not fit, for an estimator of other rows, or for an up_estimator of a layer without gate.
+    shapes do not fit, for an estimator of other rows, for an up_estimator of a layer without gate, or for a kernel that does not
+    take the layer.
     """
 
     up: Rows
@@ -42,9 +56,10 @@ class HireFFN:
     candidates: int = field(metadata=dict(static=True), default=1)
     common: int = field(metadata=dict(static=True), default=0)
     shared: bool = field(metadata=dict(static=True), default=False)
+    form: str = field(metadata=dict(static=True), default="auto")
 
     def __post_init__(self):
-        if not hasattr(self.up, "ndim"):  # jax also builds it around placeholders that are no arrays
+        if not isinstance(self.up, AnyArray):  # jax also builds it around placeholders and shapes
             return
         neurons, width = self.up.shape
         check_count("group_size", self.group_size, 1, neurons, "the number of neurons")
@@ -61,6 +76,9 @@ class HireFFN:
         check_count("candidates", self.candidates, self.k - self.common, beyond, "from k - common to the groups beyond common")
         if self.gate is None and self.up_estimator is not None:
             raise ValueError("up_estimator without a gate: expected one estimator, of up")
+        check_form(self.form)
+        if self.form == "kernel" and not self.kernel_takes:
+            raise ValueError(f"form = 'kernel': expected a layer without gate, and groups of 8 to 128 rows, not {self.group_size}")
         first = self.up if self.gate is None else self.gate
         for rows, copy in ((first, self.estimator), (self.up, self.up_estimator)):
             if copy is not None:
@@ -70,7 +88,15 @@ class HireFFN:
     @jax.jit
     def __call__(self, x: Queries) -> Float[Array, "b d"]:
         """The layer's output (b, d), float32, for queries (b, d)."""
-        return self.spread(x) if self.shared else self.search(x)
+
+        def plain() -> Float[Array, "b d"]:
+            return self.spread(x) if self.shared else self.search(x)
+
+        return by_form(self.form, plain, lambda: self.at_once(x)) if self.kernel_takes else plain()
+
+    @property
+    def kernel_takes(self) -> bool:
+        return self.gate is None and group_kernel.takes(self.group_size)
 
     def estimated(self, x: Queries) -> Float[Array, "b m"]:
         """Estimated score of every group beyond the common path."""
@@ -81,13 +107,20 @@ class HireFFN:
             active = activate(jnp.ones_like(first) if self.up_estimator is None else self.up_estimator.scores(x), first)
         return group_scores(active, self.group_size)
 
+    def chosen(self, x: Queries) -> Indices:
+        """The candidates (b, c), or with `shared` those (1, c) of all queries, by number in the whole layer."""
+        estimated = self.estimated(x)
+        if self.shared:
+            estimated = jnp.sum(estimated, axis=0, keepdims=True)
+        return nominate(estimated, self.candidates) + self.common
+
     def active(self, scores: Callable[[Rows], jax.Array]) -> Float[Array, "*b f"]:
         """What the neurons pass on whose products with the queries `scores` takes from a matrix."""
         return activate(scores(self.up), None if self.gate is None else scores(self.gate))
 
     def search(self, x: Queries) -> Float[Array, "b d"]:
         """Every query with candidates of its own."""
-        chosen = nominate(self.estimated(x), self.candidates) + self.common
+        chosen = self.chosen(x)
         active = self.active(lambda rows: row_scores_at(x, rows, chosen, self.group_size))
         best = exact_top_k(group_scores(active, self.group_size), self.k - self.common).indices
         kept, groups = (
@@ -98,11 +131,16 @@ class HireFFN:
 
     def spread(self, x: Queries) -> Float[Array, "b d"]:
         """All queries with the same candidates."""
-        pooled = jnp.sum(self.estimated(x), axis=0, keepdims=True)
-        chosen = nominate(pooled, self.candidates)[0] + self.common
+        chosen = self.chosen(x)[0]
         active = self.active(lambda rows: scores_among(x, rows, chosen, self.group_size))
         kept = keep_groups(active, group_scores(active, self.group_size), self.k - self.common)
         return sums_among(kept, self.down, chosen, self.group_size) + self.common_path(x)
+
+    def at_once(self, x: Queries) -> Float[Array, "b d"]:
+        """Both, by the kernel."""
+        calls = x[None] if self.shared else x[:, None]
+        how = dict(k=self.k - self.common, group=self.group_size)
+        return group_kernel.ffn(calls, self.up, self.down, self.chosen(x), **how).reshape(x.shape) + self.common_path(x)
 
     def common_path(self, x: Queries) -> Float[Array, "b d"]:
         """What the groups of the common path add."""

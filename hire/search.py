@@ -1,11 +1,14 @@
 """The algorithm of HiRE: predict with a small copy, then compute exactly what was predicted."""
 
+import math
+
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from hire.axes import Array, Float, Indices, Queries, Rows, Scores
-from hire.estimators import Estimator, fingerprint, row_scores_at
-from hire.topk import TopK, bucket_keys, bucket_winners, bucketed_indices, check_count, exact_top_k
+from hire.axes import Array, Blocks, Float, Indices, Queries, Rows, Scores
+from hire.estimators import Estimator, by_form, check_form, fingerprint, quantized_product, row_scores_at
+from hire.kernels import scores as score_kernel
+from hire.topk import TopK, best_winners, bucket_keys, bucket_winners, bucketed_indices, check_count, exact_top_k
 
 DEPTH, PER_BUCKET = 64, 2  # the best two of every 64 rows are the pool of a k' that is at most half of it
 
@@ -18,8 +21,35 @@ def nominate(scores: Scores, candidates: int) -> Indices:
     """
     rows = scores.shape[-1]
     if candidates <= most_pooled(rows):
-        return bucketed_indices(scores, candidates, -(-rows // DEPTH), PER_BUCKET)
+        return bucketed_indices(scores, candidates, buckets_of(rows), PER_BUCKET)
     return exact_top_k(scores, candidates).indices
+
+
+def foremost(x: Queries, estimator: Estimator, candidates: int, form: str = "auto") -> Indices:
+    """`nominate` by the estimator's scores of queries (b, d); of a quantized copy a kernel takes both (see `by_form`)."""
+    rows, buckets = estimator.shape[0], buckets_of(estimator.shape[0])
+
+    def plain() -> Array:
+        return jnp.asarray(nominate(estimator.scores(x), candidates))
+
+    fused = quantized_product(x, estimator)
+    if fused is None or candidates > most_pooled(rows) or not score_kernel.takes(buckets):
+        if form == "kernel":
+            raise ValueError(f"form = 'kernel': expected a quantized copy, k' up to {most_pooled(rows)} and whole tiles of buckets")
+        return plain()
+    inner, copy = fused
+
+    def kernel() -> Array:
+        how = dict(bits=copy.bits, buckets=buckets, per_bucket=PER_BUCKET)
+        winners = score_kernel.winners(inner, copy.codes, copy.scale, **how)
+        return jnp.asarray(best_winners(list(winners), candidates, -(-rows // buckets)))
+
+    return by_form(form, plain, kernel)
+
+
+def buckets_of(rows: int) -> int:
+    """The buckets that `nominate` puts so many rows in."""
+    return -(-rows // DEPTH)
 
 
 def most_pooled(rows: int) -> int:
@@ -29,33 +59,36 @@ def most_pooled(rows: int) -> int:
 
 def pool(scores: Float[Array, "b m"]) -> Float[Array, "b m"]:
     """The scores of the rows that are among the best of their bucket; -inf for the others, which `nominate` may not see."""
-    keys, _ = bucket_keys(scores, -(-scores.shape[-1] // DEPTH))
+    keys = bucket_keys(scores, buckets_of(scores.shape[-1]))
     inside = keys >= jnp.expand_dims(bucket_winners(keys, PER_BUCKET)[-1], -2)
     return jnp.where(inside.reshape(len(scores), -1)[:, : scores.shape[-1]], scores, -jnp.inf)
 
 
-def high_recall_top_k(x: Queries, rows: Rows, estimator: Estimator, *, k: int, candidates: int) -> TopK:
+def high_recall_top_k(
+    x: Queries, rows: Rows | Blocks, estimator: Estimator, *, k: int, candidates: int, form: str = "auto"
+) -> TopK:
     """The k best rows (m, d) for each query (b, d), of the `candidates` (k') that the estimator puts first.
 
     The returned float32 values (b, k) are exact scores; the indices (b, k) are the true top-k whenever all of them are
     among the candidates. Reads the estimator and k' rows instead of m (PAPER claim estimator).
 
-    Raises ValueError when 1 <= k <= candidates <= m does not hold or shapes do not fit.
+    `form` is "plain" JAX, the TPU "kernel"s or, by default, "auto": those on a TPU, for the parts that they take. They take rows in
+    blocks (m, d / 128, 128), which a TPU can fetch one by one, and quantized copies; named, they never become something else.
+    Raises ValueError when 1 <= k <= candidates <= m does not hold, shapes do not fit, or a kernel that is named does not take them.
     """
     check_search(rows, estimator, k, candidates)
-    _, chosen, exact = nominated(x, rows, estimator, candidates)
-    return best_of(chosen, exact, k)
+    check_queries(x, estimator)
+    check_form(form)
+    if form == "kernel" and rows.ndim == 2:
+        raise ValueError(f"form = 'kernel': expected rows in blocks (m, d / 128, 128), not {tuple(rows.shape)}")
+    chosen = foremost(x, estimator, candidates, form)
+    return best_of(chosen, row_scores_at(x, rows, chosen, form=form), k)
 
 
-def nominated(
-    x: Queries, rows: Rows, estimator: Estimator, candidates: int
-) -> tuple[Float[Array, "b m"], Indices, Float[Array, "b c"]]:
-    """Estimated scores of all rows, the candidates, and the candidates' exact scores: all that one search computes."""
-    if x.ndim != 2 or x.shape[1] != rows.shape[1]:
-        raise ValueError(f"queries of shape {x.shape}: expected (b, {rows.shape[1]}), the width of the rows")
-    estimated = estimator.scores(x)
-    chosen = nominate(estimated, candidates)
-    return estimated, chosen, row_scores_at(x, rows, chosen)
+def check_queries(x: Queries, estimator: Estimator) -> None:
+    """Raise ValueError unless queries are (b, d)."""
+    if x.ndim != 2 or x.shape[1] != estimator.shape[1]:
+        raise ValueError(f"queries of shape {x.shape}: expected (b, {estimator.shape[1]}), the width of the rows")
 
 
 def best_of(chosen: Indices, exact: Float[Array, "b c"], k: int) -> TopK:
@@ -64,17 +97,17 @@ def best_of(chosen: Indices, exact: Float[Array, "b c"], k: int) -> TopK:
     return TopK(best.values, jnp.take_along_axis(chosen, best.indices, axis=-1))
 
 
-def check_search(rows: Rows, estimator: Estimator, k: int, candidates: int) -> None:
+def check_search(rows: Rows | Blocks, estimator: Estimator, k: int, candidates: int) -> None:
     """Raise ValueError unless the estimator is of rows of this shape and 1 <= k <= candidates <= m."""
-    if rows.ndim != 2:
-        raise ValueError(f"rows of shape {rows.shape}: expected (m, d)")
-    if tuple(estimator.shape) != tuple(rows.shape):
+    if rows.ndim not in (2, 3):
+        raise ValueError(f"rows of shape {rows.shape}: expected (m, d) or blocks (m, d / 128, 128)")
+    if tuple(estimator.shape) != (rows.shape[0], math.prod(rows.shape[1:])):
         raise ValueError(f"estimator of rows {tuple(estimator.shape)}: expected {tuple(rows.shape)}, as the rows are")
     check_count("k", k, 1, rows.shape[0], "the number of rows")
     check_count("candidates", candidates, k, rows.shape[0], "from k to the number of rows")
 
 
-def check_fitted(rows: Rows, estimator: Estimator) -> None:
+def check_fitted(rows: Rows | Blocks, estimator: Estimator) -> None:
     """Raise ValueError when the estimator was fitted to other rows of that shape. Reads all rows; inside jax.jit it cannot tell."""
     known = estimator.fingerprint
     if not (isinstance(rows, Tracer) or isinstance(known, Tracer)) and fingerprint(rows) != known:

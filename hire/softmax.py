@@ -6,9 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hire.axes import AnyArray, Array, Float, Int, Queries, Rows
-from hire.estimators import Estimator, row_scores_at
-from hire.search import best_of, check_fitted, check_search, high_recall_top_k, nominated
+from hire.axes import AnyArray, Array, Blocks, Float, Int, Queries, Rows
+from hire.estimators import Estimator, check_form, row_scores_at
+from hire.search import best_of, check_fitted, check_queries, check_search, high_recall_top_k, nominate
 from hire.topk import TopK
 
 
@@ -28,25 +28,29 @@ class Words(NamedTuple):
 class HireSoftmax:
     """Top-k logits of the words whose embeddings are `rows` (v, d), tied or not: the rows are held, never copied.
 
+    On a TPU give them in blocks (v, d / 128, 128) and quantize the copy, for its kernels; `form` as in `high_recall_top_k`.
+
     `softmax(hidden)` maps hidden states (b, d) to the values and indices (b, k) of the k best words. It is compiled
     already; inside another compiled function pass it as an argument, since jax.jit(softmax) would bake the rows into the
     program as constants. Raises ValueError when built with 1 <= k <= candidates <= v not holding, or with an estimator
     of other rows.
     """
 
-    rows: Rows
+    rows: Rows | Blocks
     estimator: Estimator
     k: int = field(metadata=dict(static=True))
     candidates: int = field(metadata=dict(static=True))
+    form: str = field(metadata=dict(static=True), default="auto")
 
     def __post_init__(self):
-        if hasattr(self.rows, "ndim"):  # jax also builds it around placeholders that are no arrays
+        if isinstance(self.rows, AnyArray):  # jax also builds it around placeholders and shapes
             check_search(self.rows, self.estimator, self.k, self.candidates)
             check_fitted(self.rows, self.estimator)
+            check_form(self.form)
 
     @jax.jit
     def __call__(self, hidden: Queries) -> TopK:
-        return high_recall_top_k(hidden, self.rows, self.estimator, k=self.k, candidates=self.candidates)
+        return high_recall_top_k(hidden, self.rows, self.estimator, k=self.k, candidates=self.candidates, form=self.form)
 
     @jax.jit
     def words(self, hidden: Queries) -> Words:
@@ -57,7 +61,10 @@ class HireSoftmax:
         tail but whose exact logits are known, tells the correction for each query. Its error is the tail's share of the probability
         times its sampling error and its drift from the quarter of the candidates above. Our choice: the paper names no normaliser.
         """
-        estimated, chosen, exact = nominated(hidden, self.rows, self.estimator, self.candidates)
+        check_queries(hidden, self.estimator)
+        estimated = self.estimator.scores(hidden)
+        chosen = nominate(estimated, self.candidates)
+        exact = self.exact_logits(hidden, chosen)
         guessed = jnp.take_along_axis(estimated, chosen, axis=1)
         half = self.candidates // 2  # candidates come best first
         correction, scatter = log_ratio(exact[:, half:], guessed[:, half:])
@@ -70,7 +77,7 @@ class HireSoftmax:
     @jax.jit
     def exact_logits(self, hidden: Queries, words: Int[AnyArray, "b n"]) -> Float[Array, "b n"]:
         """Exact logits of words (b, n) after hidden states (b, d): their rows alone are read."""
-        return row_scores_at(hidden, self.rows, words)
+        return row_scores_at(hidden, self.rows, words, form=self.form)
 
     @jax.jit
     def log_probabilities(self, hidden: Queries, words: Int[AnyArray, "b n"]) -> Float[Array, "b n"]:
@@ -80,7 +87,7 @@ class HireSoftmax:
     @property
     def bytes_read(self) -> int:
         """Bytes of weights that one query reads: the estimator and the candidates' exact rows."""
-        return self.estimator.bytes_read(self.candidates) + self.candidates * self.rows.shape[1] * self.rows.dtype.itemsize
+        return self.estimator.bytes_read(self.candidates) + self.candidates * self.estimator.shape[1] * self.rows.dtype.itemsize
 
 
 def log_ratio(exact: Float[Array, "b c"], guessed: Float[Array, "b c"]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:

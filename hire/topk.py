@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hire.axes import AnyArray, Array, Float, Indices, Int, Scores
+from hire.kernels.keys import EMPTY, keys, mask, ordered
 
 
 class TopK(NamedTuple):
@@ -61,32 +62,28 @@ def bucketed_top_k(scores: Scores, k: int, *, buckets: int, per_bucket: int = 1)
 
 def bucketed_indices(scores: Scores, k: int, buckets: int, per_bucket: int) -> Indices:
     """The indices (*b, k) of bucketed_top_k alone, in the order of the cut scores."""
-    keys, cut = bucket_keys(scores, buckets)
-    winners = jnp.concatenate(bucket_winners(keys, per_bucket), axis=-1)
+    winners = bucket_winners(bucket_keys(scores, buckets), per_bucket)
+    return best_winners(winners, k, -(-scores.shape[-1] // buckets))
+
+
+def best_winners(winners: list[Int[Array, "*b buckets"]], k: int, depth: int) -> Indices:
+    """The rows (*b, k) of the k best of the winners of buckets of `depth` rows."""
+    buckets, cut, pool = winners[0].shape[-1], mask(depth), jnp.concatenate(winners, axis=-1)
     # Back from ordered integers to floats, whose top-k XLA compiles well; what fills a ragged bucket comes out as -inf.
-    values = jnp.where(winners == EMPTY, -jnp.inf, jax.lax.bitcast_convert_type(ordered(winners) & ~cut, jnp.float32))
-    places = exact_top_k(values, k).indices
-    return (cut - (jnp.take_along_axis(winners, places, axis=-1) & cut)) * buckets + places % buckets
+    floats = jax.lax.bitcast_convert_type(ordered(pool), jnp.float32)
+    best = exact_top_k(jnp.where(pool == EMPTY, -jnp.inf, floats), k)
+    places = cut - (ordered(jax.lax.bitcast_convert_type(best.values, jnp.int32)) & cut)
+    return places * buckets + best.indices % buckets
 
 
-EMPTY = -(2**31)  # below the key of every score
-
-
-def bucket_keys(scores: Scores, buckets: int) -> tuple[Int[Array, "*b depth buckets"], int]:
-    """A key for every score, by bucket, and the mask `cut` of the bits that hold its place.
-
-    A key is the score as an integer of the same order whose last bits count its place in the bucket down from `cut`: so a
-    vectorized maximum yields value and place together, where an argmax takes ten times as long.
-    """
+def bucket_keys(scores: Scores, buckets: int) -> Int[Array, "*b depth buckets"]:
+    """The key of every score (see hire.kernels.keys), by bucket."""
     rows = scores.shape[-1]
     depth = -(-rows // buckets)
-    cut = 2 ** (depth - 1).bit_length() - 1
-    lowest = jnp.finfo(jnp.float32).min
-    bits = jax.lax.bitcast_convert_type(jnp.maximum(scores.astype(jnp.float32), lowest), jnp.int32)
     place = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1) // buckets
-    keys = (ordered(bits) & ~cut) | (cut - place)
     padding = [(0, 0)] * (scores.ndim - 1) + [(0, depth * buckets - rows)]
-    return jnp.pad(keys, padding, constant_values=EMPTY).reshape(*scores.shape[:-1], depth, buckets), cut
+    found = jnp.pad(keys(jnp.asarray(scores), place, mask(depth)), padding, constant_values=EMPTY)
+    return found.reshape(*scores.shape[:-1], depth, buckets)
 
 
 def bucket_winners(keys: Int[Array, "*b depth buckets"], per_bucket: int) -> list[Int[Array, "*b buckets"]]:
@@ -96,11 +93,6 @@ def bucket_winners(keys: Int[Array, "*b depth buckets"], per_bucket: int) -> lis
         last = jnp.expand_dims(winners[-1], -2)
         winners.append(jnp.max(jnp.where(keys < last, keys, EMPTY), axis=-2))
     return winners
-
-
-def ordered(bits: Int[Array, "*b w"]) -> Int[Array, "*b w"]:
-    """The bits of floats as integers of the same order; applied twice, the bits again."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def group_scores(activations: Float[AnyArray, "*b f"], group_size: int, reduce: str = "sum") -> Float[Array, "*b m"]:

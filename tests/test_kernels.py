@@ -1,49 +1,145 @@
 """Pallas TPU kernels against their references, in TPU interpret mode, which also finds races and reads out of bounds."""
 
+import dataclasses
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from hire.kernels import groups as grouped
+import hire
+from hire.kernels import arguments, groups, rows, scores
+from hire.kernels.keys import EMPTY, mask, ordered
+from hire.topk import bucket_keys
 
 INTERPRET = pltpu.InterpretParams(detect_races=True)
+TYPES = st.sampled_from([jnp.float32, jnp.bfloat16])
+SEEDS = st.integers(0, 2**31)
+QUICK = [Phase.generate]  # interpreted kernels take seconds: a failing example is shown as it was drawn
 
 
-def layer(seed, dtype, batch, neurons=256, width=128):
-    rng = np.random.default_rng(seed)
-    shapes = (batch, width), (neurons, width), (neurons, width)
-    return tuple(jnp.asarray(rng.normal(size=shape) / width**0.25, dtype) for shape in shapes)
+def close(found, expected, tolerance):
+    assert found.shape == expected.shape and found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, atol=tolerance * float(jnp.abs(expected).max()) + 1e-6)
 
 
 def test_the_ffn_reference_by_hand():
-    x, up = jnp.asarray([[1.0, 2.0]]), jnp.arange(16.0)[:, None] * jnp.asarray([[1.0, -1.0]])  # neuron i gives -i: silent
+    x, up = jnp.asarray([[[1.0, 2.0]]]), jnp.arange(16.0)[:, None] * jnp.asarray([[1.0, -1.0]])  # neuron i gives -i: silent
     up = up.at[8].set(jnp.asarray([3.0, 1.0])).at[3].set(jnp.asarray([0.0, 2.0]))  # neurons 8 and 3 give 5 and 4
     down = jnp.ones((16, 2)).at[8].set(jnp.asarray([10.0, 0.0]))
-    assert grouped.ffn_reference(x, up, down, jnp.asarray([1])).tolist() == [[50.0, 0.0]]
-    assert grouped.ffn_reference(x, up, down, jnp.asarray([1, 0])).tolist() == [[54.0, 4.0]]
+    layer = x, up, down
+    assert groups.ffn_reference(*layer, jnp.asarray([[1]]), k=1).tolist() == [[[50.0, 0.0]]]
+    assert groups.ffn_reference(*layer, jnp.asarray([[1, 0]]), k=2).tolist() == [[[54.0, 4.0]]]
+    assert groups.ffn_reference(*layer, jnp.asarray([[0, 1]]), k=1).tolist() == [[[50.0, 0.0]]]  # the better of the two
 
 
-@settings(max_examples=8)
+@settings(max_examples=6, phases=QUICK)
 @given(
-    st.sampled_from([jnp.float32, jnp.bfloat16]),
-    st.sampled_from([1, 3, 16]),
-    st.sampled_from([8, 16]),
-    st.sampled_from([1, 5, 16, 17, 40]),
-    st.integers(0, 2**31),
+    TYPES,
+    st.sampled_from([(1, 1), (1, 17), (3, 1), (2, 3)]),
+    st.sampled_from([8, 32]),
+    st.sampled_from([1, 5, 17, 40]),
+    SEEDS,
+    st.data(),
 )
-def test_the_ffn_kernel_is_its_reference(dtype, batch, group, count, seed):
-    x, up, down = layer(seed, dtype, batch)
-    chosen = jnp.asarray(np.random.default_rng(seed).integers(0, 256 // group, count), jnp.int32)  # unsorted, some repeated
-    expected = grouped.ffn_reference(x, up, down, chosen, group=group)
-    found = grouped.ffn(x, up, down, chosen, group=group, interpret=INTERPRET)
-    assert found.shape == expected.shape and found.dtype == jnp.float32
-    np.testing.assert_allclose(found, expected, atol=2e-5 * float(jnp.abs(expected).max()) + 1e-6)
+def test_the_ffn_kernel_is_its_reference(dtype, calls, group, count, seed, data):
+    layer = arguments.of_groups(b=calls[0], n=calls[1], c=count, f=512, d=128, group=group, dtype=dtype, seed=seed)
+    k = data.draw(st.integers(1, count))
+    if k < count:  # a group named twice, as it may be when all are kept, ties with itself
+        named = [np.random.default_rng(seed).permutation(512 // group)[:count] for _ in range(calls[0])]
+        layer, k = (*layer[:3], jnp.asarray(named)), min(k, len(named[0]))
+    how = dict(k=k, group=group)
+    close(groups.ffn(*layer, **how, interpret=INTERPRET), groups.ffn_reference(*layer, **how), 2e-5)
 
 
-def test_a_group_is_whole_tiles():
-    x, up, down = layer(0, jnp.float32, 1)
-    with pytest.raises(ValueError, match="group = 4: expected a multiple of 8"):
-        grouped.ffn(x, up, down, jnp.asarray([0]), group=4)
+@settings(max_examples=3, phases=QUICK)
+@given(TYPES, st.sampled_from([1, 2]), st.sampled_from([1, 128, 150]), st.sampled_from([1024, 2048]), SEEDS)
+def test_the_kernel_of_rows_is_its_reference(dtype, batch, count, width, seed):
+    picked = arguments.of_rows(b=batch, c=count, m=512, d=width, dtype=dtype, seed=seed)
+    close(rows.scores(*picked, interpret=INTERPRET), rows.scores_reference(*picked), 1e-5)
+
+
+@settings(max_examples=5, phases=QUICK)
+@given(
+    st.sampled_from([4, 8]),
+    st.sampled_from([1, 5, 16]),
+    st.sampled_from([700, 2048, 3000]),
+    st.sampled_from([128, 256]),
+    st.sampled_from([128, 1024]),
+    st.integers(1, 3),
+    SEEDS,
+)
+def test_the_kernel_of_scores_keeps_the_best_of_every_bucket(bits, batch, count, width, buckets, per_bucket, seed):
+    x, codes, scale = arguments.of_scores(b=batch, m=count, d=width, bits=bits, seed=seed)
+    x = x.astype(jnp.bfloat16).astype(jnp.float32)  # as the kernel rounds it
+    found = scores.winners(x, codes, scale, bits=bits, buckets=buckets, per_bucket=per_bucket, interpret=INTERPRET)
+    exact = scores.scores_reference(x, codes, scale, bits=bits)
+    keys, cut = bucket_keys(exact, buckets), mask(-(-count // buckets))
+    places, values = cut - (found & cut), jax.lax.bitcast_convert_type(ordered(found & ~cut), jnp.float32)
+    expected = jnp.sort(jnp.where(keys == EMPTY, -jnp.inf, jax.lax.bitcast_convert_type(ordered(keys & ~cut), jnp.float32)), axis=1)
+    for rank in range(min(per_bucket, keys.shape[1])):
+        filled = np.asarray(expected[:, -1 - rank] > -jnp.inf)
+        assert (np.asarray(found[rank] != EMPTY) == filled).all()
+        rounding = 0.02 * float(jnp.abs(exact).max())  # of the key's lowest bits and, at 4 bits, of the split queries
+        np.testing.assert_allclose(np.asarray(values[rank])[filled], np.asarray(expected[:, -1 - rank])[filled], atol=rounding)
+        row = np.minimum(np.asarray(places[rank]) * buckets + np.arange(buckets), count - 1)
+        named = np.take_along_axis(np.asarray(exact), row, axis=1)
+        np.testing.assert_allclose(named[filled], np.asarray(values[rank])[filled], atol=rounding)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    for module, name in ((rows, "scores"), (scores, "winners"), (groups, "ffn")):
+        monkeypatch.setattr(module, name, partial(getattr(module, name), interpret=INTERPRET))
+
+
+def test_the_softmax_is_the_same_by_its_kernels(interpreted):
+    rng = np.random.default_rng(0)
+    rows = jnp.asarray(rng.normal(size=(8192, 1024)) @ np.diag(np.arange(1, 1025) ** -0.5), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(2, 1024)), jnp.bfloat16)
+    copy = hire.LowRank.fit(rows, 512, bits=8)
+    how = dict(k=8, candidates=128)
+    plain = hire.HireSoftmax(rows, copy, **how, form="plain")(x)
+    blocks = rows.reshape(-1, 8, 128)
+    assert hire.HireSoftmax(blocks, copy, **how, form="plain")(x).indices.tolist() == plain.indices.tolist()
+    found = hire.HireSoftmax(blocks, copy, **how, form="kernel")(x)
+    assert found.indices.tolist() == plain.indices.tolist()
+    np.testing.assert_allclose(found.values, plain.values, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", [dict(), dict(common=2), dict(shared=True)])
+def test_the_layer_is_the_same_by_its_kernel(interpreted, how):
+    rng = np.random.default_rng(1)
+    up, down = (jnp.asarray(rng.normal(size=(512, 128)), jnp.float32) for _ in range(2))
+    x, common = jnp.asarray(rng.normal(size=(3, 128)), jnp.float32), how.get("common", 0)
+    layer = hire.HireFFN(up, down, hire.Quantized.fit(up[8 * common :], 8), k=6, candidates=16, **how)
+    found, expected = (dataclasses.replace(layer, form=form)(x) for form in ("kernel", "plain"))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_form_that_is_named_is_taken_or_refused():
+    rows = jnp.ones((8192, 128))
+    copies = hire.Quantized.fit(rows, 8), hire.LowRank.fit(rows, 8)
+    search = partial(hire.high_recall_top_k, jnp.ones((1, 128)), k=1)
+    with pytest.raises(ValueError, match="form = 'fast': expected one of auto, plain, kernel"):
+        hire.HireSoftmax(rows, copies[0], k=1, candidates=8, form="fast")
+    with pytest.raises(ValueError, match=r"expected rows in blocks \(m, d / 128, 128\), not \(8192, 128\)"):
+        search(rows, copies[0], candidates=8, form="kernel")
+    for copy, candidates in ((copies[0], 129), (copies[1], 8)):
+        with pytest.raises(ValueError, match="expected a quantized copy, k' up to 128"):
+            search(rows.reshape(-1, 1, 128), copy, candidates=candidates, form="kernel")
+    with pytest.raises(ValueError, match="groups of 8 to 128 rows, not 4"):
+        hire.HireFFN(rows, rows, copies[0], group_size=4, form="kernel")
+    with pytest.raises(ValueError, match="[Ii]nterpret"):  # no TPU here
+        search(rows.reshape(-1, 1, 128), copies[0], candidates=8, form="kernel")
+
+
+def test_what_the_kernels_do_not_take():
+    with pytest.raises(ValueError, match="group = 4: expected 8, 16"):
+        groups.ffn(*arguments.of_groups(b=1, n=1, c=2, f=64, d=128, group=4), k=1, group=4)
+    with pytest.raises(ValueError, match="buckets = 1500: expected 128"):
+        scores.winners(*arguments.of_scores(b=1, m=3000, d=128, bits=8), bits=8, buckets=1500, per_bucket=1)

@@ -1,12 +1,13 @@
 """Reading the TPU compiler's schedules: by hand on small ones, and with the compiler itself where it is installed."""
 
-import importlib.util
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from hire.lab import tpu
+from hire.kernels import arguments, groups, rows, scores
+from hire.lab import programs, tpu
 
 BUNDLES = """
      0   :  { %5 = vsyncpa [#allocation9], 0  ;;  %7 = dma.hbm_to_vmem /*hbm=*/%s1, /*size_in_granules=*/100, /*vmem=*/%s2 }
@@ -71,10 +72,20 @@ def test_operations_by_hand():
     assert "out" not in found and "a" not in found
 
 
-compiler = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+def installed():
+    try:
+        return bool(tpu.compiler_version())
+    except ModuleNotFoundError:
+        return False
 
 
-def scores(x, rows):
+compiler = pytest.mark.skipif(not installed(), reason="libtpu is not installed")
+
+
+SCORES = dict(buckets=4096, per_bucket=2)
+
+
+def dense(x, rows):
     return jax.lax.top_k(jnp.matmul(x, rows.T, preferred_element_type=jnp.float32), 32)
 
 
@@ -85,7 +96,7 @@ def sized(*shape):
 @compiler
 @pytest.mark.parametrize("batch", [1, 8])
 def test_no_estimate_is_below_its_bytes(batch):
-    found = tpu.estimate(scores, sized(batch, 1024), sized(32768, 1024))
+    found = tpu.estimate(dense, sized(batch, 1024), sized(32768, 1024))
     floor = 2 * 32768 * 1024 / tpu.BANDWIDTH
     assert floor < found["moving"] <= found["seconds"] < 6 * floor
     assert found["memory"]["argument"] >= 2 * 32768 * 1024
@@ -94,17 +105,60 @@ def test_no_estimate_is_below_its_bytes(batch):
 @compiler
 def test_what_the_compiler_refuses_is_one_line():
     with pytest.raises(RuntimeError, match="refused the program for v5e:2x2: .*HBM"):
-        tpu.estimate(scores, sized(8, 2048), sized(2**24, 2048))
+        tpu.estimate(dense, sized(8, 2048), sized(2**24, 2048))
     with pytest.raises(RuntimeError, match="refused the program for v5e:3x9: .*Topology"):
-        tpu.estimate(scores, sized(8, 128), sized(1024, 128), topology="v5e:3x9")
+        tpu.estimate(dense, sized(8, 128), sized(1024, 128), topology="v5e:3x9")
     with pytest.raises(RuntimeError, match="gave no answer in 0.1 s"):
-        tpu.estimate(scores, sized(8, 128), sized(1024, 128), limit=0.1)
+        tpu.estimate(dense, sized(8, 128), sized(1024, 128), limit=0.1)
 
 
 def test_without_the_compiler_it_says_how_to_get_it(monkeypatch):
-    def missing(name):
-        raise tpu.importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(tpu.importlib.metadata, "version", missing)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install hire\[tpu-compiler\]"):
+    monkeypatch.setattr(tpu.importlib.metadata, "distributions", lambda **_: [])
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'hire\[tpu-compiler\]'"):
         tpu.compiler_version()
+
+
+KERNELS = {
+    "rows": (rows.scores, partial(arguments.of_rows, b=8, c=2048, m=262144, d=2048), {}),
+    "scores, int8": (scores.winners, partial(arguments.of_scores, b=8, m=262144, d=128, bits=8), SCORES | dict(bits=8)),
+    "scores, int4": (scores.winners, partial(arguments.of_scores, b=8, m=262144, d=2048, bits=4), SCORES | dict(bits=4)),
+    "groups": (groups.ffn, partial(arguments.of_groups, b=1, n=8, c=76, f=6144, d=1536), dict(k=38)),
+}
+FACTORS = {"rows": 1.5, "scores, int8": 1.5, "scores, int4": 2, "groups": 1.7}  # over the HBM time of what each must read
+
+
+@compiler
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_compiles_for_a_v5e_and_stays_near_its_bytes(name):
+    kernel, draw, how = KERNELS[name]
+    given = jax.eval_shape(draw)
+    found = tpu.estimate(partial(kernel, **how), *given)
+    if name == "rows":
+        reads = 2 * 8 * 2048 * 2048
+    elif name == "groups":
+        reads = 2 * 76 * 8 * 1536 * 2
+    else:
+        reads = given[1].size + 4 * given[2].size
+    own = max(found["operations"], key=lambda each: each["seconds"])
+    assert own["kind"] == "custom-call" and not found["holes"]
+    assert reads / tpu.BANDWIDTH < own["seconds"] < FACTORS[name] * reads / tpu.BANDWIDTH
+
+
+@compiler
+def test_the_public_classes_take_the_kernels_on_a_tpu_alone():
+    """The softmax that is told nothing is compiled for a TPU with both kernels; told to be plain, with none."""
+    kinds = {}
+    for form in ("auto", "plain"):
+        program = programs.hire_softmax(1024, 8, "LR int8", form, words=65536, candidates=256)
+        found = tpu.estimate(program.function, program.weights, program.x)
+        kinds[form] = [each["kind"] for each in found["operations"]].count("custom-call")
+    assert kinds == {"auto": 2, "plain": 0}
+
+
+def test_programs_run_where_they_are_and_read_what_they_say():
+    softmax = programs.hire_softmax(256, 2, "LR int8", "plain", words=4096, candidates=64)
+    assert softmax.reads == 4096 * 128 + 4 * 4096 + 128 * 256 + 4 * 128 + 3 * 4 + 2 * 64 * 256 * 2
+    ffn = programs.hire_ffn(256, 2, "plain", 0.1, 0.2, neurons=512)
+    assert ffn.reads == 512 * 64 + 4 * 512 + 64 * 256 + 4 * 64 + 3 * 4 + 2 * (12 + 6) * 8 * 256 * 2
+    for program in (softmax, ffn, programs.dense_ffn(256, 2, "dense x @ W.T", neurons=512)):
+        assert len(programs.time_program(program, loops=2, repeats=2)) == 2

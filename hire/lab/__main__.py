@@ -17,6 +17,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("pages", help="bring the generated parts of README, gallery and notebooks up to date")
     commands.add_parser("checks", help="take the check cells' outputs of the last smoke run into the notebooks")
     commands.add_parser("weights", help="unpack Gemma's weights into the cache folder")
+    commands.add_parser("compiler", help="install the TPU compiler that goes with this jax")
+    commands.add_parser("v5e", help="estimate the headline programs for a TPU v5e, as records")
     commands.add_parser("size", help="lines of code by room against their budget")
     train = commands.add_parser("train", help="train a model and keep what came of it")
     train.add_argument("variant")
@@ -67,6 +69,14 @@ def run(chosen: argparse.Namespace) -> int:
         from hire.models import load_gemma
 
         print(f"Gemma 3 270M: {load_gemma().stored}, ready")
+    elif chosen.command == "compiler":
+        from hire.lab.tpu import install
+
+        install()
+    elif chosen.command == "v5e":
+        from hire.lab.programs import estimate_all
+
+        estimate_all()
     elif chosen.command == "size":
         from hire.lab.budgets import size
 

@@ -111,9 +111,8 @@ def searched(
         k, first, count = (at_most(share, groups) for share in (kept, common, candidates))
         beyond = slice(first * size, None)
         estimator = copy(layer, (up if gate is None else gate)[beyond])
-        second = None if up_copy is None else up_copy(layer, up[beyond])
-        counts = dict(group_size=size, k=k, candidates=count, common=first)
-        layers.append(hire.HireFFN(up, down, estimator, gate, second, **counts, shared=shared))
+        copies = estimator, gate, None if up_copy is None else up_copy(layer, up[beyond])
+        layers.append(hire.HireFFN(up, down, *copies, group_size=size, k=k, candidates=count, common=first, shared=shared))
     return layers
 
 

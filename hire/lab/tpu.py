@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import math
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from hire.models.weights import cache_folder
 BANDWIDTH, CLOCK, HBM, LINK = 819e9, 1.5e9, 16e9, 50e9  # of a v5e chip: bytes/s, cycles/s, bytes, bytes/s of one of four links
 LATENCY = 0.75e-6  # seconds from asking for a transfer to its arrival, assumed
 GRANULE = 32  # bytes; transfers are counted in these
+COMPILER = Path(sys.prefix) / "libtpu"  # not among the packages, or jax would look for a TPU in every process
 
 
 @dataclass(frozen=True)
@@ -178,10 +180,21 @@ def estimate(function: Callable, *arguments, topology: str = "v5e:2x2", limit: f
 
 
 def compiler_version() -> str:
-    try:
-        return f"libtpu {importlib.metadata.version('libtpu')}"
-    except importlib.metadata.PackageNotFoundError:
-        raise ModuleNotFoundError("libtpu is not installed: `pip install hire[tpu-compiler]` (Linux on x86-64)") from None
+    found = importlib.metadata.distributions(name="libtpu", path=[str(COMPILER), *sys.path])
+    for package in found:
+        return f"libtpu {package.version}"
+    raise ModuleNotFoundError("libtpu is not installed: `make env`, or `pip install 'hire[tpu-compiler]'` (Linux on x86-64)")
+
+
+def install() -> None:
+    """Put the compiler that this jax asks for beside its packages (COMPILER); only on Linux on x86-64, where it runs."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        print(
+            f"the TPU compiler needs Linux on x86-64, this is {sys.platform} on {platform.machine()}: committed estimates are shown"
+        )
+        return
+    wanted = next(each.partition(";")[0].strip() for each in importlib.metadata.requires("jax") or () if each.startswith("libtpu"))
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(COMPILER), wanted], check=True)
 
 
 def compiled(folder: Path, program: bytes, topology: str, limit: float) -> dict:
@@ -191,7 +204,8 @@ def compiled(folder: Path, program: bytes, topology: str, limit: float) -> dict:
     chips = dict(
         TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
     )
-    environment = os.environ | chips | dict(JAX_PLATFORMS="cpu", LIBTPU_INIT_ARGS=dumps, XLA_FLAGS="")
+    places = os.pathsep.join(filter(None, [str(COMPILER), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | chips | dict(JAX_PLATFORMS="cpu", LIBTPU_INIT_ARGS=dumps, XLA_FLAGS="", PYTHONPATH=places)
     command = [sys.executable, "-m", "hire.lab.tpu", str(folder), topology]
     try:
         told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)

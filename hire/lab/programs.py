@@ -1,0 +1,196 @@
+"""Programs whose time on a TPU v5e is estimated, predicted and, where there is a chip, measured: shapes alone, until they run.
+
+Each is a function of weights and of queries x (b, d), so that it can be timed in a loop over queries.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hire import HireFFN, HireSoftmax, LowRank, Quantized
+from hire.axes import AnyArray, Array, Queries
+from hire.estimators import Estimator
+from hire.ffn import activate
+from hire.lab import records, tpu
+from hire.lab.paths import RECORDS
+from hire.lab.timing import DENSE
+from hire.topk import at_most, exact_top_k
+
+WORDS, KEPT, CANDIDATES, RANK = 262_144, 32, 2_048, 128  # of the softmaxes; k, k' and rank
+NEURONS = 6_144  # of the FFN of the 1B size, whose width is 1536
+
+
+@dataclass(frozen=True)
+class Program:
+    """function(weights, x); `weights` is a pytree of shapes, `reads` the bytes of them that a call must read."""
+
+    function: Callable
+    weights: object
+    x: jax.ShapeDtypeStruct
+    reads: int
+
+
+def skeleton(make: Callable[[], object]) -> tuple[list[jax.ShapeDtypeStruct], Callable[[Sequence], Any]]:
+    """The shapes of the arrays of what `make` would make, and what puts such arrays together."""
+    made = []
+
+    def arrays() -> list[Array]:
+        leaves, tree = jax.tree.flatten(make())
+        made.append(tree)
+        return leaves
+
+    return jax.eval_shape(arrays), lambda leaves: made[0].unflatten(leaves)
+
+
+def nbytes(shapes: Sequence[jax.ShapeDtypeStruct]) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in shapes)
+
+
+def quantized(m: int, d: int, bits: int) -> Quantized:
+    codes = jnp.zeros((m, d * bits // 8), jnp.int8 if bits == 8 else jnp.uint8)
+    return Quantized(codes, jnp.zeros(m), jnp.uint32(0), bits, d)
+
+
+def low_rank(m: int, d: int, rank: int, bits: int | None) -> LowRank:
+    if bits is None:
+        return LowRank(jnp.zeros((rank, d)), jnp.zeros((m, rank), jnp.bfloat16), jnp.uint32(0))
+    return LowRank(quantized(rank, d, 8), quantized(m, rank, bits), jnp.uint32(0))
+
+
+COPIES: dict[str, Callable[[int, int, int], Estimator]] = {
+    "LR bf16": lambda m, d, rank: low_rank(m, d, rank, None),
+    "Q int4": lambda m, d, rank: quantized(m, d, 4),
+    "LR int8": lambda m, d, rank: low_rank(m, d, rank, 8),
+}
+
+
+def dense_softmax(width: int, batch: int, form: str, words: int = WORDS) -> Program:
+    """Every word's logit in one of the dense forms, and their exact top-k."""
+    rows, x = (jax.ShapeDtypeStruct((count, width), jnp.bfloat16) for count in (words, batch))
+    return Program(lambda rows, x: exact_top_k(DENSE[form](rows, x), KEPT), rows, x, rows.size * 2)
+
+
+def hire_softmax(width: int, batch: int, copy: str, form: str, words: int = WORDS, candidates: int = CANDIDATES) -> Program:
+    """HireSoftmax in plain JAX, or by kernels from rows in blocks."""
+    shape = (words, width) if form == "plain" else (words, width // 128, 128)
+
+    def make() -> HireSoftmax:
+        estimator = COPIES[copy](words, width, RANK)
+        return HireSoftmax(jnp.zeros(shape, jnp.bfloat16), estimator, k=KEPT, candidates=candidates, form=form)
+
+    arrays, whole = skeleton(make)
+    reads = nbytes(arrays) - words * width * 2 + batch * candidates * width * 2
+    return Program(lambda arrays, x: whole(arrays)(x), arrays, jax.ShapeDtypeStruct((batch, width), jnp.bfloat16), reads)
+
+
+def dense_ffn(width: int, batch: int, form: str, neurons: int = NEURONS) -> Program:
+    """A ReLU layer of which all is computed, the up products in one of the dense forms."""
+
+    def function(matrices: tuple[Array, Array], x: Queries) -> Array:
+        return activate(DENSE[form](matrices[0], x)).astype(x.dtype) @ matrices[1]
+
+    matrix = jax.ShapeDtypeStruct((neurons, width), jnp.bfloat16)
+    return Program(function, (matrix, matrix), jax.ShapeDtypeStruct((batch, width), jnp.bfloat16), 4 * matrix.size)
+
+
+def hire_ffn(
+    width: int, batch: int, form: str, kept: float, candidates: float, *, shared: bool = False, neurons: int = NEURONS
+) -> Program:
+    """HireFFN with int8 factors of a quarter of the width."""
+    k, count = (at_most(share, neurons // 8) for share in (kept, candidates))
+
+    def make() -> HireFFN:
+        up, down = (jnp.zeros((neurons, width), jnp.bfloat16) for _ in range(2))
+        return HireFFN(up, down, low_rank(neurons, width, width // 4, 8), k=k, candidates=count, shared=shared, form=form)
+
+    arrays, whole = skeleton(make)
+    calls, row = 1 if shared else batch, 8 * width * 2
+    last = count if shared else k
+    reads = nbytes(arrays) - 4 * neurons * width + calls * (count + last) * row
+    return Program(lambda arrays, x: whole(arrays)(x), arrays, jax.ShapeDtypeStruct((batch, width), jnp.bfloat16), reads)
+
+
+FFNS = (("5 % of 10 %", 0.05, 0.1, False), ("10 % of 20 %", 0.1, 0.2, False), ("10 % of 40 % shared", 0.1, 0.4, True))
+BATCHES = (1, 4, 8, 16)
+
+
+def softmaxes(width: int, b: int) -> dict[str, Program]:
+    """The softmaxes of a width at a batch, by name: dense in every form, HiRE in plain JAX and by kernels."""
+    found = {form: dense_softmax(width, b, form) for form in DENSE}
+    found |= {f"{copy} plain": hire_softmax(width, b, copy, "plain") for copy in COPIES}
+    return found | {f"{copy} kernels": hire_softmax(width, b, copy, "kernel") for copy in COPIES if copy != "LR bf16"}
+
+
+def ffns(width: int, b: int) -> dict[str, Program]:
+    """The FFNs of a width at a batch, by name."""
+    found = {form: dense_ffn(width, b, form) for form in DENSE}
+    for name, kept, candidates, shared in FFNS:
+        found[f"{name} plain"] = hire_ffn(width, b, "plain", kept, candidates, shared=shared)
+        found[f"{name} kernels"] = hire_ffn(width, b, "kernel", kept, candidates, shared=shared)
+    return found
+
+
+def headline() -> dict[str, Program]:
+    """The programs that the v5e figure shows, by name: what, form, batch."""
+    found = {f"softmax 2048, {name}, b {b}": program for b in (1, 8) for name, program in softmaxes(2048, b).items()}
+    for b in BATCHES:
+        for what, programs in (("softmax", softmaxes(1536, b)), ("FFN", ffns(1536, b))):
+            found |= {f"{what} 1536, {name}, b {b}": program for name, program in programs.items()}
+    return found
+
+
+def estimated(name: str, program: Program, **more) -> dict:
+    """The record of a program's estimate for a v5e (see tpu.estimate), which is compiled unless the cache knows it."""
+    found = tpu.estimate(program.function, program.weights, program.x)
+    parts = [dict(name=each["name"], kind=each["kind"], us=1e6 * each["seconds"]) for each in found["operations"]]
+    results = {key: found[key] for key in ("seconds", "moving", "holes", "memory")} | dict(floor=program.reads / tpu.BANDWIDTH)
+    results["parts"] = [part for part in parts if part["us"] > 0.01e6 * found["seconds"]]
+    setting = dict(topology=found["topology"], compiler=found["compiler"])
+    weights = "none, shapes alone"
+    return records.write(
+        RECORDS, "v5e", name, kind="compiler-estimate", weights=weights, setting=setting, results=results | more, command="make v5e"
+    )
+
+
+def estimate_all() -> None:
+    """Estimate the headline programs and those of published figures, and keep the records."""
+    for name, program in headline().items():
+        found = estimated(name, program)["results"]
+        print(f"{name}: {1e6 * found['seconds']:.1f} us, HBM bound {1e6 * found['floor']:.1f} us", flush=True)
+
+
+def filled(shapes: object, seed: int = 0) -> object:
+    """Random arrays of these shapes, on the device: floats normal, whole numbers of all values."""
+
+    def one(key: Array, shape: jax.ShapeDtypeStruct) -> AnyArray:
+        if jnp.issubdtype(shape.dtype, jnp.floating):
+            return jax.random.normal(key, shape.shape, shape.dtype)
+        return jax.random.bits(key, shape.shape, jnp.dtype(f"uint{8 * shape.dtype.itemsize}")).view(shape.dtype)
+
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(tree, [jax.jit(one, static_argnums=1)(key, leaf) for key, leaf in zip(keys, leaves, strict=True)])
+
+
+def time_program(program: Program, loops: int = 32, repeats: int = 7) -> list[float]:
+    """Seconds of one call on this machine's device, `repeats` times: a loop over 2 * loops queries less one over loops of them.
+
+    So the time to start a program and to fetch its answer drops out.
+    """
+    weights = filled(program.weights)
+    run = jax.jit(lambda weights, xs: jax.lax.map(lambda x: program.function(weights, x), xs))
+    draws = [filled(jax.ShapeDtypeStruct((count, *program.x.shape), program.x.dtype), count) for count in (loops, 2 * loops)]
+    for xs in draws:
+        jax.block_until_ready(run(weights, xs))
+
+    def seconds(xs: object) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(run(weights, xs))
+        return time.perf_counter() - start
+
+    few, many = draws
+    return [(seconds(many) - seconds(few)) / loops for _ in range(repeats)]
