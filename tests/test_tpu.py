@@ -56,6 +56,23 @@ ENTRY %main (a: bf16[1000,128], b: f32[64]) -> f32[8,128] {
 """
 
 
+def test_operations_that_are_alike_share_a_schedule():
+    """One schedule is kept of `first` and `second`; `other`, of another shape, has none; a scalar costs nothing of its own."""
+    body = "%fused.{0} (p: f32[64,128]) -> f32[8,128] {{\n  %q.{0} = f32[8,128]{{1,0}} slice(%p.{0}), slice={{0:8}}\n}}\n\n"
+    rows = [
+        "  %a = f32[64,128]{1,0:T(8,128)} parameter(0)",
+        "  %first = f32[8,128]{1,0:T(8,128)S(1)} fusion(%a), kind=kLoop, calls=%fused.1",
+        "  %second = f32[8,128]{1,0:T(8,128)S(1)} fusion(%a), kind=kLoop, calls=%fused.2",
+        "  %other = f32[16,128]{1,0:T(8,128)S(1)} fusion(%a), kind=kLoop, calls=%fused.2",
+        "  %scalar = f32[] add(%x, %y)",
+    ]
+    hlo = body.format(1) + body.format(2) + "ENTRY %main (a: f32[64,128]) -> f32[8,128] {\n" + "\n".join(rows) + "\n}\n"
+    schedules = {"first": (150.0, 4096.0, ()), "TLP": (30.0, 0.0, ())}
+    found = {each.name: each for each in tpu.operations(hlo, schedules)}
+    assert [found[name].cycles for name in ("control", "first", "second", "other")] == [30, 150, 150, 0]
+    assert found["second"].nbytes == 4096 and found["other"].holes == ("no schedule of it",) and "scalar" not in found
+
+
 def test_operations_by_hand():
     unknown = ("a transfer hbm_to_vmem of unknown size",)
     schedules = {"inner": (150.0, 0.0, ()), "busy": (300.0, 0.0, ()), "uneven": (30.0, 64.0, unknown)}

@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("checks", help="take the check cells' outputs of the last smoke run into the notebooks")
     commands.add_parser("weights", help="unpack Gemma's weights into the cache folder")
     commands.add_parser("compiler", help="install the TPU compiler that goes with this jax")
-    commands.add_parser("v5e", help="estimate the headline programs for a TPU v5e, as records")
+    commands.add_parser("v5e", help="estimate the headline and the published programs for a TPU v5e, as records")
     commands.add_parser("size", help="lines of code by room against their budget")
     train = commands.add_parser("train", help="train a model and keep what came of it")
     train.add_argument("variant")
@@ -74,9 +74,9 @@ def run(chosen: argparse.Namespace) -> int:
 
         install()
     elif chosen.command == "v5e":
-        from hire.lab.programs import estimate_all
+        from hire.lab import programs, published
 
-        estimate_all()
+        programs.estimate_all(published.programs() | programs.headline())
     elif chosen.command == "size":
         from hire.lab.budgets import size
 

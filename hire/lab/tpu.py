@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -56,7 +56,10 @@ class Operation:
 ROW = re.compile(r"^\s*(?:0x[0-9a-f]+|\d+)\s*(?:LH|LB|LE|PB|PF|CT)?\s*:(?:\s*>)*\s*\{(.*)")
 
 
-def schedule(text: str) -> tuple[float, float, tuple[str, ...]]:
+Schedule = tuple[float, float, tuple[str, ...]]
+
+
+def schedule(text: str) -> Schedule:
     """Cycles, bytes moved to and from HBM, and what could not be read, of one operation's scheduled bundles."""
     rows = []
     for line in text.splitlines():
@@ -110,15 +113,27 @@ def computations(hlo: str) -> dict[str, list[tuple[str, str, str, str]]]:
     return found
 
 
-def operations(hlo: str, schedules: dict[str, tuple[float, float, tuple[str, ...]]]) -> list[Operation]:
+def operations(hlo: str, schedules: dict[str, Schedule]) -> list[Operation]:
     """Every operation of a compiled program, in order, with its schedule (see `schedule`) and how often it runs.
 
-    A prefetch moves while operations compute; what is left of it when it is waited for is its time.
+    A prefetch moves while operations compute; what is left of it when it is waited for is its time. The compiler leaves one
+    schedule for operations that are alike, and those of scalars in the control program, whose bundles come first.
     """
     parts = computations(hlo)
+    places = {name: {op: shape for op, shape, *_ in rows} for name, rows in parts.items()}
+
+    def operands(name: str, rest: str) -> list[str]:
+        return [places[name].get(operand, "") for operand in re.findall(r"%([\w.-]+)", rest.partition("), ")[0])]
+
+    def likeness(name: str, shape: str, opcode: str, rest: str) -> tuple:
+        called = re.search(r"calls=%([\w.-]+)", rest)
+        body = [(shape, opcode) for _, shape, opcode, _ in parts.get(called[1] if called else "", [])]
+        return opcode, shape, *operands(name, rest), *body
+
+    twins = {likeness(name, *row): schedules[op] for name, rows in parts.items() for op, *row in rows if op in schedules}
 
     def inside(name: str, times: int) -> list[Operation]:
-        done, pending, shapes = [], {}, {op: shape for op, shape, *_ in parts.get(name, [])}
+        done, pending = [], {}
         for op, shape, opcode, rest in parts.get(name, []):
             found = []
             if opcode == "while":
@@ -131,11 +146,14 @@ def operations(hlo: str, schedules: dict[str, tuple[float, float, tuple[str, ...
                 found = max(branches, key=lambda branch: sum(each.seconds for each in branch), default=[])
             elif opcode.removesuffix("-start") in COLLECTIVES:
                 found = [Operation(op, "collective", times, nbytes=times * sum(array_bytes(shape)), waits=times * LATENCY)]
-            elif op in schedules:
-                cycles, nbytes, holes = schedules[op]
-                if any("unknown size" in hole for hole in holes):  # its operands then, which it may read in uneven pieces
-                    operands = [shapes.get(operand, "") for operand in re.findall(r"%([\w.-]+)", rest.partition("), ")[0])]
-                    nbytes = max(nbytes, sum(sum(array_bytes(part)) for part in [shape, *operands] if "S(" not in part))
+            elif op in schedules or likeness(name, shape, opcode, rest) in twins:
+                cycles, nbytes, holes = schedules.get(op) or twins[likeness(name, shape, opcode, rest)]
+                uneven = []  # what moves in pieces of unknown sizes: counted whole
+                if any(re.search("(hbm_to_vmem|general) of unknown", hole) for hole in holes):
+                    uneven += operands(name, rest)
+                if any(re.search("(vmem_to_hbm|general) of unknown", hole) for hole in holes):
+                    uneven += re.findall(r"\w+\[[^\]]*\](?:\{[^}]*\})?", shape)
+                nbytes = max(nbytes, sum(sum(array_bytes(part)) for part in uneven if "S(" not in part))
                 waits = times * LATENCY if nbytes else 0.0
                 found = [Operation(op, opcode, times, times * cycles, times * nbytes, waits, holes)]
             elif opcode in ("copy-start", "slice-start"):  # of a whole array or a slice of it
@@ -143,6 +161,8 @@ def operations(hlo: str, schedules: dict[str, tuple[float, float, tuple[str, ...
             elif opcode in ("copy-done", "slice-done"):
                 started = pending.pop(re.findall(r"%([\w.-]+)", rest)[0])
                 found = [replace(started, waits=max(0.0, started.moving - started.waits))]
+            elif not array_bytes(re.sub(r"\w+\[\]", "", shape)):
+                continue  # a scalar's
             elif opcode not in FREE and not opcode.endswith("-done") and "ConcatBitcast" not in rest:
                 found = [Operation(op, opcode, times, holes=("no schedule of it",))]
             idle = sum(each.seconds - each.moving for each in found if each.kind != "prefetch")
@@ -152,27 +172,30 @@ def operations(hlo: str, schedules: dict[str, tuple[float, float, tuple[str, ...
             done += found
         return done
 
-    return inside("ENTRY", 1)
+    control = [Operation("control", "control", 1, schedules["TLP"][0])] if "TLP" in schedules else []
+    return control + inside("ENTRY", 1)
 
 
-def estimate(function: Callable, *arguments, topology: str = "v5e:2x2", limit: float = 600.0) -> dict:
+def estimate(function: Callable, *arguments, topology: str = "v5e:2x2", limit: float = 600.0, donated: Sequence[int] = ()) -> dict:
     """What function(*arguments) would take on one chip of a topology: a compiler estimate, as a record states it.
 
-    The arguments are pytrees of arrays or of jax.ShapeDtypeStruct. A child process compiles, for at most `limit` seconds; what it
-    found is kept in the user's cache folder, by program, topology and compiler. Raises ModuleNotFoundError without libtpu, and
-    RuntimeError, with the compiler's reason, for an unknown topology, a program that does not fit in HBM or does not compile, or no
-    answer in time.
+    The arguments are pytrees of arrays or of jax.ShapeDtypeStruct; those that are `donated`, by place, may be written over. A child
+    process compiles, for at most `limit` seconds; what it found is kept in the user's cache folder, by program, topology and
+    compiler. Raises ModuleNotFoundError without libtpu, and RuntimeError, with the compiler's reason, for an unknown topology, a
+    program that does not fit in HBM or does not compile, or no answer in time.
     """
     leaves, tree = jax.tree.flatten(arguments)
     flat = jax.jit(lambda *leaves: jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves))))
     program = export.export(flat, platforms=["tpu"])(*leaves)
     compiler = compiler_version()
-    told = program.mlir_module(), topology, compiler, Path(__file__).read_text()  # the text has no places of the source in it
+    sizes = [len(jax.tree.leaves(argument)) for argument in arguments]
+    given = [leaf for i in donated for leaf in range(sum(sizes[:i]), sum(sizes[: i + 1]))]
+    told = program.mlir_module(), topology, compiler, str(given), Path(__file__).read_text()  # no places of the source are in it
     key = hashlib.sha256("".join(told).encode()).hexdigest()[:16]
     kept = cache_folder() / "tpu" / f"{key}.json"
     if not kept.exists():
         with tempfile.TemporaryDirectory() as folder:
-            found = compiled(Path(folder), bytes(program.serialize()), topology, limit)
+            found = compiled(Path(folder), bytes(program.serialize()), topology, limit, given)
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.with_suffix(".partial").write_text(json.dumps(found | dict(topology=topology, compiler=compiler)))
         kept.with_suffix(".partial").replace(kept)
@@ -197,7 +220,7 @@ def install() -> None:
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(COMPILER), wanted], check=True)
 
 
-def compiled(folder: Path, program: bytes, topology: str, limit: float) -> dict:
+def compiled(folder: Path, program: bytes, topology: str, limit: float, donated: Sequence[int] = ()) -> dict:
     """Compile a serialized program in a child process that leaves the scheduled program in `folder`, and read it."""
     (folder / "program").write_bytes(program)
     dumps = f"--xla_jf_dump_to={folder}/llo --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
@@ -206,7 +229,7 @@ def compiled(folder: Path, program: bytes, topology: str, limit: float) -> dict:
     )
     places = os.pathsep.join(filter(None, [str(COMPILER), os.environ.get("PYTHONPATH")]))
     environment = os.environ | chips | dict(JAX_PLATFORMS="cpu", LIBTPU_INIT_ARGS=dumps, XLA_FLAGS="", PYTHONPATH=places)
-    command = [sys.executable, "-m", "hire.lab.tpu", str(folder), topology]
+    command = [sys.executable, "-m", "hire.lab.tpu", str(folder), topology, json.dumps(donated)]
     try:
         told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
@@ -227,14 +250,14 @@ def compiled(folder: Path, program: bytes, topology: str, limit: float) -> dict:
     return dict(seconds=max(total, moved), moving=moved, operations=parts, holes=holes, memory=memory)
 
 
-def child(folder: Path, topology: str) -> None:
+def child(folder: Path, topology: str, donated: Sequence[int]) -> None:
     """Compile what is in a folder, on a machine without a TPU, and leave the program and its memory there."""
     from jax.experimental import topologies
 
     exported = export.deserialize(bytearray((folder / "program").read_bytes()))
     chip = jax.sharding.SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0])
     shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in exported.in_avals]
-    program = jax.jit(exported.call, in_shardings=chip, out_shardings=chip).lower(*shapes).compile()
+    program = jax.jit(exported.call, in_shardings=chip, out_shardings=chip, donate_argnums=donated).lower(*shapes).compile()
     (folder / "hlo").write_text(program.as_text() or "")
     memory = program.memory_analysis()
     parts = ("argument", "output", "temp", "alias", "generated_code")
@@ -242,4 +265,4 @@ def child(folder: Path, topology: str) -> None:
 
 
 if __name__ == "__main__":
-    child(Path(sys.argv[1]), sys.argv[2])
+    child(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))
