@@ -1,12 +1,9 @@
 """Reading the TPU compiler's schedules: by hand on small ones, and with the compiler itself where it is installed."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import pytest
 
-from hire.kernels import arguments, groups, rows, scores
 from hire.lab import programs, tpu
 
 BUNDLES = """
@@ -99,9 +96,6 @@ def installed():
 compiler = pytest.mark.skipif(not installed(), reason="libtpu is not installed")
 
 
-SCORES = dict(buckets=4096, per_bucket=2)
-
-
 def dense(x, rows):
     return jax.lax.top_k(jnp.matmul(x, rows.T, preferred_element_type=jnp.float32), 32)
 
@@ -135,30 +129,15 @@ def test_without_the_compiler_it_says_how_to_get_it(monkeypatch):
         tpu.compiler_version()
 
 
-KERNELS = {
-    "rows": (rows.scores, partial(arguments.of_rows, b=8, c=2048, m=262144, d=2048), {}),
-    "scores, int8": (scores.winners, partial(arguments.of_scores, b=8, m=262144, d=128, bits=8), SCORES | dict(bits=8)),
-    "scores, int4": (scores.winners, partial(arguments.of_scores, b=8, m=262144, d=2048, bits=4), SCORES | dict(bits=4)),
-    "groups": (groups.ffn, partial(arguments.of_groups, b=1, n=8, c=76, f=6144, d=1536), dict(k=38)),
-}
-FACTORS = {"rows": 1.5, "scores, int8": 1.5, "scores, int4": 2, "groups": 1.7}  # over the HBM time of what each must read
-
-
 @compiler
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", programs.KERNEL_TARGETS)
 def test_every_kernel_compiles_for_a_v5e_and_stays_near_its_bytes(name):
-    kernel, draw, how = KERNELS[name]
-    given = jax.eval_shape(draw)
-    found = tpu.estimate(partial(kernel, **how), *given)
-    if name == "rows":
-        reads = 2 * 8 * 2048 * 2048
-    elif name == "groups":
-        reads = 2 * 76 * 8 * 1536 * 2
-    else:
-        reads = given[1].size + 4 * given[2].size
+    program = programs.kernels()[name]
+    found = tpu.estimate(program.function, program.weights, program.x)
     own = max(found["operations"], key=lambda each: each["seconds"])
     assert own["kind"] == "custom-call" and not found["holes"]
-    assert reads / tpu.BANDWIDTH < own["seconds"] < FACTORS[name] * reads / tpu.BANDWIDTH
+    floor = program.reads / tpu.BANDWIDTH
+    assert floor < own["seconds"] < programs.KERNEL_TARGETS[name] * floor
 
 
 @compiler

@@ -6,6 +6,7 @@ Each is a function of weights and of queries x (b, d), so that it can be timed i
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,10 @@ from hire import HireFFN, HireSoftmax, LowRank, Quantized
 from hire.axes import AnyArray, Array, Queries, Tokens
 from hire.estimators import Estimator
 from hire.ffn import activate
+from hire.kernels import arguments
+from hire.kernels import groups as group_kernel
+from hire.kernels import rows as row_kernel
+from hire.kernels import scores as score_kernel
 from hire.lab import records, tpu
 from hire.lab.paths import RECORDS
 from hire.lab.timing import DENSE
@@ -158,9 +163,31 @@ def decode_step(config: DecoderConfig, batch: int, slots: int) -> Program:
     return Program(function, arrays, (token, cache), nbytes(arrays) + nbytes(cache), donated=(1,))
 
 
+KERNEL_TARGETS = {"rows": 1.5, "scores int8": 1.5, "scores int4": 2.0, "groups": 1.5}  # over the HBM time of what each must read
+
+
+def kernels() -> dict[str, Program]:
+    """The kernels alone, at the sizes of the headline: name -> program whose first argument is x."""
+    first_stage = dict(buckets=WORDS // 64, per_bucket=2)
+
+    def of(kernel: Callable, how: dict, draw: Callable[..., tuple], reads: int, **sizes: int) -> Program:
+        x, *rest = jax.eval_shape(partial(draw, **sizes))
+        return Program(lambda rest, x: kernel(x, *rest, **how), rest, x, reads)
+
+    rows, codes, k = 8 * CANDIDATES * 2048 * 2, 4 * WORDS, at_most(0.05, NEURONS // 8)
+    int8, int4 = first_stage | dict(bits=8), first_stage | dict(bits=4)
+    return {
+        "rows": of(row_kernel.scores, {}, arguments.of_rows, rows, b=8, c=CANDIDATES, m=WORDS, d=2048),
+        "scores int8": of(score_kernel.winners, int8, arguments.of_scores, codes + WORDS * RANK, b=8, m=WORDS, d=RANK, bits=8),
+        "scores int4": of(score_kernel.winners, int4, arguments.of_scores, codes + WORDS * 1024, b=8, m=WORDS, d=2048, bits=4),
+        "groups": of(group_kernel.ffn, dict(k=k), arguments.of_groups, 2 * k * 8 * 1536 * 2, b=1, n=8, c=k, f=NEURONS, d=1536),
+    }
+
+
 def headline() -> dict[str, Program]:
     """The programs that the v5e figure shows, by name: what, form, batch."""
-    found = {f"softmax 2048, {name}, b {b}": program for b in (1, 8) for name, program in softmaxes(2048, b).items()}
+    found = {f"kernel {name}": program for name, program in kernels().items()}
+    found |= {f"softmax 2048, {name}, b {b}": program for b in (1, 8) for name, program in softmaxes(2048, b).items()}
     for b in BATCHES:
         for what, programs in (("softmax", softmaxes(1536, b)), ("FFN", ffns(1536, b))):
             found |= {f"{what} 1536, {name}, b {b}": program for name, program in programs.items()}
@@ -172,6 +199,8 @@ def estimated(name: str, program: Program, **more) -> dict:
     found = tpu.estimate(program.function, program.weights, program.x, donated=program.donated)
     parts = [dict(name=each["name"], kind=each["kind"], us=1e6 * each["seconds"]) for each in found["operations"]]
     results = {key: found[key] for key in ("seconds", "moving", "holes", "memory")} | dict(floor=program.reads / tpu.BANDWIDTH)
+    # Transfers that were waited for: each adds tpu.LATENCY, which is assumed.
+    results["waits"] = sum(each["waits"] for each in found["operations"] if each["kind"] != "prefetch") / tpu.LATENCY
     results["parts"] = [part for part in parts if part["us"] > 0.01e6 * found["seconds"]]
     setting = dict(topology=found["topology"], compiler=found["compiler"])
     weights = "none, shapes alone"

@@ -34,8 +34,8 @@ def scorecard() -> list[dict]:
     rows = []
     for claim in load("claims")["claims"]:
         obtained = [
-            entry["claims"][claim["id"]]
-            | dict(kind=entry["kind"], device=entry["machine"]["device"], weights=entry["weights"], record=entry["id"])
+            dict(kind=entry["kind"], device=entry["machine"]["device"], weights=entry["weights"], record=entry["id"])
+            | entry["claims"][claim["id"]]
             for entry in evidence
             if claim["id"] in entry.get("claims", {})
         ]
