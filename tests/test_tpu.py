@@ -35,8 +35,8 @@ HLO = """
 HloModule jit_f
 
 %body (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
-  %p = (s32[], f32[8,128]{1,0:T(8,128)}) parameter(0)
-  %inner = f32[8,128]{1,0:T(8,128)} fusion(%p), kind=kLoop, calls=%fused
+  %p = (s32[], f32[8,128]{1,0:T(8,128)S(1)}) parameter(0)
+  %inner = f32[8,128]{1,0:T(8,128)S(1)} fusion(%p), kind=kLoop, calls=%fused
 }
 
 ENTRY %main (a: bf16[1000,128], b: f32[64]) -> f32[8,128] {
@@ -45,12 +45,19 @@ ENTRY %main (a: bf16[1000,128], b: f32[64]) -> f32[8,128] {
   %busy = f32[8,128]{1,0:T(8,128)S(1)} fusion(%b), kind=kLoop, calls=%fused
   %copy-done = bf16[1000,128]{1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start)
   %uneven = f32[8,128]{1,0:T(8,128)S(1)} fusion(%a, %copy-done), kind=kOutput, calls=%fused
+  %silent = f32[8,128]{1,0:T(8,128)S(1)} fusion(%a), kind=kLoop, calls=%fused
   %loop = (s32[], f32[8,128]{1,0:T(8,128)}) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"7"}}
   %gathered = f32[32,128]{1,0:T(8,128)} all-gather(%uneven), channel_id=1, dimensions={0}
   %strange = f32[8,128]{1,0:T(8,128)} rng(%uneven)
   ROOT %out = f32[8,128]{1,0:T(8,128)} bitcast(%gathered)
 }
 """
+
+
+def test_an_older_compiler_names_the_bundle_that_a_loop_begins_with():
+    older = BUNDLES.replace("target = $region6", "target bundleno = 5 (0x5), region = 6")
+    older = older.replace("target = $region4", "target bundleno = 2 (0x2), region = 4")
+    assert older != BUNDLES and tpu.schedule(older.replace("LIMIT", "5")) == tpu.schedule(BUNDLES.replace("LIMIT", "5"))
 
 
 def test_operations_that_are_alike_share_a_schedule():
@@ -72,7 +79,7 @@ def test_operations_that_are_alike_share_a_schedule():
 
 def test_operations_by_hand():
     unknown = ("a transfer hbm_to_vmem of unknown size",)
-    schedules = {"inner": (150.0, 0.0, ()), "busy": (300.0, 0.0, ()), "uneven": (30.0, 64.0, unknown)}
+    schedules = {"inner": (150.0, 0.0, ()), "busy": (300.0, 0.0, ()), "uneven": (30.0, 64.0, unknown), "silent": (9.0, 64.0, ())}
     found = {each.name: each for each in tpu.operations(HLO, schedules)}
     assert found["inner"].times == 7 and found["inner"].cycles == 7 * 150
     assert found["inner"].seconds == pytest.approx(7 * 150 / 1.5e9)
@@ -81,6 +88,8 @@ def test_operations_by_hand():
     assert found["copy-start"].waits == pytest.approx(256_000 / 819e9 - 0.2e-6)
     assert found["uneven"].nbytes == 256_000  # its operand in HBM, not the copy in VMEM
     assert found["uneven"].seconds == pytest.approx(256_000 / 819e9 + tpu.LATENCY)
+    assert found["silent"].nbytes == 256_000  # which its schedule does not show
+    assert found["silent"].holes == ("fewer bytes in its schedule than it must move",)
     assert found["gathered"].kind == "collective" and found["gathered"].nbytes == 32 * 128 * 4
     assert found["strange"].holes == ("no schedule of it",)
     assert "out" not in found and "a" not in found
@@ -115,7 +124,7 @@ def test_no_estimate_is_below_its_bytes(batch):
 
 @compiler
 def test_what_the_compiler_refuses_is_one_line():
-    with pytest.raises(RuntimeError, match="refused the program for v5e:2x2: .*HBM"):
+    with pytest.raises(RuntimeError, match="refused the program for v5e:2x2: .*(HBM|EXHAUSTED)"):
         tpu.estimate(dense, sized(8, 2048), sized(2**24, 2048))
     with pytest.raises(RuntimeError, match="refused the program for v5e:3x9: .*Topology"):
         tpu.estimate(dense, sized(8, 128), sized(1024, 128), topology="v5e:3x9")

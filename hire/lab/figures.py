@@ -188,6 +188,45 @@ def stage_bars(axis: Axes, seconds: dict[str, float], floors: dict[str, float]) 
     axis.legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1.0, 0.4))
 
 
+def beside(axis: Axes, told: dict[str, float], found: dict[str, float], floors: dict[str, float], note: str, **titles) -> None:
+    """What was found over what was told, both in microseconds, with the line where they agree and the least time as dashes.
+
+    Names are written where the two differ by more than a quarter.
+    """
+    blue, gray = sns.color_palette("colorblind")[0], "0.5"
+    ends = [0.5 * min(told.values()), 2 * max(told.values())]
+    axis.plot(ends, ends, color=gray, lw=1)
+    for name, value in told.items():
+        axis.plot(value, found[name], "o", color=blue, ms=5)
+        axis.plot(value, floors[name], "_", color=gray, ms=9)
+        if abs(found[name] / value - 1) > 0.25:
+            label(axis, value, found[name], name, blue)
+    axis.annotate(note, (0.97, 0.05), xycoords="axes fraction", ha="right", fontsize=9, color="0.3")
+    axis.set(xscale="log", yscale="log", xlabel="us, published", ylabel="us, estimated", **titles)
+
+
+PARTS = {"sort": "sorting", "custom-call": "our kernels", "gather": "XLA's gathers", "rest": "products and the rest"}
+
+
+def part_bars(axis: Axes, bars: dict[str, list[dict]], notes: dict[str, str], **titles) -> None:
+    """A bar a program: the microseconds of its operations (see programs.estimated) by their kind, and a note behind it."""
+    colors = dict(zip(PARTS, (sns.color_palette("colorblind")[i] for i in (1, 2, 3, 0)), strict=True))
+    longest = 0.0
+    for row, (name, parts) in enumerate(bars.items()):
+        sums = dict.fromkeys(PARTS, 0.0)
+        for part in parts:
+            kind = "gather" if "gather" in part["name"] else part["kind"]
+            sums[kind if kind in PARTS else "rest"] += part["us"]
+        start = 0.0
+        for kind, width in sums.items():
+            axis.barh(row, width, left=start, color=colors[kind], label=None if row else PARTS[kind])
+            start += width
+        label(axis, start, row, notes[name], "0.2")
+        longest = max(longest, start)
+    axis.set(yticks=range(len(bars)), yticklabels=bars, xlim=(0, 1.6 * longest), **titles)
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+
+
 def save(figure: Figure, folder: Path, name: str, *, note: str, **facts) -> None:
     """Write folder/name.png, with a note of what was measured where, and folder/name.json with the facts: series and finding."""
     folder.mkdir(parents=True, exist_ok=True)

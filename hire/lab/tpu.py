@@ -56,6 +56,7 @@ class Operation:
 ROW = re.compile(r"^\s*(?:0x[0-9a-f]+|\d+)\s*(?:LH|LB|LE|PB|PF|CT)?\s*:(?:\s*>)*\s*\{(.*)")
 
 
+JUMP = r"sbr\.rel (?:\(!?(%p\w+)\) )?target (?:= \$region(\d+)|bundleno = (\d+))"  # the latter before libtpu 0.0.40 or so
 Schedule = tuple[float, float, tuple[str, ...]]
 
 
@@ -72,8 +73,8 @@ def schedule(text: str) -> Schedule:
     limits = dict(re.findall(r"(%p\w+) = scmp\.ge\.s32\.totalorder (?:\(.*?\), )?%\w+, ([%\w]+)", "\n".join(rows)))
     trips, holes = [1.0] * len(rows), []
     for end, row in enumerate(rows):
-        for predicate, region in re.findall(r"sbr\.rel (?:\(!?(%p\w+)\) )?target = \$region(\d+)", row):
-            begin = begins.get(region, end + 1)
+        for predicate, region, number in re.findall(JUMP, row):
+            begin = int(number) if number else begins.get(region, end + 1)
             if begin <= end:  # a jump back: a loop
                 limit = limits.get(predicate, "unknown")
                 if not limit.isdigit():
@@ -92,6 +93,14 @@ def schedule(text: str) -> Schedule:
 
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "after-all"}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+PARTIAL = {"gather", "scatter", "slice", "dynamic-slice", "dynamic-update-slice", "custom-call"}  # may move a part of an array
+
+
+def arrays(shape: str) -> list[str]:
+    """The arrays of an HLO shape, each with its layout."""
+    return re.findall(r"\w+\[[^\]]*\](?:\{[^}]*\})?", shape)
 
 
 def array_bytes(shape: str) -> list[float]:
@@ -127,7 +136,7 @@ def operations(hlo: str, schedules: dict[str, Schedule]) -> list[Operation]:
 
     def likeness(name: str, shape: str, opcode: str, rest: str) -> tuple:
         called = re.search(r"calls=%([\w.-]+)", rest)
-        body = [(shape, opcode) for _, shape, opcode, _ in parts.get(called[1] if called else "", [])]
+        body = [part for _, *row in parts.get(called[1] if called else "", []) for part in row[:2]]
         return opcode, shape, *operands(name, rest), *body
 
     twins = {likeness(name, *row): schedules[op] for name, rows in parts.items() for op, *row in rows if op in schedules}
@@ -152,8 +161,12 @@ def operations(hlo: str, schedules: dict[str, Schedule]) -> list[Operation]:
                 if any(re.search("(hbm_to_vmem|general) of unknown", hole) for hole in holes):
                     uneven += operands(name, rest)
                 if any(re.search("(vmem_to_hbm|general) of unknown", hole) for hole in holes):
-                    uneven += re.findall(r"\w+\[[^\]]*\](?:\{[^}]*\})?", shape)
-                nbytes = max(nbytes, sum(sum(array_bytes(part)) for part in uneven if "S(" not in part))
+                    uneven += arrays(shape)
+                if opcode == "fusion" and not PARTIAL & set(likeness(name, shape, opcode, rest)):
+                    uneven = [*operands(name, rest), *arrays(shape)]  # moves all of them, whatever its schedule shows
+                least = sum(sum(array_bytes(part)) for part in uneven if "S(" not in part)
+                holes += ("fewer bytes in its schedule than it must move",) if nbytes < 0.9 * least else ()
+                nbytes = max(nbytes, least)
                 waits = times * LATENCY if nbytes else 0.0
                 found = [Operation(op, opcode, times, times * cycles, times * nbytes, waits, holes)]
             elif opcode in ("copy-start", "slice-start"):  # of a whole array or a slice of it
