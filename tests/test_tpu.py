@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from hire.lab import programs, tpu
+from hire.lab import programs, schedules, tpu
 
 BUNDLES = """
      0   :  { %5 = vsyncpa [#allocation9], 0  ;;  %7 = dma.hbm_to_vmem /*hbm=*/%s1, /*size_in_granules=*/100, /*vmem=*/%s2 }
@@ -24,10 +24,10 @@ BUNDLES = """
 
 def test_bundles_are_counted_as_often_as_they_run():
     # Inner loop 0x5 to 0x7 five times; what is issued while it jumps, 0x8 to 0xa, counts with it. Outer 0x2 to 0xa three times.
-    cycles, moved, holes = tpu.schedule(BUNDLES.replace("LIMIT", "5"))
+    cycles, moved, holes = schedules.schedule(BUNDLES.replace("LIMIT", "5"))
     assert cycles == 2 + 3 * (3 + 5 * 6)
     assert moved == 32 * (100 + 3 * 10) and holes == ()
-    cycles, moved, holes = tpu.schedule(BUNDLES.replace("LIMIT", "%s77"))
+    cycles, moved, holes = schedules.schedule(BUNDLES.replace("LIMIT", "%s77"))
     assert cycles == 2 + 3 * (3 + 6) and holes == ("a loop of 2 bundles counted once",)
 
 
@@ -57,7 +57,7 @@ ENTRY %main (a: bf16[1000,128], b: f32[64]) -> f32[8,128] {
 def test_an_older_compiler_names_the_bundle_that_a_loop_begins_with():
     older = BUNDLES.replace("target = $region6", "target bundleno = 5 (0x5), region = 6")
     older = older.replace("target = $region4", "target bundleno = 2 (0x2), region = 4")
-    assert older != BUNDLES and tpu.schedule(older.replace("LIMIT", "5")) == tpu.schedule(BUNDLES.replace("LIMIT", "5"))
+    assert older != BUNDLES and schedules.schedule(older.replace("LIMIT", "5")) == schedules.schedule(BUNDLES.replace("LIMIT", "5"))
 
 
 def test_operations_that_are_alike_share_a_schedule():
@@ -71,23 +71,23 @@ def test_operations_that_are_alike_share_a_schedule():
         "  %scalar = f32[] add(%x, %y)",
     ]
     hlo = body.format(1) + body.format(2) + "ENTRY %main (a: f32[64,128]) -> f32[8,128] {\n" + "\n".join(rows) + "\n}\n"
-    schedules = {"first": (150.0, 4096.0, ()), "TLP": (30.0, 0.0, ())}
-    found = {each.name: each for each in tpu.operations(hlo, schedules)}
+    known = {"first": (150.0, 4096.0, ()), "TLP": (30.0, 0.0, ())}
+    found = {each.name: each for each in schedules.operations(hlo, known)}
     assert [found[name].cycles for name in ("control", "first", "second", "other")] == [30, 150, 150, 0]
     assert found["second"].nbytes == 4096 and found["other"].holes == ("no schedule of it",) and "scalar" not in found
 
 
 def test_operations_by_hand():
     unknown = ("a transfer hbm_to_vmem of unknown size",)
-    schedules = {"inner": (150.0, 0.0, ()), "busy": (300.0, 0.0, ()), "uneven": (30.0, 64.0, unknown), "silent": (9.0, 64.0, ())}
-    found = {each.name: each for each in tpu.operations(HLO, schedules)}
+    known = {"inner": (150.0, 0.0, ()), "busy": (300.0, 0.0, ()), "uneven": (30.0, 64.0, unknown), "silent": (9.0, 64.0, ())}
+    found = {each.name: each for each in schedules.operations(HLO, known)}
     assert found["inner"].times == 7 and found["inner"].cycles == 7 * 150
     assert found["inner"].seconds == pytest.approx(7 * 150 / 1.5e9)
     # The prefetch of 256,000 bytes takes 0.3126 us, of which 0.2 us pass while `busy` computes.
     assert found["copy-start"].nbytes == 256_000
     assert found["copy-start"].waits == pytest.approx(256_000 / 819e9 - 0.2e-6)
     assert found["uneven"].nbytes == 256_000  # its operand in HBM, not the copy in VMEM
-    assert found["uneven"].seconds == pytest.approx(256_000 / 819e9 + tpu.LATENCY)
+    assert found["uneven"].seconds == pytest.approx(256_000 / 819e9 + schedules.LATENCY)
     assert found["silent"].nbytes == 256_000  # which its schedule does not show
     assert found["silent"].holes == ("fewer bytes in its schedule than it must move",)
     assert found["gathered"].kind == "collective" and found["gathered"].nbytes == 32 * 128 * 4
@@ -117,7 +117,7 @@ def sized(*shape):
 @pytest.mark.parametrize("batch", [1, 8])
 def test_no_estimate_is_below_its_bytes(batch):
     found = tpu.estimate(dense, sized(batch, 1024), sized(32768, 1024))
-    floor = 2 * 32768 * 1024 / tpu.BANDWIDTH
+    floor = 2 * 32768 * 1024 / schedules.BANDWIDTH
     assert floor < found["moving"] <= found["seconds"] < 6 * floor
     assert found["memory"]["argument"] >= 2 * 32768 * 1024
 
@@ -145,7 +145,7 @@ def test_every_kernel_compiles_for_a_v5e_and_stays_near_its_bytes(name):
     found = tpu.estimate(program.function, program.weights, program.x)
     own = max(found["operations"], key=lambda each: each["seconds"])
     assert own["kind"] == "custom-call" and not found["holes"]
-    floor = program.reads / tpu.BANDWIDTH
+    floor = program.reads / schedules.BANDWIDTH
     assert floor < own["seconds"] < programs.KERNEL_TARGETS[name] * floor
 
 

@@ -21,7 +21,7 @@ from hire.kernels import arguments
 from hire.kernels import groups as group_kernel
 from hire.kernels import rows as row_kernel
 from hire.kernels import scores as score_kernel
-from hire.lab import records, tpu
+from hire.lab import records, schedules, tpu
 from hire.lab.paths import RECORDS
 from hire.lab.timing import DENSE
 from hire.models import Decoder, DecoderConfig
@@ -198,9 +198,10 @@ def estimated(name: str, program: Program, **more) -> dict:
     """The record of a program's estimate for a v5e (see tpu.estimate), which is compiled unless the cache knows it."""
     found = tpu.estimate(program.function, program.weights, program.x, donated=program.donated)
     parts = [dict(name=each["name"], kind=each["kind"], us=1e6 * each["seconds"]) for each in found["operations"]]
-    results = {key: found[key] for key in ("seconds", "moving", "holes", "memory")} | dict(floor=program.reads / tpu.BANDWIDTH)
-    # Transfers that were waited for: each adds tpu.LATENCY, which is assumed.
-    results["waits"] = sum(each["waits"] for each in found["operations"] if each["kind"] != "prefetch") / tpu.LATENCY
+    results = {key: found[key] for key in ("seconds", "moving", "holes", "memory")}
+    results["floor"] = program.reads / schedules.BANDWIDTH
+    # Transfers that were waited for: each adds schedules.LATENCY, which is assumed.
+    results["waits"] = sum(each["waits"] for each in found["operations"] if each["kind"] != "prefetch") / schedules.LATENCY
     results["parts"] = [part for part in parts if part["us"] > 0.01e6 * found["seconds"]]
     setting = dict(topology=found["topology"], compiler=found["compiler"])
     weights = "none, shapes alone"
