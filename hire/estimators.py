@@ -114,11 +114,11 @@ def row_scores(x: Queries, rows: Rows) -> Float[Array, "b m"]:
 def row_scores_at(x: Queries, rows: Rows | Blocks, indices: Indices, group: int = 1, form: str = "auto") -> Float[Array, "b _"]:
     """Exact scores (b, c * group), float32, of the rows at indices (b, c): only those rows are read.
 
-    With `group`, indices are of groups of so many consecutive rows, which are read as one. A kernel takes single rows, of blocks
-    (m, d / 128, 128); `form` as in `by_form`.
+    With `group`, indices are of groups of so many consecutive rows, which are read as one. A kernel takes single rows, in
+    hire.kernels.rows.blocks; `form` as in `by_form`.
     """
     if rows.ndim == 3:
-        flat = rows.reshape(len(rows), -1)
+        flat = rows.reshape(len(rows), -1)[:, : x.shape[1]]
         return by_form(form, lambda: row_scores_at(x, flat, indices, group), lambda: row_kernel.scores(x, rows, indices))
     return each(lambda x, indices: scores_among(x[None], rows, indices, group)[0], x, indices)
 
@@ -190,7 +190,7 @@ def sums_among(weights: Float[AnyArray, "b _"], rows: Rows, indices: Int[AnyArra
 
 
 @jax.jit
-def fingerprint(rows: Rows | Blocks) -> UInt32[Array, ""]:
+def fingerprint(rows: Rows) -> UInt32[Array, ""]:
     """A checksum of rows (m, d) rounded to bfloat16, so that a copy of them in another precision is still taken for them."""
     bits = jax.lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
     axes = range(rows.ndim)

@@ -21,7 +21,7 @@ from hire.estimators import (
 )
 from hire.kernels import groups as group_kernel
 from hire.search import check_fitted, check_search, nominate
-from hire.topk import check_count, exact_top_k, group_scores, keep_groups
+from hire.topk import check_count, exact_top_k, group_scores, keep_groups, kth_score
 
 
 def activate(up: Float[Array, "*b f"], gate: Float[Array, "*b f"] | None = None) -> Float[Array, "*b f"]:
@@ -38,7 +38,7 @@ class HireFFN:
     nominates `candidates` (k'), their exact activations are computed, the k - common best are kept, and `down` is read for those.
     The estimator is of the neurons beyond the common path: of `up`, or of `gate` where there is one; with `up_estimator` a gated
     layer is predicted from both. With `shared` the queries of a call are tokens that are alike (dynamic overlap): candidates are
-    nominated once, by the sum of their estimated scores, and read once in both matrices; each query keeps its own best among them.
+    nominated once, from their `pooled` estimated scores, and read once in both matrices; each query keeps its own best among them.
     `form` is "plain" JAX, the TPU "kernel", which takes layers without gate and groups of 8 to 128, or "auto", that one on a TPU.
 
     Raises ValueError when group_size does not divide f, when 0 <= common < k <= common + candidates <= groups does not hold, when
@@ -111,8 +111,17 @@ class HireFFN:
         """The candidates (b, c), or with `shared` those (1, c) of all queries, by number in the whole layer."""
         estimated = self.estimated(x)
         if self.shared:
-            estimated = jnp.sum(estimated, axis=0, keepdims=True)
+            estimated = self.pooled(estimated)[None]
         return nominate(estimated, self.candidates) + self.common
+
+    def pooled(self, estimated: Float[Array, "*n b m"]) -> Float[Array, "*n m"]:
+        """One score a group for queries that share candidates: the largest of theirs, each as a multiple of its query's k-th.
+
+        So what any of them would keep comes before what none would, and the candidates come near the union of their own. A sum puts
+        groups first that are middling for all.
+        """
+        last = kth_score(estimated, self.k - self.common)
+        return jnp.max(estimated / jnp.where(last > 0, last, 1.0), axis=-2)
 
     def active(self, scores: Callable[[Rows], jax.Array]) -> Float[Array, "*b f"]:
         """What the neurons pass on whose products with the queries `scores` takes from a matrix."""
@@ -159,7 +168,7 @@ class HireFFN:
         estimated = self.estimated(x)
         if self.shared:
             calls = estimated.reshape(-1, together, estimated.shape[1])
-            estimated = jnp.broadcast_to(jnp.sum(calls, axis=1, keepdims=True), calls.shape).reshape(estimated.shape)
+            estimated = jnp.repeat(self.pooled(calls), together, axis=0)
         chosen = nominate(estimated, self.candidates)
         rows = jnp.arange(len(x))[:, None]
         scores = jnp.full_like(scores, -1.0).at[rows, chosen].set(jnp.take_along_axis(scores, chosen, axis=1))

@@ -72,15 +72,15 @@ def high_recall_top_k(
     The returned float32 values (b, k) are exact scores; the indices (b, k) are the true top-k whenever all of them are
     among the candidates. Reads the estimator and k' rows instead of m (PAPER claim estimator).
 
-    `form` is "plain" JAX, the TPU "kernel"s or, by default, "auto": those on a TPU, for the parts that they take. They take rows in
-    blocks (m, d / 128, 128), which a TPU can fetch one by one, and quantized copies; named, they never become something else.
+    `form` is "plain" JAX, the TPU "kernel"s or, by default, "auto": those on a TPU, for the parts that they take. They take rows
+    in hire.kernels.rows.blocks, which a TPU can fetch one by one, and quantized copies; named, they never become something else.
     Raises ValueError when 1 <= k <= candidates <= m does not hold, shapes do not fit, or a kernel that is named does not take them.
     """
     check_search(rows, estimator, k, candidates)
     check_queries(x, estimator)
     check_form(form)
     if form == "kernel" and rows.ndim == 2:
-        raise ValueError(f"form = 'kernel': expected rows in blocks (m, d / 128, 128), not {tuple(rows.shape)}")
+        raise ValueError(f"form = 'kernel': expected rows in hire.kernels.rows.blocks, not {tuple(rows.shape)}")
     chosen = foremost(x, estimator, candidates, form)
     return best_of(chosen, row_scores_at(x, rows, chosen, form=form), k)
 
@@ -100,8 +100,11 @@ def best_of(chosen: Indices, exact: Float[Array, "b c"], k: int) -> TopK:
 def check_search(rows: Rows | Blocks, estimator: Estimator, k: int, candidates: int) -> None:
     """Raise ValueError unless the estimator is of rows of this shape and 1 <= k <= candidates <= m."""
     if rows.ndim not in (2, 3):
-        raise ValueError(f"rows of shape {rows.shape}: expected (m, d) or blocks (m, d / 128, 128)")
-    if tuple(estimator.shape) != (rows.shape[0], math.prod(rows.shape[1:])):
+        raise ValueError(f"rows of shape {rows.shape}: expected (m, d), or hire.kernels.rows.blocks of them")
+    width = math.prod(rows.shape[1:])
+    if rows.ndim == 3:  # blocks are filled up
+        width = min(width, estimator.shape[1])
+    if tuple(estimator.shape) != (rows.shape[0], width):
         raise ValueError(f"estimator of rows {tuple(estimator.shape)}: expected {tuple(rows.shape)}, as the rows are")
     check_count("k", k, 1, rows.shape[0], "the number of rows")
     check_count("candidates", candidates, k, rows.shape[0], "from k to the number of rows")
@@ -110,5 +113,7 @@ def check_search(rows: Rows | Blocks, estimator: Estimator, k: int, candidates: 
 def check_fitted(rows: Rows | Blocks, estimator: Estimator) -> None:
     """Raise ValueError when the estimator was fitted to other rows of that shape. Reads all rows; inside jax.jit it cannot tell."""
     known = estimator.fingerprint
-    if not (isinstance(rows, Tracer) or isinstance(known, Tracer)) and fingerprint(rows) != known:
+    if isinstance(rows, Tracer) or isinstance(known, Tracer):
+        return
+    if fingerprint(rows.reshape(len(rows), -1)[:, : estimator.shape[1]]) != known:
         raise ValueError(f"estimator of other rows {tuple(rows.shape)}: expected one fitted to these; fit it again")

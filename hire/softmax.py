@@ -28,7 +28,7 @@ class Words(NamedTuple):
 class HireSoftmax:
     """Top-k logits of the words whose embeddings are `rows` (v, d), tied or not: the rows are held, never copied.
 
-    On a TPU give them in blocks (v, d / 128, 128) and quantize the copy, for its kernels; `form` as in `high_recall_top_k`.
+    On a TPU give them in hire.kernels.rows.blocks and quantize the copy, for its kernels; `form` as in `high_recall_top_k`.
 
     `softmax(hidden)` maps hidden states (b, d) to the values and indices (b, k) of the k best words. It is compiled
     already; inside another compiled function pass it as an argument, since jax.jit(softmax) would bake the rows into the

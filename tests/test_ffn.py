@@ -168,6 +168,16 @@ def test_a_sparse_model_that_cannot_be_is_refused(changes, message):
         preset("tiny", **changes)
 
 
+def test_shared_candidates_are_what_any_query_would_keep():
+    """The second query's scores are small, yet its two best groups come before the middling ones of both, unlike in a sum."""
+    up = jnp.eye(6)
+    x = jnp.asarray([[9.0, 8.0, 5.0, 5.0, 0.0, 0.0], [0.0, 0.0, 0.3, 0.3, 0.5, 0.6]])
+    ffn = hire.HireFFN(up, up, hire.LowRank.fit(up, 6), group_size=1, k=2, candidates=4, shared=True)
+    assert sorted(ffn.chosen(x)[0].tolist()) == [0, 1, 4, 5]
+    pooled = ffn.pooled(jnp.asarray(x))
+    np.testing.assert_allclose(pooled, [9 / 8, 1, 5 / 8, 5 / 8, 1, 6 / 5], rtol=1e-5)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_converted_model_steps_as_it_reads(rng, shared):
     """One text at a time a step has one query, and so has a call of prefill: shared or not, both are the trained model."""

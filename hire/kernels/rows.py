@@ -1,7 +1,7 @@
 """Exact scores of single rows picked out of HBM (the exact step of the search), as one Pallas TPU kernel: many transfers at a time.
 
 The reference is `scores_reference`. In a matrix (m, d) a TPU interleaves 8 or 16 rows in a tile, and cannot fetch one without the
-others; rows are taken from blocks (m, d / 128, 128), where each is whole tiles of its own.
+others; rows are taken from `blocks`, where each is whole tiles of its own.
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from hire.axes import Array, Blocks, Float, Indices, Queries
+from hire.axes import Array, Blocks, Float, Indices, Queries, Rows
 
 CHUNK = 128  # rows whose transfers are awaited together
 HELD = 3  # chunks in VMEM: while one is computed with, the next two (1 MB at a width of 2048 in bfloat16) are on their way
@@ -19,8 +19,17 @@ HELD = 3  # chunks in VMEM: while one is computed with, the next two (1 MB at a 
 
 def scores_reference(x: Queries, blocks: Blocks, indices: Indices) -> Float[Array, "b c"]:
     """What `scores` computes, in plain JAX."""
-    rows = blocks[indices].reshape(*indices.shape, -1)
+    rows = blocks[indices].reshape(*indices.shape, -1)[..., : x.shape[1]]
     return jnp.einsum("bd,bcd->bc", x.astype(rows.dtype), rows, preferred_element_type=jnp.float32)
+
+
+def blocks(rows: Rows) -> Blocks:
+    """Rows (m, d) as the kernel takes them, (m, s, 128), filled up with zeros to whole tiles: to a multiple of 2048 entries in
+    bfloat16, of 1024 in float32.
+    """
+    m, d = rows.shape
+    tile = 128 * 32 // rows.dtype.itemsize
+    return jnp.asarray(jnp.pad(rows, ((0, 0), (0, -d % tile)))).reshape(m, -1, 128)
 
 
 def kernel(indices, x, blocks, out, held, arrived, *, per_query: int):
@@ -54,12 +63,13 @@ def kernel(indices, x, blocks, out, held, arrived, *, per_query: int):
 
 @functools.partial(jax.jit, static_argnames=("interpret",))
 def scores(x: Queries, blocks: Blocks, indices: Indices, *, interpret=False) -> Float[Array, "b c"]:
-    """Exact scores (b, c), float32, of queries (b, d) and the rows at indices (b, c) of blocks (m, d / 128, 128).
+    """Exact scores (b, c), float32, of queries (b, d) and the rows at indices (b, c) of `blocks`.
 
     Only those rows are read, each as often as it is named. `interpret` runs it without a TPU (see pallas_call).
     """
     (b, c), (_, s, lanes) = indices.shape, blocks.shape
     per_query = -(-c // CHUNK)
+    x = jnp.pad(x.astype(blocks.dtype), ((0, 0), (0, s * lanes - x.shape[1]))).reshape(b, s, lanes)
     listed = jnp.pad(indices.astype(jnp.int32), ((0, 0), (0, per_query * CHUNK - c))).reshape(-1)
     call = pl.pallas_call(
         functools.partial(kernel, per_query=per_query),
@@ -74,4 +84,4 @@ def scores(x: Queries, blocks: Blocks, indices: Indices, *, interpret=False) -> 
         compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
         interpret=interpret,
     )
-    return call(listed, x.astype(blocks.dtype).reshape(b, s, lanes), blocks).reshape(b, -1)[:, :c]
+    return call(listed, x, blocks).reshape(b, -1)[:, :c]

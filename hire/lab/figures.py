@@ -201,7 +201,7 @@ def beside(axis: Axes, told: dict[str, float], found: dict[str, float], floors: 
         axis.plot(value, floors[name], "_", color=gray, ms=9)
         if abs(found[name] / value - 1) > 0.25:
             label(axis, value, found[name], name, blue)
-    axis.annotate(note, (0.97, 0.05), xycoords="axes fraction", ha="right", fontsize=9, color="0.3")
+    axis.annotate(note, (0.03, 0.93), xycoords="axes fraction", fontsize=9, color="0.3")
     axis.set(xscale="log", yscale="log", xlabel="us, published", ylabel="us, estimated", **titles)
 
 

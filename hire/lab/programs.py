@@ -85,14 +85,15 @@ def dense_softmax(width: int, batch: int, form: str, words: int = WORDS) -> Prog
 
 def hire_softmax(width: int, batch: int, copy: str, form: str, words: int = WORDS, candidates: int = CANDIDATES) -> Program:
     """HireSoftmax in plain JAX, or by kernels from rows in blocks."""
-    shape = (words, width) if form == "plain" else (words, width // 128, 128)
 
     def make() -> HireSoftmax:
         estimator = COPIES[copy](words, width, RANK)
-        return HireSoftmax(jnp.zeros(shape, jnp.bfloat16), estimator, k=KEPT, candidates=candidates, form=form)
+        rows = jnp.zeros((words, width), jnp.bfloat16)
+        rows = rows if form == "plain" else row_kernel.blocks(rows)
+        return HireSoftmax(rows, estimator, k=KEPT, candidates=candidates, form=form)
 
     arrays, whole = skeleton(make)
-    reads = nbytes(arrays) - words * width * 2 + batch * candidates * width * 2
+    reads = nbytes(arrays[1:]) + batch * candidates * width * 2
     return Program(lambda arrays, x: whole(arrays)(x), arrays, jax.ShapeDtypeStruct((batch, width), jnp.bfloat16), reads)
 
 
