@@ -68,8 +68,8 @@ class Plan:
         return replace(self.config, kept=self.config.kept ** (stage / 4))
 
 
-LONG, SHORT = 5_500_000, 900_000  # tokens: about 50 and 8 minutes on two cores
-SHIPPED = ("dense", "groups8", "groups8-5")  # the long ones, whose models are committed
+LONG, LADDER, SHORT = 5_500_000, 2_400_000, 900_000  # tokens: about 50, 50 (with 32K words) and 8 minutes on two cores
+SHIPPED = ("dense", "groups8", "groups8-5", "ladder")  # the long ones, whose models are committed
 KINDS = ("speech", "commentary", "novel")  # what models are evaluated on: more of what they were trained on, and a novel unlike it
 
 SMALL = preset("small")
@@ -84,11 +84,13 @@ MODELS = {
     "none": replace(SMALL, ffn_width=0),
     "narrow": replace(SMALL, ffn_width=200),  # as many neurons as groups8 keeps
     "experts": replace(SMALL, group_size=8, kept=0.1, routed=True),
+    "ladder": replace(SMALL, group_size=8, kept=0.05, vocabulary=32768),  # whose softmax is worth a search, too
 }
 
 
 def plan_of(variant: str, *, toy: bool = False) -> Plan:
-    """The plan of a variant: a model of MODELS for LONG tokens; after "short-" for SHORT ones; "@1" at the end is seed 1.
+    """The plan of a variant: a model of MODELS for LONG tokens, the ladder's for LADDER; after "short-" for SHORT ones; "@1" at the
+    end is seed 1.
 
     With `toy`, a model of the same kind for a dozen steps, which takes seconds and shows nothing. Raises ValueError, listing the
     models, for another name.
@@ -102,7 +104,8 @@ def plan_of(variant: str, *, toy: bool = False) -> Plan:
         config = preset("tiny", layers=2, gated=False, global_every=2, **sparse)
         return Plan(config=config, tokens=12 * 4 * 32, batch=4, length=32, documents=2, seed=seeded)
     easing = 0.5 if config.kept < 1 and not name.endswith("-abrupt") else 0.0
-    return Plan(config=config, tokens=SHORT if variant.startswith("short-") else LONG, seed=seeded, easing=easing)
+    tokens = SHORT if variant.startswith("short-") else LADDER if name == "ladder" else LONG
+    return Plan(config=config, tokens=tokens, seed=seeded, easing=easing)
 
 
 @functools.cache
