@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 KIND_TEXT = {
-    "measured": "measured",
-    "compiler-estimate": "compiler estimate, not measured",
-    "simulated": "arithmetic on published figures, not measured",
-    "published": "published value",
+    "measured": "Measured on {device}",
+    "compiler-estimate": "Estimated by the TPU's own compiler, not measured on a TPU",
+    "simulated": "Arithmetic on published figures, not measured",
+    "published": "Published values",
 }
 
 

@@ -36,7 +36,7 @@ class Run:
     def figure(self, figure: Figure, *, kind: str, weights: str, series: dict, finding: str, tolerance: dict) -> None:
         """Save the figure and the tree of series that it plots, and show it. `tolerance` is relative, by series, with a default."""
         toy = "SMOKE PROFILE: toy model, no result. " if self.profile == "smoke" else ""
-        note = f"{toy}{figures.KIND_TEXT[kind][0].upper()}{figures.KIND_TEXT[kind][1:]} on {self.machine['device']}; {weights}."
+        note = f"{toy}{figures.KIND_TEXT[kind].format(device=self.machine['device'])}; {weights}."
         facts = dict(profile=self.profile, kind=kind, weights=weights, machine=self.machine, commit=records.commit())
         facts |= dict(series=figures.flat(series), tolerance=tolerance)
         figures.save(figure, self.figures, self.name, note=note, finding=finding, **facts)
