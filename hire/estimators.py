@@ -6,7 +6,7 @@ multiply: the factors of a low-rank copy may themselves be quantized.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -54,6 +54,7 @@ class Estimator(Protocol):
 
 THIN = 16  # queries up to which a CPU reads the rows once by multiply-and-reduce; beyond it XLA's matrix product is faster
 SPLIT = 16  # parts in which a CPU sums rows for one query: faster than one product, into which XLA also fuses what made the weights
+PIECE = 2**19  # entries that a CPU multiplies with several queries at a time, so that they stay in cache: 2 MB
 CHUNK = 512  # rows gathered at a time for several queries on a CPU: they stay in cache between the gather and the product
 
 
@@ -95,101 +96,10 @@ def product(one: AnyArray, other: AnyArray, pattern: str | None = None, precisio
     return by_platform(lambda: multiply(one.astype(jnp.float32), other.astype(jnp.float32)), lambda: multiply(one, other))
 
 
-def row_scores(x: Queries, rows: Rows) -> Float[Array, "b m"]:
-    """Exact scores of every row, float32: queries (b, d) against rows (m, d) in their own type.
-
-    The form is the fastest one on a CPU at that batch (`make bench` times the others).
-    """
-    x = x.astype(rows.dtype)
-
-    def dot() -> Float[Array, "b m"]:
-        return product(x, rows.T)  # for one query XLA fuses a cast of the rows into this form, and copies them first in the others
-
-    def reduce() -> Float[Array, "b m"]:
-        return jnp.sum(rows[:, None].astype(jnp.float32) * x[None].astype(jnp.float32), axis=-1).T
-
-    return by_platform(reduce, dot) if 1 < len(x) <= THIN else dot()
-
-
-def row_scores_at(x: Queries, rows: Rows | Blocks, indices: Indices, group: int = 1, form: str = "auto") -> Float[Array, "b _"]:
-    """Exact scores (b, c * group), float32, of the rows at indices (b, c): only those rows are read.
-
-    With `group`, indices are of groups of so many consecutive rows, which are read as one. A kernel takes single rows, in
-    hire.kernels.rows.blocks; `form` as in `by_form`.
-    """
-    if rows.ndim == 3:
-        flat = rows.reshape(len(rows), -1)[:, : x.shape[1]]
-        return by_form(form, lambda: row_scores_at(x, flat, indices, group), lambda: row_kernel.scores(x, rows, indices))
-    return each(lambda x, indices: scores_among(x[None], rows, indices, group)[0], x, indices)
-
-
-def scores_among(x: Queries, rows: Rows, indices: Int[AnyArray, " c"], group: int = 1) -> Float[Array, "b _"]:
-    """row_scores_at of the same indices (c,) for all queries: their rows are read once."""
-    x, rows = x.astype(rows.dtype), jnp.asarray(rows)
-
-    def whole() -> Float[Array, "b _"]:
-        return product(x, taken(rows, indices, group).T)
-
-    def in_chunks() -> Float[Array, "b _"]:
-        parts = jax.lax.map(lambda part: product(taken(rows, part, group), x.T), chunks(indices, max(1, CHUNK // group)))
-        return parts.reshape(-1, len(x)).T[:, : indices.size * group]
-
-    return whole() if len(x) == 1 else by_platform(in_chunks, whole)  # outside a loop XLA gathers on all cores
-
-
-def each(function: Callable, *parts: AnyArray) -> Array:
-    """A function of every query's part of arrays (b, …): of all at once or, on a CPU with its caches, of one after the other."""
-    if len(parts[0]) == 1:
-        return function(*(part[0] for part in parts))[None]
-    return by_platform(lambda: jax.lax.map(lambda one: function(*one), parts), lambda: jax.vmap(function)(*parts))
-
-
-def taken(rows: Rows, indices: Int[AnyArray, " c"], group: int) -> Float[Array, "_ d"]:
-    """The rows (c * group, d) of the groups at indices (c,)."""
-    return rows.reshape(-1, group, rows.shape[1])[indices].reshape(-1, rows.shape[1])
-
-
-def chunks(values: AnyArray, size: int) -> AnyArray:
-    """values (c,) in pieces (_, size) of which the last is filled up with zeros."""
-    return jnp.pad(values, (0, -len(values) % size)).reshape(-1, size)
-
-
-def row_sums(weights: Float[AnyArray, "*b m"], rows: Rows) -> Float[Array, "*b d"]:
-    """Sums, float32, of all rows (m, d) times their weights (*b, m)."""
-    m, d = rows.shape
-    if math.prod(weights.shape[:-1]) > 1 or m % SPLIT:
-        return product(weights, rows)
-
-    def split() -> Float[Array, "*b d"]:
-        parts = product(weights.reshape(SPLIT, -1), rows.reshape(SPLIT, -1, d), "pm,pmd->pd")
-        return parts.sum(0).reshape(*weights.shape[:-1], d)
-
-    return by_platform(split, lambda: product(weights, rows))
-
-
-def row_sums_at(weights: Float[AnyArray, "b _"], rows: Rows, indices: Indices, group: int = 1) -> Float[Array, "b d"]:
-    """Sums, float32, of the rows at indices (b, c) times their weights (b, c * group): only those rows are read."""
-    return each(lambda weights, indices: sums_among(weights[None], rows, indices, group)[0], weights, indices)
-
-
-def sums_among(weights: Float[AnyArray, "b _"], rows: Rows, indices: Int[AnyArray, " c"], group: int = 1) -> Float[Array, "b d"]:
-    """row_sums_at of the same indices (c,) for all weights (b, c * group): their rows are read once."""
-    weights, rows = jnp.asarray(weights), jnp.asarray(rows)
-
-    def whole() -> Float[Array, "b d"]:
-        return product(weights, taken(rows, indices, group))
-
-    def in_chunks() -> Float[Array, "b d"]:
-        places = chunks(indices, max(1, CHUNK // group))
-        shares = jnp.pad(weights, ((0, 0), (0, places.size * group - weights.shape[1])))
-        pieces = shares.reshape(len(weights), len(places), -1).swapaxes(0, 1)
-
-        def add(total, part):
-            return total + product(part[0], taken(rows, part[1], group)), None
-
-        return jax.lax.scan(add, jnp.zeros((len(weights), rows.shape[1]), jnp.float32), (pieces, places))[0]
-
-    return whole() if len(weights) == 1 else by_platform(in_chunks, whole)
+def check_bits(bits: int) -> None:
+    """Raise ValueError unless bits is 4 or 8."""
+    if bits not in (4, 8):
+        raise ValueError(f"bits = {bits!r}: expected 4 or 8")
 
 
 @jax.jit
@@ -249,18 +159,168 @@ class Quantized:
         return self.codes.shape[0], self.width
 
     @property
+    def dtype(self) -> np.dtype:
+        """Of the rows that it stands for, unpacked."""
+        return np.dtype(np.float32)
+
+    @property
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scale.nbytes
+
+    def __getitem__(self, some: slice) -> "Quantized":
+        """Some of the rows, which keep the fingerprint of all."""
+        return replace(self, codes=self.codes[some], scale=self.scale[some])
 
     def bytes_read(self, candidates: int) -> int:
         return self.nbytes
 
     def scores(self, x: Queries) -> Float[Array, "b m"]:
-        return row_scores(x.astype(jnp.float32), unpack(self.codes, self.bits, self.width)) * self.scale[None]
+        x, d = x.astype(jnp.float32), self.width
+
+        def whole() -> Float[Array, "b m"]:
+            return row_scores(x, unpack(self.codes, self.bits, d)) * self.scale[None]
+
+        def parts() -> Float[Array, "b m"]:
+            return in_pieces(x, self.codes, lambda codes: unpack(codes, self.bits, d)) * self.scale[None]
+
+        return by_platform(parts, whole) if len(x) > 1 else whole()
 
     def scores_at(self, x: Queries, indices: Indices) -> Candidates:
-        rows = unpack(self.codes[indices], self.bits, self.width)
-        return jnp.einsum("bd,bcd->bc", x.astype(jnp.float32), rows) * self.scale[indices]
+        return row_scores_at(x, self, indices)
+
+
+def row_scores(x: Queries, rows: Rows | Quantized) -> Float[Array, "b m"]:
+    """Exact scores of every row, float32: queries (b, d) against rows (m, d) in their own type.
+
+    The form is the fastest one on a CPU at that batch (`make bench` times the others).
+    """
+    if isinstance(rows, Quantized):
+        return rows.scores(x)
+    x = x.astype(rows.dtype)
+
+    def dot() -> Float[Array, "b m"]:
+        return product(x, rows.T)  # for one query XLA fuses a cast of the rows into this form, and copies them first in the others
+
+    def reduce() -> Float[Array, "b m"]:
+        return jnp.sum(rows[:, None].astype(jnp.float32) * x[None].astype(jnp.float32), axis=-1).T
+
+    return by_platform(reduce, dot) if 1 < len(x) <= THIN else dot()
+
+
+def layer_scores(x: Queries, rows: Rows) -> Float[Array, "b m"]:
+    """row_scores in the form that is fastest on a CPU for rows of a layer, which are fewer than those of a softmax."""
+    x = x.astype(rows.dtype)
+    return by_platform(lambda: in_pieces(x, rows), lambda: product(x, rows.T)) if 1 < len(x) <= THIN else product(x, rows.T)
+
+
+def in_pieces(x: Queries, rows: Rows | Codes, floats: Callable[..., Array] = jnp.asarray) -> Float[Array, "b m"]:
+    """Scores of rows (m, _), a piece after the other that stays in cache; `floats` makes rows (_, d) of a piece of them.
+
+    For a few queries XLA's own product runs at half of that, and it writes quantized rows to memory as floats first.
+    """
+    m, d = len(rows), x.shape[1]
+    piece = math.gcd(m, 2 ** ((PIECE // d).bit_length() - 1))
+    if piece < 64:
+        return product(x, floats(rows).T)
+    products = jax.lax.map(lambda part: product(floats(part), x.T), rows.reshape(-1, piece, rows.shape[1]))
+    return products.reshape(m, len(x)).T
+
+
+def row_scores_at(
+    x: Queries, rows: Rows | Blocks | Quantized, indices: Indices, group: int = 1, form: str = "auto"
+) -> Float[Array, "b _"]:
+    """Exact scores (b, c * group), float32, of the rows at indices (b, c): only those rows are read.
+
+    With `group`, indices are of groups of so many consecutive rows, which are read as one. A kernel takes single rows, in
+    hire.kernels.rows.blocks; `form` as in `by_form`.
+    """
+    if not isinstance(rows, Quantized) and rows.ndim == 3:
+        flat = rows.reshape(len(rows), -1)[:, : x.shape[1]]
+        return by_form(form, lambda: row_scores_at(x, flat, indices, group), lambda: row_kernel.scores(x, rows, indices))
+    return each(lambda x, indices: scores_among(x[None], rows, indices, group)[0], x, indices)
+
+
+def scores_among(x: Queries, rows: Rows | Quantized, indices: Int[AnyArray, " c"], group: int = 1) -> Float[Array, "b _"]:
+    """row_scores_at of the same indices (c,) for all queries: their rows are read once."""
+    x = x.astype(rows.dtype)
+
+    def whole() -> Float[Array, "b _"]:
+        return product(x, taken(rows, indices, group).T)
+
+    def in_chunks() -> Float[Array, "b _"]:
+        parts = jax.lax.map(lambda part: product(taken(rows, part, group), x.T), chunks(indices, max(1, CHUNK // group)))
+        return parts.reshape(-1, len(x)).T[:, : indices.size * group]
+
+    return whole() if len(x) == 1 else by_platform(in_chunks, whole)  # outside a loop XLA gathers on all cores
+
+
+def each(function: Callable, *parts: AnyArray) -> Array:
+    """A function of every query's part of arrays (b, …): of all at once or, on a CPU with its caches, of one after the other."""
+    if len(parts[0]) == 1:
+        return function(*(part[0] for part in parts))[None]
+    return by_platform(lambda: jax.lax.map(lambda one: function(*one), parts), lambda: jax.vmap(function)(*parts))
+
+
+def taken(rows: Rows | Quantized, indices: Int[AnyArray, " c"], group: int) -> Float[Array, "_ d"]:
+    """The rows (c * group, d) of the groups at indices (c,); quantized ones as floats."""
+    if isinstance(rows, Quantized):
+        scale = rows.scale.reshape(-1, group)[indices].reshape(-1, 1)
+        return unpack(groups_at(rows.codes, indices, group), rows.bits, rows.width) * scale
+    return groups_at(jnp.asarray(rows), indices, group)
+
+
+def groups_at(rows: Array, indices: Int[AnyArray, " c"], group: int) -> Array:
+    return rows.reshape(-1, group, rows.shape[1])[indices].reshape(-1, rows.shape[1])
+
+
+def row_nbytes(rows: Rows | Blocks | Quantized, width: int) -> int:
+    """Bytes of one row (of so many entries, whatever a block is filled up with)."""
+    return rows.nbytes // rows.shape[0] if isinstance(rows, Quantized) else width * rows.dtype.itemsize
+
+
+def chunks(values: AnyArray, size: int) -> AnyArray:
+    """values (c,) in pieces (_, size) of which the last is filled up with zeros."""
+    return jnp.pad(values, (0, -len(values) % size)).reshape(-1, size)
+
+
+def row_sums(weights: Float[AnyArray, "*b m"], rows: Rows | Quantized) -> Float[Array, "*b d"]:
+    """Sums, float32, of all rows (m, d) times their weights (*b, m)."""
+    if isinstance(rows, Quantized):
+        weights = weights * jnp.expand_dims(rows.scale, range(weights.ndim - 1))
+        rows = unpack(rows.codes, rows.bits, rows.width)
+    m, d = rows.shape
+    if math.prod(weights.shape[:-1]) > 1 or m % SPLIT:
+        return product(weights, rows)
+
+    def split() -> Float[Array, "*b d"]:
+        parts = product(weights.reshape(SPLIT, -1), rows.reshape(SPLIT, -1, d), "pm,pmd->pd")
+        return parts.sum(0).reshape(*weights.shape[:-1], d)
+
+    return by_platform(split, lambda: product(weights, rows))
+
+
+def row_sums_at(weights: Float[AnyArray, "b _"], rows: Rows | Quantized, indices: Indices, group: int = 1) -> Float[Array, "b d"]:
+    """Sums, float32, of the rows at indices (b, c) times their weights (b, c * group): only those rows are read."""
+    return each(lambda weights, indices: sums_among(weights[None], rows, indices, group)[0], weights, indices)
+
+
+def sums_among(
+    weights: Float[AnyArray, "b _"], rows: Rows | Quantized, indices: Int[AnyArray, " c"], group: int = 1
+) -> Float[Array, "b d"]:
+    """row_sums_at of the same indices (c,) for all weights (b, c * group): their rows are read once."""
+    weights = jnp.asarray(weights)
+
+    def whole() -> Float[Array, "b d"]:
+        return product(weights, taken(rows, indices, group))
+
+    def in_chunks() -> Float[Array, "b d"]:
+        places = chunks(indices, max(1, CHUNK // group))
+        shares = jnp.pad(weights, ((0, 0), (0, places.size * group - weights.shape[1])))
+        pieces = shares.reshape(len(weights), len(places), -1).swapaxes(0, 1)
+        sums = jax.lax.map(lambda part: product(part[0], taken(rows, part[1], group)), (pieces, places))
+        return sums.sum(0)  # adding within the loop, XLA fuses the product into the sum and takes three times as long
+
+    return whole() if len(weights) == 1 else by_platform(in_chunks, whole)
 
 
 @jax.tree_util.register_dataclass
@@ -323,31 +383,17 @@ class LowRank:
         return self.nbytes
 
     def scores(self, x: Queries) -> Float[Array, "b m"]:
-        return scores_of(self.factors, scores_of(self.projection, x))
+        return row_scores(row_scores(x, self.projection), self.factors)
 
     def scores_at(self, x: Queries, indices: Indices) -> Candidates:
-        projected = scores_of(self.projection, x)
-        if isinstance(self.factors, Quantized):
-            return self.factors.scores_at(projected, indices)
-        return row_scores_at(projected, self.factors, indices)
+        return row_scores_at(row_scores(x, self.projection), self.factors, indices)
 
 
 def quantized_product(x: Queries, estimator: Estimator) -> tuple[Float[AnyArray, "b _"], Quantized] | None:
     """The queries and the quantized rows whose product the estimator's scores are, or None where its rows are not quantized."""
     if isinstance(estimator, LowRank) and isinstance(estimator.factors, Quantized):
-        return scores_of(estimator.projection, x), estimator.factors
+        return row_scores(x, estimator.projection), estimator.factors
     return (x, estimator) if isinstance(estimator, Quantized) else None
-
-
-def scores_of(rows: Rows | Quantized, x: Queries) -> Float[Array, "b m"]:
-    """Score of every row, plain or quantized."""
-    return rows.scores(x) if isinstance(rows, Quantized) else row_scores(x, rows)
-
-
-def check_bits(bits: int) -> None:
-    """Raise ValueError unless bits is 4 or 8."""
-    if bits not in (4, 8):
-        raise ValueError(f"bits = {bits!r}: expected 4 or 8")
 
 
 def second_moment(queries: Queries | Iterable[Queries], width: int) -> np.ndarray:

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from hire.axes import AnyArray, Array, Float, Indices, Int, Queries, Rows
 from hire.estimators import (
     Estimator,
+    Quantized,
     by_form,
     check_form,
-    product,
+    row_nbytes,
     row_scores,
     row_scores_at,
     row_sums,
@@ -40,16 +41,17 @@ class HireFFN:
     layer is predicted from both. With `shared` the queries of a call are tokens that are alike (dynamic overlap): candidates are
     nominated once, from their `pooled` estimated scores, and read once in both matrices; each query keeps its own best among them.
     `form` is "plain" JAX, the TPU "kernel", which takes layers without gate and groups of 8 to 128, or "auto", that one on a TPU.
+    The matrices may be Quantized, too, in plain JAX.
 
     Raises ValueError when group_size does not divide f, when 0 <= common < k <= common + candidates <= groups does not hold, when
     shapes do not fit, for an estimator of other rows, for an up_estimator of a layer without gate, or for a kernel that does not
     take the layer.
     """
 
-    up: Rows
-    down: Rows
+    up: Rows | Quantized
+    down: Rows | Quantized
     estimator: Estimator
-    gate: Rows | None = None
+    gate: Rows | Quantized | None = None
     up_estimator: Estimator | None = None
     group_size: int = field(metadata=dict(static=True), default=8)
     k: int = field(metadata=dict(static=True), default=1)
@@ -59,7 +61,7 @@ class HireFFN:
     form: str = field(metadata=dict(static=True), default="auto")
 
     def __post_init__(self):
-        if not isinstance(self.up, AnyArray):  # jax also builds it around placeholders and shapes
+        if not isinstance(getattr(self.up, "codes", self.up), AnyArray):  # jax also builds it around placeholders and shapes
             return
         neurons, width = self.up.shape
         check_count("group_size", self.group_size, 1, neurons, "the number of neurons")
@@ -83,7 +85,8 @@ class HireFFN:
         for rows, copy in ((first, self.estimator), (self.up, self.up_estimator)):
             if copy is not None:
                 check_search(rows[self.common * self.group_size :], copy, 1, 1)
-                check_fitted(rows[self.common * self.group_size :], copy)
+                if not (self.common and isinstance(rows, Quantized)):  # which tell their rows as a whole
+                    check_fitted(rows[self.common * self.group_size :], copy)
 
     @jax.jit
     def __call__(self, x: Queries) -> Float[Array, "b d"]:
@@ -96,7 +99,7 @@ class HireFFN:
 
     @property
     def kernel_takes(self) -> bool:
-        return self.gate is None and group_kernel.takes(self.group_size)
+        return self.gate is None and not isinstance(self.up, Quantized) and group_kernel.takes(self.group_size)
 
     def estimated(self, x: Queries) -> Float[Array, "b m"]:
         """Estimated score of every group beyond the common path."""
@@ -123,7 +126,7 @@ class HireFFN:
         last = kth_score(estimated, self.k - self.common)
         return jnp.max(estimated / jnp.where(last > 0, last, 1.0), axis=-2)
 
-    def active(self, scores: Callable[[Rows], jax.Array]) -> Float[Array, "*b f"]:
+    def active(self, scores: Callable[[Rows | Quantized], jax.Array]) -> Float[Array, "*b f"]:
         """What the neurons pass on whose products with the queries `scores` takes from a matrix."""
         return activate(scores(self.up), None if self.gate is None else scores(self.gate))
 
@@ -174,7 +177,7 @@ class HireFFN:
         scores = jnp.full_like(scores, -1.0).at[rows, chosen].set(jnp.take_along_axis(scores, chosen, axis=1))
         split = self.common * self.group_size
         beyond = keep_groups(active[:, split:], scores, self.k - self.common)
-        return product(jnp.concatenate([active[:, :split], beyond], axis=1), self.down)
+        return row_sums(jnp.concatenate([active[:, :split], beyond], axis=1), self.down)
 
     @property
     def bytes_read(self) -> int:
@@ -182,7 +185,7 @@ class HireFFN:
         candidates, `down` of those kept (shared: of all candidates).
         """
         copies = sum(copy.bytes_read(self.candidates) for copy in (self.estimator, self.up_estimator) if copy is not None)
-        row = self.up.shape[1] * self.up.dtype.itemsize * self.group_size
+        row = row_nbytes(self.up, self.up.shape[1]) * self.group_size
         before = 1 if self.gate is None else 2
         last = self.candidates if self.shared else self.k - self.common
         return copies + row * ((before + 1) * self.common + before * self.candidates + last)

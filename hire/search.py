@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from hire.axes import Array, Blocks, Float, Indices, Queries, Rows, Scores
-from hire.estimators import Estimator, by_form, check_form, fingerprint, quantized_product, row_scores_at
+from hire.estimators import Estimator, Quantized, by_form, check_form, fingerprint, quantized_product, row_scores_at
 from hire.kernels import scores as score_kernel
 from hire.topk import TopK, best_winners, bucket_keys, bucket_winners, bucketed_indices, check_count, exact_top_k
 
@@ -65,7 +65,7 @@ def pool(scores: Float[Array, "b m"]) -> Float[Array, "b m"]:
 
 
 def high_recall_top_k(
-    x: Queries, rows: Rows | Blocks, estimator: Estimator, *, k: int, candidates: int, form: str = "auto"
+    x: Queries, rows: Rows | Blocks | Quantized, estimator: Estimator, *, k: int, candidates: int, form: str = "auto"
 ) -> TopK:
     """The k best rows (m, d) for each query (b, d), of the `candidates` (k') that the estimator puts first.
 
@@ -79,7 +79,7 @@ def high_recall_top_k(
     check_search(rows, estimator, k, candidates)
     check_queries(x, estimator)
     check_form(form)
-    if form == "kernel" and rows.ndim == 2:
+    if form == "kernel" and len(rows.shape) == 2:
         raise ValueError(f"form = 'kernel': expected rows in hire.kernels.rows.blocks, not {tuple(rows.shape)}")
     chosen = foremost(x, estimator, candidates, form)
     return best_of(chosen, row_scores_at(x, rows, chosen, form=form), k)
@@ -97,12 +97,12 @@ def best_of(chosen: Indices, exact: Float[Array, "b c"], k: int) -> TopK:
     return TopK(best.values, jnp.take_along_axis(chosen, best.indices, axis=-1))
 
 
-def check_search(rows: Rows | Blocks, estimator: Estimator, k: int, candidates: int) -> None:
+def check_search(rows: Rows | Blocks | Quantized, estimator: Estimator, k: int, candidates: int) -> None:
     """Raise ValueError unless the estimator is of rows of this shape and 1 <= k <= candidates <= m."""
-    if rows.ndim not in (2, 3):
+    if len(rows.shape) not in (2, 3):
         raise ValueError(f"rows of shape {rows.shape}: expected (m, d), or hire.kernels.rows.blocks of them")
     width = math.prod(rows.shape[1:])
-    if rows.ndim == 3:  # blocks are filled up
+    if len(rows.shape) == 3:  # blocks are filled up
         width = min(width, estimator.shape[1])
     if tuple(estimator.shape) != (rows.shape[0], width):
         raise ValueError(f"estimator of rows {tuple(estimator.shape)}: expected {tuple(rows.shape)}, as the rows are")
@@ -110,10 +110,13 @@ def check_search(rows: Rows | Blocks, estimator: Estimator, k: int, candidates: 
     check_count("candidates", candidates, k, rows.shape[0], "from k to the number of rows")
 
 
-def check_fitted(rows: Rows | Blocks, estimator: Estimator) -> None:
+def check_fitted(rows: Rows | Blocks | Quantized, estimator: Estimator) -> None:
     """Raise ValueError when the estimator was fitted to other rows of that shape. Reads all rows; inside jax.jit it cannot tell."""
     known = estimator.fingerprint
-    if isinstance(rows, Tracer) or isinstance(known, Tracer):
+    own = rows.fingerprint if isinstance(rows, Quantized) else rows
+    if isinstance(own, Tracer) or isinstance(known, Tracer):
         return
-    if fingerprint(rows.reshape(len(rows), -1)[:, : estimator.shape[1]]) != known:
+    if not isinstance(rows, Quantized):
+        own = fingerprint(rows.reshape(len(rows), -1)[:, : estimator.shape[1]])
+    if own != known:
         raise ValueError(f"estimator of other rows {tuple(rows.shape)}: expected one fitted to these; fit it again")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hire.axes import AnyArray, Array, Blocks, Float, Int, Queries, Rows
-from hire.estimators import Estimator, check_form, row_scores_at
+from hire.estimators import Estimator, Quantized, check_form, row_nbytes, row_scores_at
 from hire.search import best_of, check_fitted, check_queries, check_search, high_recall_top_k, nominate
 from hire.topk import TopK
 
@@ -28,6 +28,8 @@ class Words(NamedTuple):
 class HireSoftmax:
     """Top-k logits of the words whose embeddings are `rows` (v, d), tied or not: the rows are held, never copied.
 
+    Rows may also be Quantized ones: "exact" then means the logits that those give.
+
     On a TPU give them in hire.kernels.rows.blocks and quantize the copy, for its kernels; `form` as in `high_recall_top_k`.
 
     `softmax(hidden)` maps hidden states (b, d) to the values and indices (b, k) of the k best words. It is compiled
@@ -36,14 +38,14 @@ class HireSoftmax:
     of other rows.
     """
 
-    rows: Rows | Blocks
+    rows: Rows | Blocks | Quantized
     estimator: Estimator
     k: int = field(metadata=dict(static=True))
     candidates: int = field(metadata=dict(static=True))
     form: str = field(metadata=dict(static=True), default="auto")
 
     def __post_init__(self):
-        if isinstance(self.rows, AnyArray):  # jax also builds it around placeholders and shapes
+        if isinstance(getattr(self.rows, "codes", self.rows), AnyArray):  # jax also builds it around placeholders and shapes
             check_search(self.rows, self.estimator, self.k, self.candidates)
             check_fitted(self.rows, self.estimator)
             check_form(self.form)
@@ -87,7 +89,7 @@ class HireSoftmax:
     @property
     def bytes_read(self) -> int:
         """Bytes of weights that one query reads: the estimator and the candidates' exact rows."""
-        return self.estimator.bytes_read(self.candidates) + self.candidates * self.estimator.shape[1] * self.rows.dtype.itemsize
+        return self.estimator.bytes_read(self.candidates) + self.candidates * row_nbytes(self.rows, self.estimator.shape[1])
 
 
 def log_ratio(exact: Float[Array, "b c"], guessed: Float[Array, "b c"]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:

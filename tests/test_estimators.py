@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hire
-from hire.estimators import row_sums, unpack
+from hire.estimators import layer_scores, row_scores, row_sums, unpack
 
 
 def correlated(rng, m=400, d=24, n=500):
@@ -26,6 +26,27 @@ def test_quantized_by_hand():
     assert four.scores(jnp.asarray([[1.0, 1.0, 1.0]])).tolist() == [[5.0, 0.0]]
     eight = hire.Quantized.fit(rows, 8)  # steps of 7 / 127: -3.4 is 61.7 of them, 0.6 is 10.9
     assert eight.codes.tolist() == [[127, -62, 11], [0, 0, 0]]
+
+
+@settings(max_examples=12)
+@given(
+    st.sampled_from([300, 192, 4096, 2**17]),
+    st.sampled_from([6, 9]),
+    st.sampled_from([1, 2, 16, 17]),
+    st.sampled_from([None, 4, 8]),
+)
+def test_every_form_of_the_scores_is_the_product(m, d, b, bits):
+    """In pieces (192 and more rows) or at once (300), of floats and of codes."""
+    rng = np.random.default_rng(m + b)
+    rows, x = (jnp.asarray(rng.normal(size=(n, d)), jnp.float32) for n in (m, b))
+    if bits is None:
+        found, expected = [row_scores(x, rows), layer_scores(x, rows)], np.asarray(x) @ np.asarray(rows).T
+    else:
+        copy = hire.Quantized.fit(rows, bits)
+        found = [copy.scores(x)]
+        expected = np.asarray(x) @ (np.asarray(unpack(copy.codes, bits, d)) * np.asarray(copy.scale)[:, None]).T
+    for scores in found:
+        np.testing.assert_allclose(scores, expected, atol=1e-4)
 
 
 def test_bytes_by_hand():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hire
@@ -121,6 +121,34 @@ def test_the_common_path_is_always_in(rng):
     active = jax.nn.relu(x @ up.T)
     others = keep_groups(active[:, 8:], hire.group_scores(active[:, 8:], 4), 1)
     np.testing.assert_allclose(ffn(x), active[:, :8] @ down[:8] + others @ down[8:], atol=1e-4)
+
+
+@settings(max_examples=8)
+@given(**shapes, shared=st.booleans(), common=st.booleans(), bits=st.sampled_from([4, 8]))
+def test_quantized_matrices_are_the_floats_that_they_stand_for(b, groups, group_size, gated, share, seed, shared, common, bits):
+    rng = np.random.default_rng(seed)
+    parts = layer(rng, groups, group_size, 6, gated)
+    x, k = jnp.asarray(rng.normal(size=(b, 6)), jnp.float32), max(1, int(share * groups))
+    small = [part if part is None else hire.Quantized.fit(part, bits) for part in parts]
+    floats = [None if part is None else jnp.asarray(by_hand_unpacked(part)) for part in small]
+    first = int(common and k > 1)
+    how = dict(group_size=group_size, k=k, candidates=groups - first, common=first, shared=shared)
+    found, expected = (
+        hire.HireFFN(up, down, hire.Quantized.fit((up_rows if gate is None else gate_rows)[first * group_size :], 8), gate, **how)
+        for (up, down, gate), (up_rows, _, gate_rows) in ((small, parts), (floats, floats))
+    )
+    np.testing.assert_allclose(found(x), expected(x), atol=2e-3)
+    np.testing.assert_allclose(found.masked(x, b), expected.masked(x, b), atol=2e-3)
+    assert found.bytes_read < expected.bytes_read
+
+
+def by_hand_unpacked(rows):
+    """The float rows of a Quantized, in numpy: two's complement of 8 bits, or of 4 bits with column j beside column j + half."""
+    codes = np.asarray(rows.codes).astype(np.int64)
+    if rows.bits == 4:
+        codes = np.concatenate([codes & 15, codes >> 4], axis=1)
+        codes = np.where(codes > 7, codes - 16, codes)[:, : rows.width]
+    return (codes * np.asarray(rows.scale, np.float64)[:, None]).astype(np.float32)
 
 
 def test_bytes_by_hand(rng):

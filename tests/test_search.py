@@ -53,6 +53,19 @@ def test_every_row_a_candidate_is_the_exact_top_k(rng):
     assert (top.indices == hire.exact_top_k(queries @ rows.T, 8).indices).all()
 
 
+@pytest.mark.parametrize("b", [1, 5])
+def test_rows_in_int8_are_searched_as_the_floats_that_they_stand_for(rng, b):
+    rows, queries = problem(rng, n=b)
+    copy, small = hire.LowRank.fit(rows, 12, bits=8), hire.Quantized.fit(rows, 8)
+    softmax = hire.HireSoftmax(small, copy, k=4, candidates=300)  # a copy of the rows before they were rounded
+    floats = np.asarray(small.codes, np.float32) * np.asarray(small.scale)[:, None]
+    expected = hire.HireSoftmax(floats, hire.LowRank.fit(floats, 12, bits=8), k=4, candidates=300)
+    np.testing.assert_allclose(softmax(queries).values, expected(queries).values, rtol=1e-4)
+    assert softmax.bytes_read == copy.nbytes + 300 * (16 + 4)
+    with pytest.raises(ValueError, match="estimator of other rows"):
+        hire.HireSoftmax(hire.Quantized.fit(rows + 1, 8), copy, k=4, candidates=300)
+
+
 def test_softmax_is_a_pytree_that_holds_the_rows_once(unchecked, rng):
     rows, queries = problem(rng)
     softmax = hire.HireSoftmax(rows, hire.LowRank.fit(rows, 8, bits=8), k=4, candidates=64)

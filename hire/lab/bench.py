@@ -131,7 +131,7 @@ def through(layer: Callable, layers: Sequence) -> Callable:
 
 def dense_ffns(layers: Sequence[HireFFN]) -> dict[str, Callable]:
     """The same ReLU layers dense: every form for both products, over `down` turned to (d, f); and the fastest with it as it is."""
-    turned = [(layer.up, layer.down.T.copy()) for layer in layers]
+    turned = [(layer.up, jnp.asarray(layer.down).T.copy()) for layer in layers]
     kept = [(layer.up, layer.down) for layer in layers]
 
     def form(scores: Callable, add: Callable, layers: Sequence) -> Callable:

@@ -113,21 +113,28 @@ def quality_speed(axis: Axes, lines: dict[str, dict[str, tuple[float, float]]], 
 
 
 def latency_lines(
-    axis: Axes, batches: Sequence[int], lines: dict[str, Sequence[float]], colors: dict, *, hollow: Sequence[str] = (), **titles
+    axis: Axes,
+    batches: Sequence[int],
+    lines: dict[str, Sequence[float]],
+    colors: dict,
+    *,
+    hollow: Sequence[str] = (),
+    unit: str = "ms",
+    **titles,
 ) -> None:
-    """Seconds over batches (doubling), shown in milliseconds, a line each, both axes logarithmic; hollow those whose quality is
+    """Seconds over batches (doubling), shown in "ms" or "us", a line each, both axes logarithmic; hollow those whose quality is
     transferred from another model.
     """
     for name, values in lines.items():
         line, fill = ("o--", "white") if name in hollow else ("o-", colors[name])
-        axis.plot(batches, np.multiply(values, 1e3), line, ms=4, color=colors[name], mfc=fill, label=name)
+        axis.plot(batches, np.multiply(values, dict(ms=1e3, us=1e6)[unit]), line, ms=4, color=colors[name], mfc=fill, label=name)
     batch_axes(axis, batches)
-    axis.set(ylabel="ms, median", **titles)
+    axis.set(**dict(ylabel=f"{unit}, median") | titles)
     axis.legend(frameon=False, fontsize=9)
 
 
 def batch_axes(axis: Axes, batches: Sequence[int]) -> None:
-    """Both axes in doublings, marked with plain numbers: batches below, milliseconds beside."""
+    """Both axes in doublings, marked with plain numbers: batches below, times beside."""
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hire.axes import Array, Float, Queries, Rows
-from hire.estimators import row_scores
+from hire.estimators import layer_scores, row_scores
 from hire.topk import exact_top_k
 
 
@@ -47,11 +47,12 @@ def padded(rows: Rows, x: Queries) -> Float[Array, "b m"]:
     return (jnp.pad(x, ((0, -len(x) % 16), (0, 0))) @ rows.T)[: len(x)]
 
 
-# Every row's score for queries (b, d), in four forms: the fastest of them is what HiRE is compared with.
+# Every row's score for queries (b, d), in five forms: the fastest of them is what HiRE is compared with.
 DENSE: dict[str, Callable] = {
     "dense x @ W.T": lambda rows, x: x @ rows.T,
     "dense W @ x": lambda rows, x: (rows @ x[0])[None] if len(x) == 1 else (rows @ x.T).T,
     "dense multiply-reduce": lambda rows, x: jnp.sum(rows * x, 1)[None] if len(x) == 1 else row_scores(x, rows),
+    "dense in pieces": lambda rows, x: layer_scores(x, rows),
     "dense padded to 16": padded,
 }
 

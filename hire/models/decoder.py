@@ -15,7 +15,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from hire.axes import AnyArray, Array, Bool, Float, Hidden, Int, Rows, Tokens
-from hire.estimators import Estimator, product, row_scores, row_sums
+from hire.estimators import Estimator, layer_scores, product, row_scores, row_sums
 from hire.ffn import activate
 from hire.models.config import DecoderConfig
 from hire.softmax import HireSoftmax
@@ -75,7 +75,7 @@ def matrix(rngs: nnx.Rngs, rows: int, columns: int, fan_in: int, dtype) -> nnx.P
 
 def linear(x: Float[Array, "*b d"], weight: nnx.Param) -> Float[Array, "*b f"]:
     """x with every row of a weight (f, d)."""
-    return product(x, weight[...].T).astype(x.dtype)
+    return layer_scores(x.reshape(-1, x.shape[-1]), weight[...]).reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
 def mix(shares: Float[Array, "*b f"], weight: nnx.Param) -> Float[Array, "*b d"]:
