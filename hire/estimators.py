@@ -55,6 +55,7 @@ class Estimator(Protocol):
 THIN = 16  # queries up to which a CPU reads the rows once by multiply-and-reduce; beyond it XLA's matrix product is faster
 SPLIT = 16  # parts in which a CPU sums rows for one query: faster than one product, into which XLA also fuses what made the weights
 PIECE = 2**19  # entries that a CPU multiplies with several queries at a time, so that they stay in cache: 2 MB
+FEW = 4  # queries up to which a CPU takes one after the other outside a loop, on all cores
 CHUNK = 512  # rows gathered at a time for several queries on a CPU: they stay in cache between the gather and the product
 
 
@@ -175,15 +176,17 @@ class Quantized:
         return self.nbytes
 
     def scores(self, x: Queries) -> Float[Array, "b m"]:
-        x, d = x.astype(jnp.float32), self.width
+        x, (b, d) = x.astype(jnp.float32), (len(x), self.width)
 
-        def whole() -> Float[Array, "b m"]:
-            return row_scores(x, unpack(self.codes, self.bits, d)) * self.scale[None]
+        def whole(x: Queries) -> Float[Array, "_ m"]:
+            return row_scores(x, unpack(self.codes, self.bits, d))
 
         def parts() -> Float[Array, "b m"]:
-            return in_pieces(x, self.codes, lambda codes: unpack(codes, self.bits, d)) * self.scale[None]
+            if b > FEW:
+                return in_pieces(x, self.codes, lambda codes: unpack(codes, self.bits, d))
+            return jnp.concatenate([whole(x[i : i + 1]) for i in range(b)])  # for one query XLA turns codes into floats as it reads
 
-        return by_platform(parts, whole) if len(x) > 1 else whole()
+        return (by_platform(parts, lambda: whole(x)) if b > 1 else whole(x)) * self.scale[None]
 
     def scores_at(self, x: Queries, indices: Indices) -> Candidates:
         return row_scores_at(x, self, indices)
@@ -207,8 +210,10 @@ def row_scores(x: Queries, rows: Rows | Quantized) -> Float[Array, "b m"]:
     return by_platform(reduce, dot) if 1 < len(x) <= THIN else dot()
 
 
-def layer_scores(x: Queries, rows: Rows) -> Float[Array, "b m"]:
+def layer_scores(x: Queries, rows: Rows | Quantized) -> Float[Array, "b m"]:
     """row_scores in the form that is fastest on a CPU for rows of a layer, which are fewer than those of a softmax."""
+    if isinstance(rows, Quantized):
+        return rows.scores(x)
     x = x.astype(rows.dtype)
     return by_platform(lambda: in_pieces(x, rows), lambda: product(x, rows.T)) if 1 < len(x) <= THIN else product(x, rows.T)
 
@@ -256,9 +261,15 @@ def scores_among(x: Queries, rows: Rows | Quantized, indices: Int[AnyArray, " c"
 
 def each(function: Callable, *parts: AnyArray) -> Array:
     """A function of every query's part of arrays (b, …): of all at once or, on a CPU with its caches, of one after the other."""
-    if len(parts[0]) == 1:
-        return function(*(part[0] for part in parts))[None]
-    return by_platform(lambda: jax.lax.map(lambda one: function(*one), parts), lambda: jax.vmap(function)(*parts))
+    b = len(parts[0])
+
+    def one_by_one() -> Array:
+        return jax.lax.map(lambda one: function(*one), parts) if b > FEW else unrolled()
+
+    def unrolled() -> Array:
+        return jnp.stack([function(*(part[i] for part in parts)) for i in range(b)])
+
+    return unrolled() if b == 1 else by_platform(one_by_one, lambda: jax.vmap(function)(*parts))
 
 
 def taken(rows: Rows | Quantized, indices: Int[AnyArray, " c"], group: int) -> Float[Array, "_ d"]:
@@ -318,7 +329,9 @@ def sums_among(
         shares = jnp.pad(weights, ((0, 0), (0, places.size * group - weights.shape[1])))
         pieces = shares.reshape(len(weights), len(places), -1).swapaxes(0, 1)
         sums = jax.lax.map(lambda part: product(part[0], taken(rows, part[1], group)), (pieces, places))
-        return sums.sum(0)  # adding within the loop, XLA fuses the product into the sum and takes three times as long
+        return sums.sum(0)[
+            : len(weights)
+        ]  # adding within the loop, XLA fuses the product into the sum and takes three times as long
 
     return whole() if len(weights) == 1 else by_platform(in_chunks, whole)
 

@@ -12,8 +12,8 @@ from hire.estimators import (
     Quantized,
     by_form,
     check_form,
+    layer_scores,
     row_nbytes,
-    row_scores,
     row_scores_at,
     row_sums,
     row_sums_at,
@@ -159,14 +159,14 @@ class HireFFN:
         if not self.common:
             return jnp.zeros((len(x), self.down.shape[1]), jnp.float32)
         first = slice(self.common * self.group_size)
-        return row_sums(self.active(lambda rows: row_scores(x, rows[first])), self.down[first])
+        return row_sums(self.active(lambda rows: layer_scores(x, rows[first])), self.down[first])
 
     def masked(self, x: Queries, together: int = 1) -> Float[Array, "b d"]:
         """The same output from all neurons, the unread ones set to 0: the reference, and the faster way for many queries at once.
 
         With `shared`, every `together` queries are one call.
         """
-        active = self.active(lambda rows: row_scores(x, rows))
+        active = self.active(lambda rows: layer_scores(x, rows))
         scores = group_scores(active, self.group_size)[:, self.common :]
         estimated = self.estimated(x)
         if self.shared:
@@ -184,11 +184,15 @@ class HireFFN:
         """Bytes of weights that one call for one query reads, or a shared one for all: the estimators, the common path, the
         candidates, `down` of those kept (shared: of all candidates).
         """
+        return self.bytes_for(1)
+
+    def bytes_for(self, queries: int) -> int:
+        """Bytes that a call for so many reads: the candidates are each query's own, unless they are shared."""
         copies = sum(copy.bytes_read(self.candidates) for copy in (self.estimator, self.up_estimator) if copy is not None)
         row = row_nbytes(self.up, self.up.shape[1]) * self.group_size
         before = 1 if self.gate is None else 2
-        last = self.candidates if self.shared else self.k - self.common
-        return copies + row * ((before + 1) * self.common + before * self.candidates + last)
+        own = before * self.candidates + (self.candidates if self.shared else self.k - self.common)
+        return copies + row * ((before + 1) * self.common + (1 if self.shared else queries) * own)
 
 
 def common_first(usage: Float[AnyArray, " m"], group_size: int) -> Int[Array, " f"]:

@@ -89,7 +89,12 @@ class HireSoftmax:
     @property
     def bytes_read(self) -> int:
         """Bytes of weights that one query reads: the estimator and the candidates' exact rows."""
-        return self.estimator.bytes_read(self.candidates) + self.candidates * row_nbytes(self.rows, self.estimator.shape[1])
+        return self.bytes_for(1)
+
+    def bytes_for(self, queries: int) -> int:
+        """Bytes that so many read together, which share the estimator."""
+        exact = self.candidates * row_nbytes(self.rows, self.estimator.shape[1])
+        return self.estimator.bytes_read(self.candidates) + queries * exact
 
 
 def log_ratio(exact: Float[Array, "b c"], guessed: Float[Array, "b c"]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:

@@ -83,11 +83,13 @@ def test_a_step_is_timed_whole_and_in_parts():
     subject = load_text_model("tiny")
     steps = decode.StepForms(subject.model, 32)
     hidden = np.ones((1, 64), np.float32)
-    logits = steps.part(decode.softmax)(hidden)
-    np.testing.assert_allclose(logits, subject.model.logits(hidden), atol=1e-5)
+    best, logits = steps.part(decode.softmax)(hidden), np.asarray(subject.model.logits(hidden))
+    assert best.indices.tolist() == [[logits.argmax()]]
+    np.testing.assert_allclose(best.values, [[logits.max()]], rtol=1e-5)
     durations = steps.over_batches([1, 3], [hidden, hidden], 2)
     assert [len(seconds) for seconds in durations.values()] == [2, 2]
-    assert steps.whole(3)(hidden).indices.shape == (3, 1)
+    top = steps.whole(3)(hidden)
+    assert top.indices.shape == (3, 1) and len(set(top.values[:, 0].tolist())) == 3  # each text goes on with a word of its own
 
 
 def test_forms_are_timed_in_turn_each_with_a_new_query():

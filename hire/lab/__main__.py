@@ -76,7 +76,7 @@ def run(chosen: argparse.Namespace) -> int:
     elif chosen.command == "v5e":
         from hire.lab import programs, published
 
-        programs.estimate_all(published.programs() | programs.headline())
+        programs.estimate_all(published.programs() | programs.headline() | programs.steps())
     elif chosen.command == "size":
         from hire.lab.budgets import size
 

@@ -1,6 +1,7 @@
 """One decode step taken apart: the whole of it and its parts as forms to be timed, over batches."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from hire.models.generation import Split, prefill, step
 
 
 def softmax(model: Decoder, x, cache: Cache):
-    return model.logits(x)
+    return model.best(x, 1)
 
 
 def ffn(model: Decoder, x, cache: Cache):
@@ -35,9 +36,11 @@ class StepForms:
 
     def __init__(self, model: Decoder, slots: int, k: int = 1):
         self.model = Split.of(model)
-        self.k = k
-        words = np.random.default_rng(0).integers(3, model.config.vocabulary, (1, slots // 2))
-        self.held = prefill(self.model, jnp.asarray(words, jnp.int32), slots, k)[1]
+        self.k, self.words = k, model.config.vocabulary
+        words = np.random.default_rng(0).integers(
+            3, self.words, (1, min(slots // 2, 256))
+        )  # what follows them is empty, and read too
+        self.held = replace(prefill(self.model, jnp.asarray(words, jnp.int32), slots, k)[1], length=slots // 2)
 
     def part(self, function: Callable) -> Callable:
         """softmax, ffn or attention alone, with the model's own weights."""
@@ -45,13 +48,17 @@ class StepForms:
         return lambda x: compiled(self.model, x, self.held)
 
     def whole(self, batch: int = 1) -> Callable:
-        """The step itself, for a batch of the same text; each call writes a word into a cache of its own."""
+        """The step itself, for a batch of texts that were the same until now and go on with different words.
+
+        Each call writes into a cache of its own.
+        """
+        apart = 7919 * np.arange(batch)  # a prime: words all over the vocabulary, or a search would read the same rows for all
         cache = jax.tree.map(lambda part: jnp.repeat(part, batch, 0) if jnp.ndim(part) else part, self.held)
 
         def form(x):
             nonlocal cache
-            word = np.full((batch,), 3 + np.argmax(x) % 99, np.int32)
-            top, cache = step(self.model, word, cache, self.k)
+            words = 3 + (np.argmax(x) + apart) % (self.words - 3)
+            top, cache = step(self.model, words.astype(np.int32), cache, self.k)
             return top
 
         return form

@@ -23,7 +23,8 @@ from hire.kernels import rows as row_kernel
 from hire.kernels import scores as score_kernel
 from hire.lab import records, schedules, timing, tpu
 from hire.lab.paths import RECORDS
-from hire.models import Decoder, DecoderConfig
+from hire.lab.sparsity import searched
+from hire.models import Decoder, DecoderConfig, convert, preset
 from hire.models.generation import Split, compiled_prefill, compiled_step
 from hire.topk import at_most, exact_top_k
 
@@ -144,9 +145,36 @@ def ffns(width: int, b: int) -> dict[str, Program]:
     return found
 
 
-def decode_step(config: DecoderConfig, batch: int, slots: int) -> Program:
-    """One token of each text through the whole dense decoder in bfloat16, to its best word; x is (token, cache)."""
-    arrays, whole = skeleton(lambda: Split.of(Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
+STEPS = {"dense": (False, 0.0, False), "softmax": (True, 0.0, False), "FFN": (False, 0.1, False), "both": (True, 0.1, False)}
+STEPS["both shared"] = (True, 0.3, True)  # whether the softmax is searched, candidates of the FFN that keeps 5 %, whether shared
+
+
+def decode_step(config: DecoderConfig, batch: int, slots: int, parts: tuple[bool, float, bool] = STEPS["dense"]) -> Program:
+    """One token of each text through the whole decoder in bfloat16, dense or searched, to its best word; x is (token, cache)."""
+    by_search, candidates, shared = parts
+    unread = []  # bytes of weights that a step leaves alone
+
+    def make() -> Split:
+        model = Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+        softmax, ffns, (neurons, width) = None, None, (config.ffn_width, config.width)
+        if by_search:
+            rows = row_kernel.blocks(model.embedding[...])
+            model.embedding = nnx.Param(rows)
+            softmax = HireSoftmax(rows, COPIES["LR int8"](config.vocabulary, width, RANK), k=KEPT, candidates=CANDIDATES)
+            unread.append(rows.nbytes + softmax.estimator.nbytes - softmax.bytes_for(batch))
+        if candidates:
+            ffns = searched(
+                model,
+                lambda *_: low_rank(neurons, width, width // 4, 8),
+                kept=0.05,
+                candidates=candidates,
+                shared=shared,
+                group_size=8,
+            )
+            unread.extend(2 * ffn.up.nbytes + ffn.estimator.nbytes - ffn.bytes_for(batch) for ffn in ffns)
+        return Split.of(convert(model, softmax=softmax, ffn=ffns))
+
+    arrays, whole = skeleton(make)
     prompt = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
     forms = []
 
@@ -161,7 +189,13 @@ def decode_step(config: DecoderConfig, batch: int, slots: int) -> Program:
         return compiled_step(whole(arrays), x[0], forms[0].unflatten(x[1]), 1)
 
     token = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    return Program(function, arrays, (token, cache), nbytes(arrays) + nbytes(cache), donated=(1,))
+    return Program(function, arrays, (token, cache), nbytes(arrays) + nbytes(cache) - sum(unread), donated=(1,))
+
+
+def steps() -> dict[str, Program]:
+    """Whole decode steps of the 1B shape at a cache of 512."""
+    names = [(name, b) for b in (1, 8) for name in STEPS if b > 1 or not STEPS[name][2]]
+    return {f"step paper_1b, {name}, b {b}": decode_step(preset("paper_1b"), b, 512, STEPS[name]) for name, b in names}
 
 
 KERNEL_TARGETS = {"rows": 1.5, "scores int8": 1.5, "scores int4": 2.0, "groups": 1.5}  # over the HBM time of what each must read

@@ -84,6 +84,16 @@ def group_recall(ffn: hire.HireFFN, x: Queries, candidates: Sequence[int]) -> li
     return [float(np.mean(depth < count)) for count in candidates]
 
 
+def most_used_first(model: Decoder, usage: np.ndarray) -> Decoder:
+    """The same model with the neurons of every layer in another order: the most used groups, by `usage` (layers, m), come first."""
+    ordered = nnx.merge(*nnx.split(model))
+    for ffn, used in zip(layers_of(ordered), usage, strict=True):
+        order = common_first(jnp.asarray(used), ffn.group_size)
+        for name in ("up", "down") if ffn.gate is None else ("up", "down", "gate"):
+            setattr(ffn, name, nnx.Param(getattr(ffn, name)[...][order]))
+    return ordered
+
+
 def searched(
     model: Decoder,
     copy: Callable[[int, Rows], Estimator],
@@ -93,25 +103,20 @@ def searched(
     common: float = 0.0,
     shared: bool = False,
     group_size: int | None = None,
-    usage: np.ndarray | None = None,
     up_copy: Callable[[int, Rows], Estimator] | None = None,
 ) -> list[hire.HireFFN]:
-    """The search of every layer of a model: kept, candidates and common path as shares of its groups.
+    """The search of every layer of a model: kept, candidates and common path (its first groups) as shares of the groups.
 
-    The most used groups, by `usage` (layers, m), come first. `copy(layer, rows)` makes the estimator of the neurons beyond the
-    common path, of the gate where there is one; `up_copy` another one of `up`.
+    `copy(layer, rows)` makes the estimator of the neurons beyond the common path, of the gate where there is one; `up_copy` another
+    one of `up`.
     """
     layers = []
     for layer, ffn in enumerate(layers_of(model)):
         size = group_size or ffn.group_size
-        groups = ffn.up.shape[0] // size
-        order = common_first(jnp.zeros(groups) if usage is None else jnp.asarray(usage[layer]), size)
-        up, down = ffn.up[...][order], ffn.down[...][order]
-        gate = None if ffn.gate is None else ffn.gate[...][order]
-        k, first, count = (at_most(share, groups) for share in (kept, common, candidates))
+        up, down, gate = ffn.up[...], ffn.down[...], None if ffn.gate is None else ffn.gate[...]
+        k, first, count = (at_most(share, len(up) // size) for share in (kept, common, candidates))
         beyond = slice(first * size, None)
-        estimator = copy(layer, (up if gate is None else gate)[beyond])
-        copies = estimator, gate, None if up_copy is None else up_copy(layer, up[beyond])
+        copies = copy(layer, (up if gate is None else gate)[beyond]), gate, None if up_copy is None else up_copy(layer, up[beyond])
         layers.append(hire.HireFFN(up, down, *copies, group_size=size, k=k, candidates=count, common=first, shared=shared))
     return layers
 
@@ -161,11 +166,11 @@ class Studied:
     """A trained sparse model with what its layers are given: by windows (w, t) that copies are fitted to, and by others."""
 
     def __init__(self, subject: TextModel, fitted_to: np.ndarray, judged_on: np.ndarray, texts: Sequence[Document]):
-        self.subject, self.model, self.texts = subject, subject.model, texts
+        self.model = most_used_first(subject.model, sets_kept(subject.model, fitted_to).mean((1, 2)))
+        self.subject, self.texts = replace(subject, model=self.model), texts
         self.fitted_to, self.unseen = (
             [x.reshape(-1, x.shape[-1]) for x in ffn_inputs(self.model, windows)] for windows in (fitted_to, judged_on)
         )
-        self.usage = sets_kept(self.model, fitted_to).mean((1, 2))
         self.own = score_documents(subject, texts)
 
     @classmethod
@@ -182,7 +187,7 @@ class Studied:
 
     def searched(self, copy: Callable[[int, Rows], Estimator], candidates: float, **settings) -> list[hire.HireFFN]:
         """Its layers, searched for as many groups as it was trained to keep."""
-        return searched(self.model, copy, kept=self.model.config.kept, candidates=candidates, usage=self.usage, **settings)
+        return searched(self.model, copy, kept=self.model.config.kept, candidates=candidates, **settings)
 
     def curve(self, copy: Callable[[int, Rows], Estimator], candidates: Sequence[float]) -> dict[str, list[float]]:
         """At so many candidates (shares of all groups): the share of the groups kept that are among them, mean of the layers, and

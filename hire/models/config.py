@@ -88,6 +88,10 @@ PRESETS = {
     "paper_1b": DecoderConfig(
         vocabulary=262144, width=1536, layers=25, heads=6, kv_heads=1, head_width=256, ffn_width=6144, gated=False
     ),
+    # Half of it: the same layers, half of them, under half of the words.
+    "paper_half": DecoderConfig(
+        vocabulary=131072, width=1536, layers=12, heads=6, kv_heads=1, head_width=256, ffn_width=6144, gated=False
+    ),
     # Our choice: small enough to be trained on two cores, with 256 groups of 8 neurons a layer.
     "small": DecoderConfig(
         vocabulary=4096,

@@ -6,6 +6,7 @@ from dataclasses import replace
 from flax import nnx
 
 from hire.axes import Array, Float
+from hire.estimators import Quantized
 from hire.ffn import HireFFN
 from hire.models.decoder import Decoder, TiedSoftmax
 from hire.softmax import HireSoftmax
@@ -38,7 +39,8 @@ def convert(
     converted.softmax = None
     if softmax is not None:
         replace(softmax, rows=model.embedding[...])  # refuses an estimator of other rows
-        converted.softmax = nnx.data(TiedSoftmax(softmax.estimator, softmax.k, softmax.candidates))
+        own = softmax.rows if isinstance(softmax.rows, Quantized) else None
+        converted.softmax = nnx.data(TiedSoftmax(softmax.estimator, own, softmax.k, softmax.candidates))
     if ffn is not None:
         widths = [part.up.shape[1] for part in ffn]
         if widths != [model.config.width] * model.config.layers:

@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from hire.axes import AnyArray, Array, Bool, Float, Hidden, Int, Rows, Tokens
-from hire.estimators import Estimator, layer_scores, product, row_scores, row_sums
+from hire.axes import AnyArray, Array, Blocks, Bool, Float, Hidden, Int, Rows, Tokens
+from hire.estimators import Estimator, Quantized, layer_scores, product, row_scores, row_sums
 from hire.ffn import activate
 from hire.models.config import DecoderConfig
 from hire.softmax import HireSoftmax
@@ -29,14 +29,18 @@ KeysOrValues = Float[Array, "b s n e"]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class TiedSoftmax:
-    """A HireSoftmax less its rows, which the model lends at every call: its embedding stays the one copy of them."""
+    """A HireSoftmax less its rows, which the model lends at every call: its embedding stays the one copy of them.
+
+    Quantized rows are its own.
+    """
 
     estimator: Estimator
+    rows: Quantized | None
     k: int = field(metadata=dict(static=True))
     candidates: int = field(metadata=dict(static=True))
 
-    def over(self, rows: Rows) -> HireSoftmax:
-        return HireSoftmax(rows, self.estimator, self.k, self.candidates)
+    def over(self, rows: Rows | Blocks) -> HireSoftmax:
+        return HireSoftmax(rows if self.rows is None else self.rows, self.estimator, self.k, self.candidates)
 
 
 @jax.tree_util.register_dataclass
@@ -242,7 +246,7 @@ class Decoder(nnx.Module):
         self.softmax: TiedSoftmax | None = None  # of hire.convert: searches the embedding instead of reading all of it
 
     def embed(self, tokens: Int[AnyArray, "*b"]) -> Float[Array, "*b d"]:
-        rows = self.embedding[...][tokens]
+        rows = self.embedding[...][tokens].reshape(*tokens.shape, -1)[..., : self.config.width]  # of a matrix, or of blocks of rows
         return rows * jnp.asarray(self.config.width**0.5, rows.dtype)
 
     def prefill(self, tokens: Tokens, slots: int | None = None) -> tuple[Hidden, Cache]:

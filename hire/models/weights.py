@@ -83,6 +83,7 @@ def load_gemma(name: str = "gemma3_270m", source: str | Path | None = None, *, d
     where there are no weights, MemoryError where there is too little memory, all before anything large is built.
     """
     config = preset(name)
+    # The arrays of a file and those of the model are held at once.
     require_memory(name, sum(config.parameters().values()) * (4 + jnp.dtype(dtype).itemsize))
     path = Path(source) if source else find_weights(name)
     if not path.exists():
@@ -96,14 +97,12 @@ def load_gemma(name: str = "gemma3_270m", source: str | Path | None = None, *, d
     return TextModel(fill(config, arrays, dtype), tokenizer, stored)
 
 
-def require_memory(name: str, nbytes: int) -> None:
-    """Raise MemoryError when that many bytes are not free. The arrays of a file and those of the model are held at once."""
+def require_memory(name: str, nbytes: int, smaller: str | None = None) -> None:
+    """Raise MemoryError, which offers a `smaller` preset, when that many bytes are not free."""
     free = psutil.virtual_memory().available
     if nbytes > free:
-        raise MemoryError(
-            f"{name}: needs about {nbytes / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; "
-            "try dtype=bfloat16 or a smaller preset"
-        )
+        advice = f"the preset {smaller!r} needs half of it" if smaller else "try dtype=bfloat16 or a smaller preset"
+        raise MemoryError(f"{name}: needs about {nbytes / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; {advice}")
 
 
 def find_weights(name: str) -> Path:
