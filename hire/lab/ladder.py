@@ -1,0 +1,223 @@
+"""The ladder: the parts of HiRE added to one model in turn, each judged and timed; and the map of where speed-ups lie."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import hire
+from hire.axes import Array, Float, Queries, Rows
+from hire.choose import batches, true_top_k
+from hire.estimators import Estimator, row_scores, row_sums
+from hire.ffn import activate
+from hire.lab.decode import StepForms
+from hire.lab.evaluation import States, collect, found_by, judge, losses, over
+from hire.lab.roofline import step_work
+from hire.lab.sparsity import layers_of, searched
+from hire.lab.timing import interleaved
+from hire.models import Decoder, DecoderConfig, TextModel, preset
+from hire.models.convert import SearchedFFN
+from hire.models.decoder import FFN
+from hire.models.weights import require_memory
+from hire.topk import TopK, exact_top_k
+
+GROUP = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ladder:
+    """What is added to a model: k, k' and rank of the softmax; rank of the layers' copies, and shares of a layer's groups of 8:
+    those kept, candidates (the common path among them), the common path, and the candidates that a batch shares.
+    """
+
+    k: int = 32
+    candidates: int = 2048
+    rank: int = 128
+    ffn_rank: int = 384
+    kept: float = 0.05
+    nominated: float = 0.1
+    common: float = 0.02
+    shared: float = 0.3
+
+    def rungs(
+        self, model: Decoder, hidden: Queries | None = None, inputs: Sequence[Queries] | None = None, together: int = 8
+    ) -> dict[str, Decoder]:
+        """The model with one part more at each rung, the last one with one selection for so many tokens.
+
+        Copies are fitted to hidden states and to the layers' `inputs` where there are any. The common path are the first groups
+        (see sparsity.most_used_first).
+        """
+        rows = model.embedding[...]
+        copies = {
+            "LR softmax": lambda: hire.LowRank.fit(rows, self.rank),
+            "Q softmax": lambda: hire.Quantized.fit(rows, 8),
+            "LR fitted int8": lambda: hire.LowRank.fit(rows, self.rank, calibration=hidden, bits=8),
+        }
+        found = {"dense": model}
+        softmax = None
+        for name, copy in copies.items():
+            softmax = hire.HireSoftmax(rows, copy(), self.k, self.candidates)
+            found[name] = hire.convert(model, softmax=softmax)
+        known = {}
+
+        def copy_of(layer: int, rows: Rows) -> Estimator:
+            if (layer, len(rows)) not in known:
+                fitted_to = None if inputs is None else inputs[layer]
+                known[layer, len(rows)] = hire.LowRank.fit(rows, self.ffn_rank, calibration=fitted_to, bits=8)
+            return known[layer, len(rows)]
+
+        layers = functools.partial(searched, model, copy_of, kept=self.kept, group_size=GROUP)
+        ffns = {
+            "+ sparse FFN": layers(candidates=self.nominated),
+            "+ common path": layers(candidates=self.nominated - self.common, common=self.common),
+            "+ shared selection": layers(candidates=self.shared, shared=True),
+        }
+        for name, ffn in ffns.items():
+            found[name] = hire.convert(model, softmax=softmax, ffn=ffn, together=together if "shared" in name else 1)
+        return found
+
+
+def softmax_of(model: Decoder) -> hire.HireSoftmax | None:
+    """What searches a model's words, or None where nothing does."""
+    return None if model.softmax is None else model.softmax.over(model.embedding[...])
+
+
+def quality(subject: TextModel, windows: np.ndarray, names: np.ndarray, k: int, own: np.ndarray | None = None) -> dict:
+    """What a model says of windows (w, t) of documents: recall of its k best words against its own exact ones, and top-1 kept;
+    bits a byte, with the normaliser that its softmax estimates, and next words guessed; nats by document, over `own` where given.
+    """
+    model = subject.model
+    states, softmax, rows = collect(model, windows, names), softmax_of(model), model.embedding[...]
+    best = true_top_k(rows, states.hidden, k)
+    rates, first, nats = {}, best.indices[:, 0], losses(model, states)
+    if softmax is not None:
+        rates = {name: found["mean"] for name, found in judge(softmax, states, best).items()}
+        first, nats = found_by(softmax, states.hidden).indices[:, 0], estimated_losses(softmax, states)
+    text = subject.tokenizer.decode(states.targets.tolist())
+    _, document = np.unique(states.documents, return_inverse=True)
+    by_document = np.bincount(document, nats)
+    told = dict(bits_per_byte=float(nats.sum() / np.log(2) / len(text.encode())), accuracy=float(np.mean(first == states.targets)))
+    return (
+        dict(recall=1.0, top1=1.0)
+        | rates
+        | told
+        | dict(nats=by_document.tolist(), n=len(nats))
+        | ({} if own is None else dict(over=over(by_document, own)))
+    )
+
+
+def estimated_losses(softmax: hire.HireSoftmax, states: States) -> np.ndarray:
+    """-log p (n,) of the token that followed each state, in nats, by exact logits and the estimated normaliser."""
+    pairs = zip(batches(states.hidden, 64), batches(states.targets[:, None], 64), strict=True)
+    return np.concatenate([-np.asarray(softmax.log_probabilities(*pair))[:, 0] for pair in pairs])
+
+
+def step_bytes(model: Decoder, batch: int, cache: int) -> dict[str, float]:
+    """Bytes by part that one decode step of a batch must read, each text at a context of `cache` tokens."""
+    itemsize, softmax = model.embedding[...].dtype.itemsize, softmax_of(model)
+    parts = {name: nbytes for name, (nbytes, _) in step_work(model.config, batch=batch, cache=cache, itemsize=itemsize).items()}
+    if softmax is not None:
+        parts["softmax"] = softmax.bytes_for(batch)
+    layers = [block.ffn.ffn for block in model.blocks if isinstance(block.ffn, SearchedFFN)]
+    return parts | (dict(ffn=sum(ffn.bytes_for(batch) for ffn in layers)) if layers else {})
+
+
+def timed_rungs(
+    rungs: dict[str, Decoder], batch: int, slots: int, k: int, repeats: int, **forms: Callable
+) -> dict[str, list[float]]:
+    """Seconds of a whole decode step of every rung, in turn, on a cache half full; and of other forms beside them."""
+    width = next(iter(rungs.values())).config.width
+    queries = list(np.random.default_rng(0).normal(size=(repeats, 1, width)).astype(np.float32))
+    steps = {name: StepForms(model, slots, k).whole(batch) for name, model in rungs.items()}
+    return interleaved(steps | forms, queries, repeats)
+
+
+def unselected(model: Decoder) -> Decoder:
+    """A sparse model without its selection: what a dense step of it takes at least."""
+    graph = nnx.graphdef(Decoder(replace(model.config, kept=1.0), rngs=nnx.Rngs(0)))
+    return nnx.merge(graph, nnx.state(model))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Int8Softmax:
+    """The best words by int8 rows, all of them read: in the place of a model's search."""
+
+    rows: hire.Quantized
+    k: int = field(metadata=dict(static=True))
+
+    def over(self, rows: Rows) -> Callable[[Queries], TopK]:
+        return lambda hidden: exact_top_k(self.rows.scores(hidden), self.k)
+
+
+class Int8FFN(nnx.Module):
+    """A ReLU layer by int8 rows, all of them read."""
+
+    def __init__(self, ffn: FFN):
+        self.up, self.down = (nnx.data(int8(part[...])) for part in (ffn.up, ffn.down))
+
+    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b d"]:
+        return row_sums(activate(row_scores(x, self.up)), self.down)
+
+
+def int8(rows: Rows | hire.Quantized) -> hire.Quantized:
+    return rows if isinstance(rows, hire.Quantized) else hire.Quantized.fit(rows, 8)
+
+
+def in_bfloat16(model: Decoder) -> Decoder:
+    """What a user would pick instead: the dense model in half of the bytes."""
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state))
+
+
+def in_int8(model: Decoder, k: int) -> Decoder:
+    """What else: the dense model with the rows of softmax and FFN in int8, and nothing exact."""
+    dense = nnx.merge(*nnx.split(model))
+    setattr(dense, "softmax", nnx.data(Int8Softmax(int8(model.embedding[...]), k)))
+    for block, ffn in zip(dense.blocks, layers_of(model), strict=True):
+        block.ffn = Int8FFN(ffn)
+    return dense
+
+
+def on_int8(model: Decoder) -> Decoder:
+    """A searched model whose exact rows are int8 ones, too."""
+    softmax, ffns = softmax_of(model), [block.ffn.ffn for block in model.blocks if isinstance(block.ffn, SearchedFFN)]
+    small = None if softmax is None else replace(softmax, rows=int8(model.embedding[...]))
+    return hire.convert(model, softmax=small, ffn=[replace(ffn, up=int8(ffn.up), down=int8(ffn.down)) for ffn in ffns])
+
+
+SMALLER = {"paper_1b": "paper_half", "paper_half": "small"}
+
+
+def model_that_fits(name: str) -> tuple[str, Decoder]:
+    """A model of that preset with random weights, or, where there is too little memory for it, of the next smaller one."""
+    while True:
+        try:
+            return name, random_model(name)
+        except MemoryError as error:
+            if name not in SMALLER:
+                raise
+            print(f"{error}: going on with {SMALLER[name]}")
+            name = SMALLER[name]
+
+
+def random_model(name: str) -> Decoder:
+    """A model of a preset with random weights. Raises MemoryError where it, copies and one rival do not fit, before it begins."""
+    config = preset(name)
+    require_memory(name, 2 * 4 * sum(config.parameters().values()), SMALLER.get(name))
+    return Decoder(config, rngs=nnx.Rngs(0))
+
+
+def shares(config: DecoderConfig, cache: int = 512) -> tuple[float, float]:
+    """The shares of softmax and FFN in the bytes of a dense decode step of one text."""
+    work = {part: nbytes for part, (nbytes, _) in step_work(config, batch=1, cache=cache, itemsize=2).items()}
+    return work["softmax"] / sum(work.values()), work["ffn"] / sum(work.values())
+
+
+def speed_of(softmax: float, ffn: float, left: tuple[float, float]) -> float:
+    """How many times as fast a step is by its bytes, with these shares of softmax and FFN, of each of which a part is left."""
+    return 1 / (1 - softmax * (1 - left[0]) - ffn * (1 - left[1]))
