@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -232,6 +232,38 @@ def part_bars(axis: Axes, bars: dict[str, list[dict]], notes: dict[str, str], **
         longest = max(longest, start)
     axis.set(yticks=range(len(bars)), yticklabels=bars, xlim=(0, 1.6 * longest), **titles)
     axis.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def rung_bars(axis: Axes, values: dict[str, float], notes: dict[str, str], color, *, hollow: bool = False, **titles) -> None:
+    """How many times as fast each rung is, the first at the top, and a note behind it; hollow where its quality is transferred."""
+    for row, (name, value) in enumerate(values.items()):
+        axis.barh(row, value, color="white" if hollow else color, edgecolor=color, height=0.7)
+        label(axis, value, row, notes[name], "0.2")
+    axis.axvline(1, color="0.5", lw=1)
+    axis.set(
+        yticks=range(len(values)),
+        yticklabels=values,
+        xlim=(0, 1.7 * max(values.values())),
+        xlabel="times as fast as dense",
+        **titles,
+    )
+    axis.invert_yaxis()
+
+
+def speed_map(axis: Axes, speed: Callable, placed: dict[str, tuple[float, float]], told: tuple[float, float], **titles) -> None:
+    """Lines of equal speed over the shares of softmax and FFN, models where they lie, and a star where two told speed-ups would."""
+    gray, red, blue = (sns.color_palette("colorblind")[i] for i in (7, 3, 0))
+    grid = np.linspace(0, 0.7, 71)
+    lines = axis.contour(grid, grid, speed(grid[None], grid[:, None]), [1.1, 1.2, 1.47, 2, 3, 5], colors=[gray], linewidths=1)
+    axis.clabel(lines, fmt="%gx", fontsize=8)
+    for name, place in placed.items():
+        axis.plot(*place, "o", color=blue, ms=5)
+        label(axis, *place, name, blue)
+    axis.plot(*told, "*", color=red, ms=13)
+    label(axis, *told, "the paper's 1.22x, 1.16x and 1.47x, if its search read as little", red, offset=(8, -8))
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+    axis.set(xlabel="softmax, share of the bytes of a step", ylabel="FFN, share", xlim=(0, 0.9), ylim=(0, 0.8), **titles)
 
 
 def save(figure: Figure, folder: Path, name: str, *, note: str, **facts) -> None:

@@ -218,6 +218,6 @@ def shares(config: DecoderConfig, cache: int = 512) -> tuple[float, float]:
     return work["softmax"] / sum(work.values()), work["ffn"] / sum(work.values())
 
 
-def speed_of(softmax: float, ffn: float, left: tuple[float, float]) -> float:
+def speed_of(softmax, ffn, left: tuple[float, float]) -> float:
     """How many times as fast a step is by its bytes, with these shares of softmax and FFN, of each of which a part is left."""
     return 1 / (1 - softmax * (1 - left[0]) - ffn * (1 - left[1]))

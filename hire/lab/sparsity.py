@@ -183,7 +183,15 @@ class Studied:
 
     def low_rank(self, rank: int, *, fitted: bool = True) -> Callable[[int, Rows], Estimator]:
         """A copy for `searched`: int8 factors, fitted to what the layer is given."""
-        return lambda layer, rows: hire.LowRank.fit(rows, rank, calibration=self.fitted_to[layer] if fitted else None, bits=8)
+        known = {}
+
+        def copy(layer: int, rows: Rows) -> Estimator:
+            if (layer, len(rows)) not in known:
+                seen = self.fitted_to[layer] if fitted else None
+                known[layer, len(rows)] = hire.LowRank.fit(rows, rank, calibration=seen, bits=8)
+            return known[layer, len(rows)]
+
+        return copy
 
     def searched(self, copy: Callable[[int, Rows], Estimator], candidates: float, **settings) -> list[hire.HireFFN]:
         """Its layers, searched for as many groups as it was trained to keep."""
@@ -193,10 +201,9 @@ class Studied:
         """At so many candidates (shares of all groups): the share of the groups kept that are among them, mean of the layers, and
         the bytes read as a share of the dense layers'.
         """
-        counts = [at_most(share, self.model.config.groups) for share in candidates]
-        layers = zip(self.searched(copy, 1.0), self.unseen, strict=True)
-        found = np.mean([group_recall(ffn, x, counts) for ffn, x in layers], axis=0)
-        return dict(recall=found.tolist(), bytes=[bytes_share(self.searched(copy, share)) for share in candidates])
+        counts, ffns = [at_most(share, self.model.config.groups) for share in candidates], self.searched(copy, 1.0)
+        found = np.mean([group_recall(ffn, x, counts) for ffn, x in zip(ffns, self.unseen, strict=True)], axis=0)
+        return dict(recall=found.tolist(), bytes=[bytes_share([replace(ffn, candidates=c) for ffn in ffns]) for c in counts])
 
     def judged(self, ffns: Sequence[hire.HireFFN], **together) -> dict:
         """The loss over the model's own (evaluation.over), and the bytes read as a share of the dense layers'."""
