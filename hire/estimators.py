@@ -224,8 +224,8 @@ def in_pieces(x: Queries, rows: Rows | Codes, floats: Callable[..., Array] = jnp
     For a few queries XLA's own product runs at half of that, and it writes quantized rows to memory as floats first.
     """
     m, d = len(rows), x.shape[1]
-    piece = math.gcd(m, 2 ** ((PIECE // d).bit_length() - 1))
-    if piece < 64:
+    piece = next(size for size in range(min(m, max(1, PIECE // d)), 0, -1) if m % size == 0)
+    if piece < min(m, 64):
         return product(x, floats(rows).T)
     products = jax.lax.map(lambda part: product(floats(part), x.T), rows.reshape(-1, piece, rows.shape[1]))
     return products.reshape(m, len(x)).T
