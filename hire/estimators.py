@@ -56,6 +56,7 @@ THIN = 16  # queries up to which a CPU reads the rows once by multiply-and-reduc
 SPLIT = 16  # parts in which a CPU sums rows for one query: faster than one product, into which XLA also fuses what made the weights
 PIECE = 2**19  # entries that a CPU multiplies with several queries at a time, so that they stay in cache: 2 MB
 FEW = 4  # queries up to which a CPU takes one after the other outside a loop, on all cores
+MANY = 64  # queries from which on a CPU's product pays for writing quantized rows to memory as floats
 CHUNK = 512  # rows gathered at a time for several queries on a CPU: they stay in cache between the gather and the product
 
 
@@ -186,7 +187,7 @@ class Quantized:
                 return in_pieces(x, self.codes, lambda codes: unpack(codes, self.bits, d))
             return jnp.concatenate([whole(x[i : i + 1]) for i in range(b)])  # for one query XLA turns codes into floats as it reads
 
-        return (by_platform(parts, lambda: whole(x)) if b > 1 else whole(x)) * self.scale[None]
+        return (by_platform(parts, lambda: whole(x)) if 1 < b <= MANY else whole(x)) * self.scale[None]
 
     def scores_at(self, x: Queries, indices: Indices) -> Candidates:
         return row_scores_at(x, self, indices)

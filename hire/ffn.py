@@ -168,13 +168,13 @@ class HireFFN:
         """
         active = self.active(lambda rows: layer_scores(x, rows))
         scores = group_scores(active, self.group_size)[:, self.common :]
-        estimated = self.estimated(x)
-        if self.shared:
-            calls = estimated.reshape(-1, together, estimated.shape[1])
-            estimated = jnp.repeat(self.pooled(calls), together, axis=0)
-        chosen = nominate(estimated, self.candidates)
-        rows = jnp.arange(len(x))[:, None]
-        scores = jnp.full_like(scores, -1.0).at[rows, chosen].set(jnp.take_along_axis(scores, chosen, axis=1))
+        if self.candidates < scores.shape[1]:
+            estimated = self.estimated(x)
+            if self.shared:
+                calls = estimated.reshape(-1, together, estimated.shape[1])
+                estimated = jnp.repeat(self.pooled(calls), together, axis=0)
+            chosen, rows = nominate(estimated, self.candidates), jnp.arange(len(x))[:, None]
+            scores = jnp.full_like(scores, -1.0).at[rows, chosen].set(jnp.take_along_axis(scores, chosen, axis=1))
         split = self.common * self.group_size
         beyond = keep_groups(active[:, split:], scores, self.k - self.common)
         return row_sums(jnp.concatenate([active[:, :split], beyond], axis=1), self.down)

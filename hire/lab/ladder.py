@@ -86,7 +86,7 @@ def softmax_of(model: Decoder) -> hire.HireSoftmax | None:
     return None if model.softmax is None else model.softmax.over(model.embedding[...])
 
 
-def quality(subject: TextModel, windows: np.ndarray, names: np.ndarray, k: int, own: np.ndarray | None = None) -> dict:
+def quality(subject: TextModel, windows: np.ndarray, names: np.ndarray, k: int, own: Sequence[float] | None = None) -> dict:
     """What a model says of windows (w, t) of documents: recall of its k best words against its own exact ones, and top-1 kept;
     bits a byte, with the normaliser that its softmax estimates, and next words guessed; nats by document, over `own` where given.
     """
@@ -121,9 +121,9 @@ def step_bytes(model: Decoder, batch: int, cache: int) -> dict[str, float]:
     itemsize, softmax = model.embedding[...].dtype.itemsize, softmax_of(model)
     parts = {name: nbytes for name, (nbytes, _) in step_work(model.config, batch=batch, cache=cache, itemsize=itemsize).items()}
     if softmax is not None:
-        parts["softmax"] = softmax.bytes_for(batch)
+        parts["softmax"] = float(softmax.bytes_for(batch))
     layers = [block.ffn.ffn for block in model.blocks if isinstance(block.ffn, SearchedFFN)]
-    return parts | (dict(ffn=sum(ffn.bytes_for(batch) for ffn in layers)) if layers else {})
+    return parts | (dict(ffn=float(sum(ffn.bytes_for(batch) for ffn in layers))) if layers else {})
 
 
 def timed_rungs(
@@ -160,8 +160,9 @@ class Int8FFN(nnx.Module):
     def __init__(self, ffn: FFN):
         self.up, self.down = (nnx.data(int8(part[...])) for part in (ffn.up, ffn.down))
 
-    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b d"]:
-        return row_sums(activate(row_scores(x, self.up)), self.down)
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        active = activate(row_scores(x.reshape(-1, x.shape[-1]), self.up))
+        return row_sums(active, self.down).reshape(x.shape).astype(x.dtype)
 
 
 def int8(rows: Rows | hire.Quantized) -> hire.Quantized:

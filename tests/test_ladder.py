@@ -1,0 +1,145 @@
+"""The ladder: every rung against the model itself, its bytes by hand, what is held beside it, and memory that is too small."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import hire
+from hire.lab import ladder, programs, sparsity
+from hire.lab.text import beginnings, documents
+from hire.models import Decoder, TextModel, preset, weights
+from hire.models.tokenizer import byte_tokenizer
+
+WORDS, KEPT = 512, 0.25
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = preset("tiny", vocabulary=WORDS, layers=2, gated=False, group_size=8, kept=KEPT, kv_heads=1)
+    return Decoder(config, rngs=nnx.Rngs(0))
+
+
+def parts(**changes):
+    whole = dict(k=4, candidates=WORDS, rank=16, ffn_rank=16, kept=KEPT, nominated=1.0, common=0.125, shared=1.0)
+    return ladder.Ladder(**whole | changes)
+
+
+def test_with_everything_a_candidate_every_rung_is_the_model(model, rng):
+    tokens = jnp.asarray(rng.integers(3, WORDS, (2, 16)), jnp.int32)
+    rungs = parts(common=0.0).rungs(model, together=4)
+    own = model.prefill(tokens)[0]
+    best = model.best(own[:, -1], 4)
+    assert list(rungs) == [
+        "dense", "LR softmax", "Q softmax", "LR fitted int8", "+ sparse FFN", "+ common path", "+ shared selection",
+    ]  # fmt: skip
+    for name, rung in rungs.items():
+        np.testing.assert_allclose(rung.prefill(tokens)[0], own, atol=2e-4, err_msg=name)
+        assert rung.best(own[:, -1], 4).indices.tolist() == best.indices.tolist(), name
+    apart = parts(nominated=0.25).rungs(model)["+ common path"].prefill(tokens)[0]
+    assert np.abs(apart - own).max() > 1e-3  # a path that is always computed takes the place of groups that would be kept
+
+
+def test_the_most_used_groups_come_first_and_change_nothing(model, rng):
+    tokens, usage = jnp.asarray(rng.integers(3, WORDS, (1, 9)), jnp.int32), rng.uniform(size=(2, 16))
+    ordered = sparsity.most_used_first(model, usage)
+    np.testing.assert_allclose(ordered.prefill(tokens)[0], model.prefill(tokens)[0], atol=2e-4)
+    first = int(np.argmax(usage[1]))
+    assert (ordered.blocks[1].ffn.up[...][:8] == model.blocks[1].ffn.up[...][8 * first : 8 * first + 8]).all()
+
+
+def test_bytes_of_a_step_by_hand(model):
+    counts, entry = model.config.parameters(), 4
+    cache = 2 * 2 * 10 * 16 * entry  # keys and values of two layers, ten positions, one head of 16
+    dense = ladder.step_bytes(model, 1, 10)
+    assert dense == {part: entry * count for part, count in counts.items()} | dict(cache=cache)
+    rung = parts(candidates=32, nominated=0.5).rungs(model)["+ sparse FFN"]
+    softmax = WORDS * (16 + 4) + 16 * (64 + 4)  # int8 factors and projection with their scales
+    row = 64 * entry
+    copies, groups = 2 * (128 * (16 + 4) + 16 * (64 + 4)), 2 * 8 * row
+    for batch in (1, 3):
+        found = ladder.step_bytes(rung, batch, 10)
+        assert found["softmax"] == softmax + batch * 32 * row
+        assert found["ffn"] == copies + batch * groups * (8 + 4)
+        assert found["attention"] == dense["attention"] and found["cache"] == batch * cache
+    shared = parts(shared=0.5).rungs(model)["+ shared selection"]
+    assert ladder.step_bytes(shared, 3, 10)["ffn"] == copies + groups * (8 + 8)
+
+
+def test_what_a_rung_says_of_text(model):
+    subject = TextModel(model, byte_tokenizer(), "random weights")
+    texts = beginnings(documents("evaluation", ["novel"])[:2], 400)
+    windows = np.stack([subject.tokens(text.text, 32) for text in texts])
+    names = np.asarray(["one", "two"])
+    own = ladder.quality(subject, windows, names, 4)
+    assert own["recall"] == own["top1"] == 1.0 and own["n"] == 60 and len(own["nats"]) == 2
+    exact = -jax.nn.log_softmax(model.logits(model.prefill(windows)[0])[:, 1:-1])
+    nats = np.take_along_axis(np.asarray(exact), windows[:, 2:, None], axis=2).sum((1, 2))
+    np.testing.assert_allclose(own["nats"], nats, rtol=1e-5)
+    rung = parts(common=0.0).rungs(model)["+ sparse FFN"]
+    searched = ladder.quality(TextModel(rung, subject.tokenizer, ""), windows, names, 4, own["nats"])
+    assert searched["recall"] == 1.0 and searched["accuracy"] == own["accuracy"]
+    assert searched["over"]["mean"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_what_a_user_would_pick_instead(model, rng):
+    token, tokens = jnp.asarray([7], jnp.int32), jnp.asarray(rng.integers(3, WORDS, (1, 8)), jnp.int32)
+
+    def next_words(model):
+        hidden, _ = model.step(token, model.prefill(tokens, 12)[1])
+        return hidden.astype(jnp.float32), model.best(hidden, 4)
+
+    dense = ladder.unselected(model)
+    hidden, best = next_words(dense)
+    x = jnp.asarray(rng.normal(size=(3, 64)), jnp.float32)
+    up, down = (part[...] for part in (model.blocks[0].ffn.up, model.blocks[0].ffn.down))
+    np.testing.assert_allclose(dense.blocks[0].ffn(x), jax.nn.relu(x @ up.T) @ down, atol=1e-4)
+    for other in (ladder.in_bfloat16(dense), ladder.in_int8(dense, 4)):
+        near, found = next_words(other)
+        assert np.abs(near - hidden).max() < 0.1 * np.abs(hidden).max()
+        assert best.indices[0, 0] in found.indices[0]
+    searched = parts().rungs(model)["+ sparse FFN"]
+    small = ladder.on_int8(searched)
+    assert np.abs(next_words(small)[0] - next_words(searched)[0]).max() < 0.1 * np.abs(hidden).max()
+    assert isinstance(small.softmax.rows, hire.Quantized)
+    assert sum(ladder.step_bytes(small, 1, 8).values()) < sum(ladder.step_bytes(searched, 1, 8).values())
+
+
+def test_rungs_are_timed_in_turn(model):
+    rungs = {"dense": model, "both": parts().rungs(model)["+ sparse FFN"]}
+    timed = ladder.timed_rungs(rungs, 3, 16, 4, 2, nothing=lambda x: x)
+    assert {name: len(seconds) for name, seconds in timed.items()} == dict(dense=2, both=2, nothing=2)
+
+
+def test_too_little_memory_offers_half_of_it(monkeypatch, capsys):
+    monkeypatch.setattr(weights.psutil, "virtual_memory", lambda: type("Memory", (), dict(available=6e9))())
+    with pytest.raises(
+        MemoryError, match=r"paper_1b: needs about 8.1 GB of memory, 6.0 GB are free; the preset 'paper_half' needs"
+    ):
+        ladder.random_model("paper_1b")
+    monkeypatch.setattr(weights.psutil, "virtual_memory", lambda: type("Memory", (), dict(available=1e9))())
+    name, found = ladder.model_that_fits("paper_1b")
+    assert name == "small" and found.config == preset("small")
+    assert "going on with paper_half" in capsys.readouterr().out
+
+
+def test_the_map_by_hand():
+    assert ladder.speed_of(0.4, 0.4, (0.0, 0.5)) == pytest.approx(1 / 0.4)  # 1 - 0.4 - 0.2
+    softmax, ffn = ladder.shares(preset("paper_1b"))
+    counts = preset("paper_1b").parameters()
+    assert 0.35 < softmax < 0.42 and softmax / ffn == pytest.approx(counts["softmax"] / counts["ffn"])
+
+
+def test_a_searched_step_reads_what_its_classes_say():
+    config = preset("small", vocabulary=8192, group_size=8)
+    reads = {name: programs.decode_step(config, 2, 64, how).reads for name, how in programs.STEPS.items()}
+    width, neurons, layers = config.width, config.ffn_width, config.layers
+    rows = 8192 * max(width, 2048) * 2  # blocks are filled up to 2048 entries
+    softmax = 8192 * (128 + 4) + 128 * (width + 4) + 4 * 3 + 2 * 2048 * width * 2
+    assert reads["softmax"] - reads["dense"] == pytest.approx(softmax - 8192 * width * 2, abs=1e3)
+    kept, candidates = 12, 25  # 5 % and 10 % of 256
+    copy = neurons * (width // 4 + 4) + width // 4 * (width + 4)
+    ffn = layers * (copy + 2 * (kept + candidates) * 8 * width * 2)
+    assert reads["FFN"] - reads["dense"] == pytest.approx(ffn - layers * 2 * neurons * width * 2, abs=1e3)
+    assert reads["both"] - reads["FFN"] == pytest.approx(reads["softmax"] - reads["dense"], abs=1e3) and rows > 0
