@@ -56,7 +56,7 @@ THIN = 16  # queries up to which a CPU reads the rows once by multiply-and-reduc
 SPLIT = 16  # parts in which a CPU sums rows for one query: faster than one product, into which XLA also fuses what made the weights
 PIECE = 2**19  # entries that a CPU multiplies with several queries at a time, so that they stay in cache: 2 MB
 FEW = 4  # queries up to which a CPU takes one after the other outside a loop, on all cores
-MANY = 64  # queries from which on a CPU's product pays for writing quantized rows to memory as floats
+MANY = 64  # queries beyond which writing quantized rows to memory as floats, for one large product, pays on a CPU
 CHUNK = 512  # rows gathered at a time for several queries on a CPU: they stay in cache between the gather and the product
 
 
@@ -329,10 +329,8 @@ def sums_among(
         places = chunks(indices, max(1, CHUNK // group))
         shares = jnp.pad(weights, ((0, 0), (0, places.size * group - weights.shape[1])))
         pieces = shares.reshape(len(weights), len(places), -1).swapaxes(0, 1)
-        sums = jax.lax.map(lambda part: product(part[0], taken(rows, part[1], group)), (pieces, places))
-        return sums.sum(0)[
-            : len(weights)
-        ]  # adding within the loop, XLA fuses the product into the sum and takes three times as long
+        # Added within the loop, the product would be fused into the sum and take three times as long.
+        return jax.lax.map(lambda part: product(part[0], taken(rows, part[1], group)), (pieces, places)).sum(0)
 
     return whole() if len(weights) == 1 else by_platform(in_chunks, whole)
 
