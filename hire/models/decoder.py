@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.sharding import PartitionSpec as P
 
 from hire.axes import AnyArray, Array, Blocks, Bool, Float, Hidden, Int, Rows, Tokens
 from hire.estimators import Estimator, Quantized, layer_scores, product, row_scores, row_sums
@@ -72,9 +73,25 @@ class RMSNorm(nnx.Module):
         return (exact * jax.lax.rsqrt(mean_square + 1e-6) * scale).astype(x.dtype)
 
 
+def spread(rows: int, columns: int = 0) -> P | None:
+    """Where a weight lies: the rows of a matrix go over all devices of the mesh that jax.set_mesh has set. Where they do not divide
+    them, and of a vector, which has no columns, each device holds all. None without a mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return None
+    return P(mesh.axis_names, None) if columns and rows % mesh.size == 0 else P()
+
+
+@functools.cache
+def drawing(shape: tuple[int, int], fan_in: int, dtype, lies: P | None) -> Callable[[jax.Array], Rows]:
+    # One matrix, one program: as a whole, nothing is held but what is asked for, and on a mesh no device ever holds all of it.
+    return jax.jit(lambda key: jax.random.normal(key, shape, dtype) * jnp.asarray(fan_in**-0.5, dtype), out_shardings=lies)
+
+
 def matrix(rngs: nnx.Rngs, rows: int, columns: int, fan_in: int, dtype) -> nnx.Param:
-    """A (rows, columns) weight, normal with variance 1 / fan_in."""
-    return nnx.Param(jax.random.normal(rngs.params(), (rows, columns), dtype) * jnp.asarray(fan_in**-0.5, dtype))
+    """A (rows, columns) weight, normal with variance 1 / fan_in, spread over the mesh where there is one."""
+    return nnx.Param(drawing((rows, columns), fan_in, dtype, spread(rows, columns))(rngs.params()))
 
 
 def linear(x: Float[Array, "*b d"], weight: nnx.Param) -> Float[Array, "*b f"]:
@@ -236,7 +253,10 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The language model. `Decoder(config, rngs=nnx.Rngs(0))` has random weights; hire.models.load_gemma has real ones."""
+    """The language model. `Decoder(config, rngs=nnx.Rngs(0))` has random weights; hire.models.load_gemma has real ones.
+
+    Under jax.set_mesh(mesh) the rows of every matrix lie over the mesh's devices (whose axes are Auto), drawn where they lie.
+    """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         self.config = config
