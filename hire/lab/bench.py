@@ -15,7 +15,7 @@ from hire.lab import records
 from hire.lab.decode import StepForms
 from hire.lab.evaluation import collect, judge, windows
 from hire.lab.text import documents
-from hire.lab.timing import DENSE, dense_forms, interleaved, medians, stream_form
+from hire.lab.timing import DENSE, dense_forms, gains, interleaved, medians, stream_form
 from hire.models import Decoder, load_gemma
 from hire.search import nominate
 from hire.softmax import HireSoftmax
@@ -153,8 +153,7 @@ def time_ffns(searched: dict[str, Sequence[HireFFN]], queries: Sequence[Queries]
 
 def speedups(timed: dict[int, dict[str, list[float]]], name: str = "HiRE", base: str | None = None) -> dict[int, float]:
     """By batch: the median of a base form, or of the fastest dense one, over that of one form."""
-    middle = {batch: medians(forms) for batch, forms in timed.items()}
-    return {batch: middle[batch][base or fastest_dense(forms)] / middle[batch][name] for batch, forms in timed.items()}
+    return {batch: gains(forms, base or fastest_dense(forms))[name] for batch, forms in timed.items()}
 
 
 def over_batches(timed: dict[int, dict[str, list[float]]], names: Iterable[str]) -> dict[str, list[float]]:

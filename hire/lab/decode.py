@@ -31,16 +31,15 @@ def attention(model: Decoder, x, cache: Cache):
 class StepForms:
     """Forms of one decode step at batch 1, each called with hidden states (1, d), on a cache half full of random words.
 
-    A step ends in the k best words.
+    A step ends in the k best words. Forms of one model can share the cache, `held`, of which every one has a copy.
     """
 
-    def __init__(self, model: Decoder, slots: int, k: int = 1):
+    def __init__(self, model: Decoder, slots: int, k: int = 1, held: Cache | None = None):
         self.model = Split.of(model)
         self.k, self.words = k, model.config.vocabulary
-        words = np.random.default_rng(0).integers(
-            3, self.words, (1, min(slots // 2, 256))
-        )  # what follows them is empty, and read too
-        self.held = replace(prefill(self.model, jnp.asarray(words, jnp.int32), slots, k)[1], length=slots // 2)
+        # What follows the words is empty, and read too.
+        words = jnp.asarray(np.random.default_rng(0).integers(3, self.words, (1, min(slots // 2, 256))), jnp.int32)
+        self.held = held or replace(prefill(self.model, words, slots, k)[1], length=slots // 2)
 
     def part(self, function: Callable) -> Callable:
         """softmax, ffn or attention alone, with the model's own weights."""

@@ -82,19 +82,19 @@ def frontier(axis: Axes, curves: dict[str, dict], colors: dict) -> None:
     recall_axis(axis)
 
 
-def share_bars(axis: Axes, bars: dict[str, dict[str, float]]) -> None:
+def share_bars(axis: Axes, bars: dict[str, dict[str, float]], **titles) -> None:
     """One stacked bar a name, the first at the bottom; its parts, shares of 1, are labelled in place."""
     for row, parts in enumerate(bars.values()):
         start = 0.0
         for color, (name, share) in zip(sns.color_palette("colorblind"), parts.items(), strict=False):
             axis.barh(row, share, left=start, color=color, edgecolor="white")
             text, narrow = f"{name}\n{share:.0%}" if share > 0.1 else f"{name} {share:.0%}", share < 0.15
-            if share > 0.04:
+            if share > 0.045:
                 place = axis.text(start + share / 2, row, text, ha="center", va="center", color="white", fontsize=8)
                 place.set_rotation(90 if narrow else 0)
             start += share
     longest = max(sum(parts.values()) for parts in bars.values())  # parts timed alone may take longer than the whole
-    axis.set(yticks=range(len(bars)), yticklabels=bars, xlim=(0, max(1.0, longest)))
+    axis.set(yticks=range(len(bars)), yticklabels=bars, xlim=(0, max(1.0, longest)), **titles)
     axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
 
 
@@ -157,10 +157,15 @@ def share_lines(
         axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
     axis.set(**titles)
     axis.autoscale_view()
+    labels_apart(axis, {name: (x[-1], shares[-1]) for name, (x, shares) in lines.items()}, colors)
+
+
+def labels_apart(axis: Axes, points: dict[str, tuple[float, float]], colors: dict) -> None:
+    """A label beside each point, moved up where another one has its place. The axes' limits must be final."""
     free = -np.inf  # the lowest height, in points, that no label has taken
-    for name, (x, shares) in sorted(lines.items(), key=lambda line: line[1][1][-1]):
-        height = axis.transData.transform((x[-1], shares[-1]))[1] * 72 / axis.figure.dpi
-        label(axis, x[-1], shares[-1], name, colors[name], offset=(7, max(0, free - height)))
+    for name, place in sorted(points.items(), key=lambda point: point[1][1]):
+        height = axis.transData.transform(place)[1] * 72 / axis.figure.dpi
+        label(axis, *place, name, colors[name], offset=(7, max(0, free - height)))
         free = max(height, free) + 11
 
 
@@ -234,36 +239,52 @@ def part_bars(axis: Axes, bars: dict[str, list[dict]], notes: dict[str, str], **
     axis.legend(frameon=False, fontsize=8, loc="lower right")
 
 
-def rung_bars(axis: Axes, values: dict[str, float], notes: dict[str, str], color, *, hollow: bool = False, **titles) -> None:
-    """How many times as fast each rung is, the first at the top, and a note behind it; hollow where its quality is transferred."""
+def rung_bars(
+    axis: Axes, values: dict[str, float], color, *, notes: dict | None = None, hollow: bool = False, marks: Sequence = (), **titles
+) -> None:
+    """How many times as fast each rung is, the first at the top, and perhaps a note behind that; hollow where its quality is
+    transferred. Dotted lines mark what others report.
+    """
     for row, (name, value) in enumerate(values.items()):
         axis.barh(row, value, color="white" if hollow else color, edgecolor=color, height=0.7)
-        label(axis, value, row, notes[name], "0.2")
+        label(axis, max(value, 1.0), row, f"{value:.2f}x{(notes or {}).get(name, '')}", "0.2")
     axis.axvline(1, color="0.5", lw=1)
-    axis.set(
-        yticks=range(len(values)),
-        yticklabels=values,
-        xlim=(0, 1.7 * max(values.values())),
-        xlabel="times as fast as dense",
-        **titles,
-    )
+    for mark in marks:
+        axis.axvline(mark, color=sns.color_palette("colorblind")[3], lw=1, ls=":")
+    look = dict(xlim=(0, 1.7 * max(values.values())), xlabel="times as fast as dense")
+    axis.set(yticks=range(len(values)), yticklabels=values, **look | titles)
     axis.invert_yaxis()
+
+
+def against_floor(axis: Axes, points: Sequence[tuple], colors: dict, **titles) -> None:
+    """Seconds over the least that the bytes take, of points (name, batch, cache, floor, seconds), and the line where both agree."""
+    for name, color in colors.items():
+        mine = [(1e3 * floor, 1e3 * seconds) for other, *_, floor, seconds in points if other == name]
+        axis.plot(*np.transpose(mine), "o", color=color, ms=5, label=name)
+    ends = np.array([0.8e3 * min(point[-2] for point in points), 1.2e3 * max(point[-1] for point in points)])
+    axis.plot(ends, ends, color="0.5", lw=1)
+    axis.legend(frameon=False, fontsize=9)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
+    axis.set(xlabel="ms that the bytes take at stream bandwidth", ylabel="ms, median", **titles)
 
 
 def speed_map(axis: Axes, speed: Callable, placed: dict[str, tuple[float, float]], told: tuple[float, float], **titles) -> None:
     """Lines of equal speed over the shares of softmax and FFN, models where they lie, and a star where two told speed-ups would."""
     gray, red, blue = (sns.color_palette("colorblind")[i] for i in (7, 3, 0))
-    grid = np.linspace(0, 0.7, 71)
-    lines = axis.contour(grid, grid, speed(grid[None], grid[:, None]), [1.1, 1.2, 1.47, 2, 3, 5], colors=[gray], linewidths=1)
+    grid = np.linspace(0, 1, 101)
+    times = np.where(grid[None] + grid[:, None] < 1, speed(grid[None], grid[:, None]), np.nan)  # no step has more than all
+    lines = axis.contour(grid, grid, times, levels=[1.1, 1.2, 1.47, 2, 3, 5], colors=[gray], linewidths=1)
     axis.clabel(lines, fmt="%gx", fontsize=8)
-    for name, place in placed.items():
-        axis.plot(*place, "o", color=blue, ms=5)
-        label(axis, *place, name, blue)
+    axis.plot(*np.transpose(list(placed.values())), "o", color=blue, ms=5)
     axis.plot(*told, "*", color=red, ms=13)
-    label(axis, *told, "the paper's 1.22x, 1.16x and 1.47x, if its search read as little", red, offset=(8, -8))
     for side in (axis.xaxis, axis.yaxis):
         side.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
-    axis.set(xlabel="softmax, share of the bytes of a step", ylabel="FFN, share", xlim=(0, 0.9), ylim=(0, 0.8), **titles)
+    axis.set(xlabel="softmax, share of the bytes of a step", ylabel="FFN, share", xlim=(0, 0.9), ylim=(0, 0.9), **titles)
+    labels_apart(axis, placed, dict.fromkeys(placed, blue))
+    label(axis, *told, "the paper's 1.22x, 1.16x and 1.47x,\nif its search read as little as ours", red, offset=(9, 0))
 
 
 def save(figure: Figure, folder: Path, name: str, *, note: str, **facts) -> None:

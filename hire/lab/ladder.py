@@ -14,16 +14,17 @@ from hire.axes import Array, Float, Queries, Rows
 from hire.choose import batches, true_top_k
 from hire.estimators import Estimator, row_scores, row_sums
 from hire.ffn import activate
-from hire.lab.decode import StepForms
+from hire.lab import decode
 from hire.lab.evaluation import States, collect, found_by, judge, losses, over
+from hire.lab.register import load
 from hire.lab.roofline import step_work
-from hire.lab.sparsity import layers_of, searched
-from hire.lab.timing import interleaved
+from hire.lab.sparsity import ffn_inputs, layers_of, most_used_first, searched, sets_kept
+from hire.lab.timing import interleaved, medians
 from hire.models import Decoder, DecoderConfig, TextModel, preset
 from hire.models.convert import SearchedFFN
 from hire.models.decoder import FFN
 from hire.models.weights import require_memory
-from hire.topk import TopK, exact_top_k
+from hire.topk import TopK, at_most, exact_top_k
 
 GROUP = 8
 
@@ -80,6 +81,24 @@ class Ladder:
             found[name] = hire.convert(model, softmax=softmax, ffn=ffn, together=together if "shared" in name else 1)
         return found
 
+    def fitted(self, model: Decoder, seen: np.ndarray, together: int = 8) -> dict[str, Decoder]:
+        """The rungs of a trained model, its most used groups first and its copies fitted to windows (w, t) of text."""
+        ordered = most_used_first(model, sets_kept(model, seen).mean((1, 2)))
+        inputs = [x.reshape(-1, x.shape[-1]) for x in ffn_inputs(ordered, seen)]
+        return self.rungs(ordered, collect(ordered, seen, np.arange(len(seen))).hidden, inputs, together)
+
+
+def with_shares(rung: Decoder, kept: float, nominated: float) -> Decoder:
+    """A searched model by the same copies, with other shares of the groups: those kept, and candidates."""
+    groups = rung.config.ffn_width // GROUP
+    counts = dict(k=at_most(kept, groups), candidates=at_most(nominated, groups))
+    return hire.convert(rung, softmax=softmax_of(rung), ffn=[replace(ffn, **counts) for ffn in ffns_of(rung)])
+
+
+def ffns_of(model: Decoder) -> list[hire.HireFFN]:
+    """What searches a model's layers: nothing where they are dense."""
+    return [block.ffn.ffn for block in model.blocks if isinstance(block.ffn, SearchedFFN)]
+
 
 def softmax_of(model: Decoder) -> hire.HireSoftmax | None:
     """What searches a model's words, or None where nothing does."""
@@ -88,7 +107,7 @@ def softmax_of(model: Decoder) -> hire.HireSoftmax | None:
 
 def quality(subject: TextModel, windows: np.ndarray, names: np.ndarray, k: int, own: Sequence[float] | None = None) -> dict:
     """What a model says of windows (w, t) of documents: recall of its k best words against its own exact ones, and top-1 kept;
-    bits a byte, with the normaliser that its softmax estimates, and next words guessed; nats by document, over `own` where given.
+    bits a byte, with the normaliser that its softmax estimates, and next words guessed; nats by document, over `own` (or itself).
     """
     model = subject.model
     states, softmax, rows = collect(model, windows, names), softmax_of(model), model.embedding[...]
@@ -101,13 +120,17 @@ def quality(subject: TextModel, windows: np.ndarray, names: np.ndarray, k: int, 
     _, document = np.unique(states.documents, return_inverse=True)
     by_document = np.bincount(document, nats)
     told = dict(bits_per_byte=float(nats.sum() / np.log(2) / len(text.encode())), accuracy=float(np.mean(first == states.targets)))
-    return (
-        dict(recall=1.0, top1=1.0)
-        | rates
-        | told
-        | dict(nats=by_document.tolist(), n=len(nats))
-        | ({} if own is None else dict(over=over(by_document, own)))
-    )
+    told |= dict(nats=by_document.tolist(), n=len(nats), over=over(by_document, by_document if own is None else own))
+    return dict(recall=1.0, top1=1.0) | rates | told
+
+
+def judged(subject: TextModel, rungs: dict[str, Decoder], windows: np.ndarray, names: np.ndarray, k: int) -> dict[str, dict]:
+    """What every rung says of the windows (see quality), its losses over those of the first."""
+    told = {}
+    for name, rung in rungs.items():
+        own = next(iter(told.values()))["nats"] if told else None
+        told[name] = quality(replace(subject, model=rung), windows, names, k, own)
+    return told
 
 
 def estimated_losses(softmax: hire.HireSoftmax, states: States) -> np.ndarray:
@@ -122,7 +145,7 @@ def step_bytes(model: Decoder, batch: int, cache: int) -> dict[str, float]:
     parts = {name: nbytes for name, (nbytes, _) in step_work(model.config, batch=batch, cache=cache, itemsize=itemsize).items()}
     if softmax is not None:
         parts["softmax"] = float(softmax.bytes_for(batch))
-    layers = [block.ffn.ffn for block in model.blocks if isinstance(block.ffn, SearchedFFN)]
+    layers = ffns_of(model)
     return parts | (dict(ffn=float(sum(ffn.bytes_for(batch) for ffn in layers))) if layers else {})
 
 
@@ -130,10 +153,39 @@ def timed_rungs(
     rungs: dict[str, Decoder], batch: int, slots: int, k: int, repeats: int, **forms: Callable
 ) -> dict[str, list[float]]:
     """Seconds of a whole decode step of every rung, in turn, on a cache half full; and of other forms beside them."""
-    width = next(iter(rungs.values())).config.width
-    queries = list(np.random.default_rng(0).normal(size=(repeats, 1, width)).astype(np.float32))
-    steps = {name: StepForms(model, slots, k).whole(batch) for name, model in rungs.items()}
+    first = next(iter(rungs.values()))
+    queries = list(np.random.default_rng(0).normal(size=(repeats, 1, first.config.width)).astype(np.float32))
+    held, steps = {}, {}  # a cache for every float type
+    for name, model in rungs.items():
+        kind = model.embedding[...].dtype
+        made = decode.StepForms(model, slots, k, held.get(kind))
+        held[kind], steps[name] = made.held, made.whole(batch)
     return interleaved(steps | forms, queries, repeats)
+
+
+def points(rungs: dict[str, Decoder], timings: dict[tuple[int, int], dict[str, list[float]]], rate: float) -> list[tuple]:
+    """(name, batch, cache, floor, seconds) of all that was timed; the floor is what it must read, over `rate` in bytes/s."""
+    found = []
+    for (batch, cache), durations in timings.items():
+        for name, seconds in medians(durations).items():
+            floor = sum(step_bytes(rungs[name], batch, cache // 2).values()) / rate
+            found.append((name, batch, cache, floor, seconds))
+    return found
+
+
+def spent(
+    rungs: dict[str, Decoder], slots: int, k: int, repeats: int, whole: dict[str, list[float]]
+) -> dict[str, dict[str, float]]:
+    """Shares of softmax, FFN and attention in a step's time (each alone, over the whole) and in the bytes that it must read."""
+    shares, parts = {}, dict(softmax=decode.softmax, ffn=decode.ffn, attention=decode.attention)
+    width = next(iter(rungs.values())).config.width
+    draws = list(np.random.default_rng(1).normal(size=(repeats, 1, width)).astype(np.float32))
+    for name, model in rungs.items():
+        forms, nbytes = decode.StepForms(model, slots, k), step_bytes(model, 1, slots // 2)
+        found = medians(interleaved({part: forms.part(function) for part, function in parts.items()}, draws, repeats))
+        shares[f"{name}, time"] = {part: found[part] / float(np.median(whole[name])) for part in parts}
+        shares[f"{name}, bytes"] = {part: nbytes[part] / sum(nbytes.values()) for part in parts}
+    return shares
 
 
 def unselected(model: Decoder) -> Decoder:
@@ -186,9 +238,9 @@ def in_int8(model: Decoder, k: int) -> Decoder:
 
 def on_int8(model: Decoder) -> Decoder:
     """A searched model whose exact rows are int8 ones, too."""
-    softmax, ffns = softmax_of(model), [block.ffn.ffn for block in model.blocks if isinstance(block.ffn, SearchedFFN)]
+    softmax = softmax_of(model)
     small = None if softmax is None else replace(softmax, rows=int8(model.embedding[...]))
-    return hire.convert(model, softmax=small, ffn=[replace(ffn, up=int8(ffn.up), down=int8(ffn.down)) for ffn in ffns])
+    return hire.convert(model, softmax=small, ffn=[replace(ffn, up=int8(ffn.up), down=int8(ffn.down)) for ffn in ffns_of(model)])
 
 
 SMALLER = {"paper_1b": "paper_half", "paper_half": "small"}
@@ -219,6 +271,15 @@ def shares(config: DecoderConfig, cache: int = 512) -> tuple[float, float]:
     return work["softmax"] / sum(work.values()), work["ffn"] / sum(work.values())
 
 
-def speed_of(softmax, ffn, left: tuple[float, float]) -> float:
+def known_shapes() -> dict[str, DecoderConfig]:
+    """Models on the map: our presets, and those of figures/models.yaml."""
+    shapes = {name: preset(name) for name in ("paper_1b", "gemma3_270m", "gemma3_1b")}
+    for model in load("models")["models"]:
+        sizes = {key: value for key, value in model.items() if key not in ("name", "source")}
+        shapes[model["name"]] = DecoderConfig(**sizes, global_every=1)
+    return shapes
+
+
+def speed_of(softmax, ffn, left: Sequence[float]):
     """How many times as fast a step is by its bytes, with these shares of softmax and FFN, of each of which a part is left."""
     return 1 / (1 - softmax * (1 - left[0]) - ffn * (1 - left[1]))

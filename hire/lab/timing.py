@@ -43,6 +43,12 @@ def medians(durations: dict[str, list[float]]) -> dict[str, float]:
     return {name: float(np.median(seconds)) for name, seconds in durations.items()}
 
 
+def gains(durations: dict[str, list[float]], base: str = "dense") -> dict[str, float]:
+    """How many times as fast as `base` each form is, by medians."""
+    middle = medians(durations)
+    return {name: middle[base] / seconds for name, seconds in middle.items()}
+
+
 def padded(rows: Rows, x: Queries) -> Float[Array, "b m"]:
     return (jnp.pad(x, ((0, -len(x) % 16), (0, 0))) @ rows.T)[: len(x)]
 
