@@ -37,8 +37,8 @@ class StepForms:
     def __init__(self, model: Decoder, slots: int, k: int = 1, held: Cache | None = None):
         self.model = Split.of(model)
         self.k, self.words = k, model.config.vocabulary
-        # What follows the words is empty, and read too.
-        words = jnp.asarray(np.random.default_rng(0).integers(3, self.words, (1, min(slots // 2, 256))), jnp.int32)
+        # What follows the few words is empty, and read too.
+        words = jnp.asarray(np.random.default_rng(0).integers(3, self.words, (1, min(slots // 2, 16))), jnp.int32)
         self.held = held or replace(prefill(self.model, words, slots, k)[1], length=slots // 2)
 
     def part(self, function: Callable) -> Callable:

@@ -42,7 +42,7 @@ class Ladder:
     kept: float = 0.05
     nominated: float = 0.1
     common: float = 0.02
-    shared: float = 0.3
+    shared: float = 0.25
 
     def rungs(
         self, model: Decoder, hidden: Queries | None = None, inputs: Sequence[Queries] | None = None, together: int = 8

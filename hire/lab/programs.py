@@ -146,7 +146,7 @@ def ffns(width: int, b: int) -> dict[str, Program]:
 
 
 STEPS = {"dense": (False, 0.0, False), "softmax": (True, 0.0, False), "FFN": (False, 0.1, False), "both": (True, 0.1, False)}
-STEPS["both shared"] = (True, 0.3, True)  # whether the softmax is searched, candidates of the FFN that keeps 5 %, whether shared
+STEPS["both shared"] = (True, 0.25, True)  # whether the softmax is searched, candidates of the FFN that keeps 5 %, whether shared
 
 
 def decode_step(config: DecoderConfig, batch: int, slots: int, parts: tuple[bool, float, bool] = STEPS["dense"]) -> Program:

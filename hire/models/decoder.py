@@ -133,17 +133,22 @@ def attend(queries: Float[Array, "b t h e"], *parts: Part) -> Float[Array, "b t 
 
 
 def products(queries: Float[Array, "b t n g e"], keys: KeysOrValues) -> Float[Array, "b n g t s"]:
-    if queries.shape[:3] == (1, 1, 1):  # one text, one key/value head: a matrix-vector product a head is twice as fast on a CPU
-        rows = [product(keys[0, :, 0], query) for query in queries[0, 0, 0]]
-        return jnp.stack(rows)[None, None, :, None]
-    return product(queries, keys, "btnge,bsne->bngts")
+    if queries.shape[1:3] != (1, 1):
+        return product(queries, keys, "btnge,bsne->bngts")
+    # One token, one key/value head: for a CPU XLA turns the keys over, unless they come first; one text is fastest head by head.
+    texts, keys = queries[:, 0, 0], keys[:, :, 0]
+    if len(texts) > 1:
+        return jnp.swapaxes(product(keys, texts, "bse,bge->bsg"), 1, 2)[:, None, :, None]
+    return jnp.stack([product(keys[0], query) for query in texts[0]])[None, None, :, None]
 
 
 def mixture(weights: Float[Array, "b n g t s"], values: KeysOrValues) -> Float[Array, "b t n g e"]:
-    if weights.shape[:2] == (1, 1) and weights.shape[3] == 1:
-        rows = [product(share, values[0, :, 0]) for share in weights[0, 0, :, 0]]
-        return jnp.stack(rows)[None, None, None]
-    return product(weights, values, "bngts,bsne->btnge")
+    if (weights.shape[1], weights.shape[3]) != (1, 1):
+        return product(weights, values, "bngts,bsne->btnge")
+    shares, values = weights[:, 0, :, 0], values[:, :, 0]
+    if len(shares) > 1:
+        return product(shares, values, "bgs,bse->bge")[:, None, None]
+    return jnp.stack([product(share, values[0]) for share in shares[0]])[None, None, None]
 
 
 class Attention(nnx.Module):
