@@ -256,12 +256,12 @@ def rung_bars(
     axis.invert_yaxis()
 
 
-def against_floor(axis: Axes, points: Sequence[tuple], colors: dict, **titles) -> None:
-    """Seconds over the least that the bytes take, of points (name, batch, cache, floor, seconds), and the line where both agree."""
+def against_floor(axis: Axes, points: Sequence[dict[str, dict]], colors: dict, **titles) -> None:
+    """Seconds over the least that the bytes take, of dicts of points by name (see ladder.points), and the line where both agree."""
     for name, color in colors.items():
-        mine = [(1e3 * floor, 1e3 * seconds) for other, *_, floor, seconds in points if other == name]
+        mine = [(1e3 * point[name]["floor"], 1e3 * point[name]["seconds"]) for point in points if name in point]
         axis.plot(*np.transpose(mine), "o", color=color, ms=5, label=name)
-    ends = np.array([0.8e3 * min(point[-2] for point in points), 1.2e3 * max(point[-1] for point in points)])
+    ends = np.array(axis.get_xlim() + axis.get_ylim())[[0, 3]]
     axis.plot(ends, ends, color="0.5", lw=1)
     axis.legend(frameon=False, fontsize=9)
     axis.set_xscale("log", base=2)

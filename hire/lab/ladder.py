@@ -163,13 +163,17 @@ def timed_rungs(
     return interleaved(steps | forms, queries, repeats)
 
 
-def points(rungs: dict[str, Decoder], timings: dict[tuple[int, int], dict[str, list[float]]], rate: float) -> list[tuple]:
-    """(name, batch, cache, floor, seconds) of all that was timed; the floor is what it must read, over `rate` in bytes/s."""
-    found = []
+def points(
+    rungs: dict[str, Decoder], timings: dict[tuple[int, int], dict[str, list[float]]], rate: float
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Of all that was timed, by (batch, cache): median seconds; the floor, which is the bytes that must be read over `rate` in
+    bytes/s; and how many times the floor it took.
+    """
+    found = {}
     for (batch, cache), durations in timings.items():
-        for name, seconds in medians(durations).items():
-            floor = sum(step_bytes(rungs[name], batch, cache // 2).values()) / rate
-            found.append((name, batch, cache, floor, seconds))
+        floors = {name: sum(step_bytes(rungs[name], batch, cache // 2).values()) / rate for name in durations}
+        told = {name: dict(floor=floors[name], seconds=took, over=took / floors[name]) for name, took in medians(durations).items()}
+        found[f"b{batch} cache{cache}"] = told
     return found
 
 

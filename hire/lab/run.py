@@ -1,5 +1,7 @@
 """One run of a notebook: where its records and figures go, and what it says of the machine."""
 
+import resource
+
 import jax
 from IPython.display import Image, display
 from matplotlib.figure import Figure
@@ -30,8 +32,10 @@ class Run:
         print(f"figure {number}, profile {profile}, {self.machine['device']}, jax {self.machine['versions']['jax']}")
 
     def record(self, id: str, *, kind: str = "measured", **facts) -> dict:
-        """Write a record (see records.write) of this notebook's topic and return it."""
-        return records.write(self.records, self.name, id, kind=kind, command=f"make figure-{self.name[:2]}", **facts)
+        """Write a record (see records.write) of this notebook's topic, with the most gigabytes held until now, and return it."""
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in kilobytes
+        facts |= dict(command=f"make figure-{self.name[:2]}", peak_memory=held)
+        return records.write(self.records, self.name, id, kind=kind, **facts)
 
     def figure(self, figure: Figure, *, kind: str, weights: str, series: dict, finding: str, tolerance: dict) -> None:
         """Save the figure and the tree of series that it plots, and show it. `tolerance` is relative, by series, with a default."""
