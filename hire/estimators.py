@@ -4,6 +4,7 @@ The paper names the two and leaves rank, bits and fitting open (PAPER claim lr-a
 multiply: the factors of a low-rank copy may themselves be quantized.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -124,6 +125,22 @@ def unpack(codes: Codes, bits: int, width: int) -> Float[Array, "... d"]:
     return jnp.concatenate([low, high], axis=-1)[..., :width].astype(jnp.float32)
 
 
+@functools.partial(jax.jit, static_argnames="bits")  # one program, which holds nothing as large as the rows beside them
+def rounded(rows: Rows, bits: int) -> tuple[Codes, Float[Array, " m"]]:
+    """The codes of rows (m, d) and their scales (m,)."""
+    steps, width = 2 ** (bits - 1) - 1, rows.shape[1]
+    exact = rows.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(exact), axis=-1)
+    scale = jnp.where(largest > 0, largest, 1.0) / steps
+    codes = jnp.round(exact / scale[:, None]).astype(jnp.int8)
+    if bits == 8:
+        return codes, scale
+    half = -(-width // 2)
+    padded = jnp.pad(codes, ((0, 0), (0, 2 * half - width)))
+    packed = (padded[:, :half] & jnp.int8(15)) | jax.lax.shift_left(padded[:, half:], jnp.int8(4))
+    return jax.lax.bitcast_convert_type(packed, jnp.uint8), scale
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Quantized:
@@ -142,19 +159,8 @@ class Quantized:
         bits is 8 (one byte an entry) or 4 (two entries packed in a byte). Raises ValueError for other bits.
         """
         check_bits(bits)
-        steps = 2 ** (bits - 1) - 1
-        exact = rows.astype(jnp.float32)
-        largest = jnp.max(jnp.abs(exact), axis=-1)
-        scale = jnp.where(largest > 0, largest, 1.0) / steps
-        codes = jnp.round(exact / scale[:, None]).astype(jnp.int8)
-        width = rows.shape[1]
-        if bits == 4:
-            half = -(-width // 2)
-            padded = jnp.pad(codes, ((0, 0), (0, 2 * half - width)))
-            low, high = padded[:, :half], padded[:, half:]
-            packed = (low & jnp.int8(15)) | jax.lax.shift_left(high, jnp.int8(4))
-            codes = jax.lax.bitcast_convert_type(packed, jnp.uint8)
-        return cls(codes, scale, fingerprint(rows), bits, width)
+        codes, scale = rounded(rows, bits)
+        return cls(codes, scale, fingerprint(rows), bits, rows.shape[1])
 
     @property
     def shape(self) -> tuple[int, int]:

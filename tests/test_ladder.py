@@ -81,6 +81,10 @@ def test_what_a_rung_says_of_text(model):
     searched = ladder.quality(TextModel(rung, subject.tokenizer, ""), windows, names, 4, own["nats"])
     assert searched["recall"] == 1.0 and searched["accuracy"] == own["accuracy"]
     assert searched["over"]["mean"] == pytest.approx(0.0, abs=1e-5)
+    subject_rungs = parts(common=0.0, nominated=0.5).fitted(model, windows, together=2)
+    told = ladder.judged(subject, {name: subject_rungs[name] for name in ("dense", "+ sparse FFN")}, windows, names, 4)
+    assert told["dense"]["bits_per_byte"] == pytest.approx(own["bits_per_byte"], rel=1e-5)  # ordered, and the same
+    assert told["dense"]["over"]["mean"] == 0.0 and told["+ sparse FFN"]["over"]["mean"] != 0.0
 
 
 def test_what_a_user_would_pick_instead(model, rng):
@@ -95,7 +99,7 @@ def test_what_a_user_would_pick_instead(model, rng):
     x = jnp.asarray(rng.normal(size=(3, 64)), jnp.float32)
     up, down = (part[...] for part in (model.blocks[0].ffn.up, model.blocks[0].ffn.down))
     np.testing.assert_allclose(dense.blocks[0].ffn(x), jax.nn.relu(x @ up.T) @ down, atol=1e-4)
-    for other in (ladder.in_bfloat16(dense), ladder.in_int8(dense, 4)):
+    for other in (ladder.in_small_rows(dense, 4, small) for small in (ladder.bfloat16, ladder.int8)):
         near, found = next_words(other)
         assert np.abs(near - hidden).max() < 0.1 * np.abs(hidden).max()
         assert best.indices[0, 0] in found.indices[0]
@@ -106,10 +110,27 @@ def test_what_a_user_would_pick_instead(model, rng):
     assert sum(ladder.step_bytes(small, 1, 8).values()) < sum(ladder.step_bytes(searched, 1, 8).values())
 
 
-def test_rungs_are_timed_in_turn(model):
+def test_rungs_are_timed_in_turn_and_set_against_their_bytes(model):
     rungs = {"dense": model, "both": parts().rungs(model)["+ sparse FFN"]}
     timed = ladder.timed_rungs(rungs, 3, 16, 4, 2, nothing=lambda x: x)
     assert {name: len(seconds) for name, seconds in timed.items()} == dict(dense=2, both=2, nothing=2)
+    found = ladder.points(rungs, {(3, 16): dict(dense=[0.1, 0.3, 0.2], both=[0.1])}, 1e6)
+    floor = sum(ladder.step_bytes(model, 3, 8).values()) / 1e6
+    assert found["b3 cache16"]["dense"] == dict(floor=floor, seconds=0.2, over=pytest.approx(0.2 / floor))
+    shares = ladder.spent(rungs, 16, 4, 2, dict(dense=[1e9], both=[1e-9]))
+    nbytes = ladder.step_bytes(model, 1, 8)
+    assert shares["dense, bytes"]["softmax"] == pytest.approx(nbytes["softmax"] / sum(nbytes.values()))
+    assert max(shares["dense, time"].values()) < 1e-6 and min(shares["both, time"].values()) > 1
+
+
+def test_other_shares_by_the_same_copies(model, rng):
+    tokens = jnp.asarray(rng.integers(3, WORDS, (2, 16)), jnp.int32)
+    narrow = parts(common=0.0, kept=0.125, nominated=0.25).rungs(model)["+ sparse FFN"]
+    wide = ladder.with_shares(narrow, KEPT, 1.0)
+    assert [(ffn.k, ffn.candidates) for ffn in ladder.ffns_of(wide)] == [(4, 16)] * 2  # of 16 groups
+    assert ladder.ffns_of(wide)[0].estimator.nbytes == ladder.ffns_of(narrow)[0].estimator.nbytes
+    np.testing.assert_allclose(wide.prefill(tokens)[0], model.prefill(tokens)[0], atol=2e-4)
+    assert np.abs(narrow.prefill(tokens)[0] - model.prefill(tokens)[0]).max() > 1e-3
 
 
 def test_too_little_memory_offers_half_of_it(monkeypatch, capsys):
@@ -128,6 +149,8 @@ def test_the_map_by_hand():
     assert ladder.speed_of(0.4, 0.4, (0.0, 0.5)) == pytest.approx(1 / 0.4)  # 1 - 0.4 - 0.2
     softmax, ffn = ladder.shares(preset("paper_1b"))
     counts = preset("paper_1b").parameters()
+    sizes = {name: sum(shape.parameters().values()) / 1e9 for name, shape in ladder.known_shapes().items()}
+    assert sizes["Llama 3.2 1B"] == pytest.approx(1.2358, abs=1e-3) and sizes["gemma3_1b"] == pytest.approx(1.0, abs=1e-3)
     assert 0.35 < softmax < 0.42 and softmax / ffn == pytest.approx(counts["softmax"] / counts["ffn"])
 
 

@@ -89,7 +89,7 @@ def share_bars(axis: Axes, bars: dict[str, dict[str, float]], **titles) -> None:
         for color, (name, share) in zip(sns.color_palette("colorblind"), parts.items(), strict=False):
             axis.barh(row, share, left=start, color=color, edgecolor="white")
             text, narrow = f"{name}\n{share:.0%}" if share > 0.1 else f"{name} {share:.0%}", share < 0.15
-            if share > 0.045:
+            if share > 0.07:
                 place = axis.text(start + share / 2, row, text, ha="center", va="center", color="white", fontsize=8)
                 place.set_rotation(90 if narrow else 0)
             start += share
@@ -243,7 +243,7 @@ def rung_bars(
     axis: Axes, values: dict[str, float], color, *, notes: dict | None = None, hollow: bool = False, marks: Sequence = (), **titles
 ) -> None:
     """How many times as fast each rung is, the first at the top, and perhaps a note behind that; hollow where its quality is
-    transferred. Dotted lines mark what others report.
+    transferred. Dotted lines mark what the paper reports.
     """
     for row, (name, value) in enumerate(values.items()):
         axis.barh(row, value, color="white" if hollow else color, edgecolor=color, height=0.7)
@@ -251,7 +251,7 @@ def rung_bars(
     axis.axvline(1, color="0.5", lw=1)
     for mark in marks:
         axis.axvline(mark, color=sns.color_palette("colorblind")[3], lw=1, ls=":")
-    look = dict(xlim=(0, 1.7 * max(values.values())), xlabel="times as fast as dense")
+    look = dict(xlim=(0, 1.7 * max(values.values())), xlabel="times as fast as dense" + (" (dotted: the paper's)" if marks else ""))
     axis.set(yticks=range(len(values)), yticklabels=values, **look | titles)
     axis.invert_yaxis()
 
@@ -276,7 +276,7 @@ def speed_map(axis: Axes, speed: Callable, placed: dict[str, tuple[float, float]
     gray, red, blue = (sns.color_palette("colorblind")[i] for i in (7, 3, 0))
     grid = np.linspace(0, 1, 101)
     times = np.where(grid[None] + grid[:, None] < 1, speed(grid[None], grid[:, None]), np.nan)  # no step has more than all
-    lines = axis.contour(grid, grid, times, levels=[1.1, 1.2, 1.47, 2, 3, 5], colors=[gray], linewidths=1)
+    lines = axis.contour(grid, grid, times, levels=[1.1, 1.47, 2, 3, 5], colors=[gray], linewidths=1)
     axis.clabel(lines, fmt="%gx", fontsize=8)
     axis.plot(*np.transpose(list(placed.values())), "o", color=blue, ms=5)
     axis.plot(*told, "*", color=red, ms=13)

@@ -12,7 +12,7 @@ from flax import nnx
 import hire
 from hire.axes import Array, Float, Queries, Rows
 from hire.choose import batches, true_top_k
-from hire.estimators import Estimator, row_scores, row_sums
+from hire.estimators import Estimator, fingerprint, row_scores
 from hire.ffn import activate
 from hire.lab import decode
 from hire.lab.evaluation import States, collect, found_by, judge, losses, over
@@ -45,7 +45,7 @@ class Ladder:
     shared: float = 0.25
 
     def rungs(
-        self, model: Decoder, hidden: Queries | None = None, inputs: Sequence[Queries] | None = None, together: int = 8
+        self, model: Decoder, hidden: Queries | None = None, inputs: Sequence[np.ndarray] | None = None, together: int = 8
     ) -> dict[str, Decoder]:
         """The model with one part more at each rung, the last one with one selection for so many tokens.
 
@@ -63,13 +63,16 @@ class Ladder:
         for name, copy in copies.items():
             softmax = hire.HireSoftmax(rows, copy(), self.k, self.candidates)
             found[name] = hire.convert(model, softmax=softmax)
-        known = {}
+        fitted = {}
 
-        def copy_of(layer: int, rows: Rows) -> Estimator:
-            if (layer, len(rows)) not in known:
+        def copy_of(layer: int, beyond: Rows) -> Estimator:
+            """Of all neurons, fitted once, the part beyond the common path."""
+            up = layers_of(model)[layer].up[...]
+            if layer not in fitted:
                 fitted_to = None if inputs is None else inputs[layer]
-                known[layer, len(rows)] = hire.LowRank.fit(rows, self.ffn_rank, calibration=fitted_to, bits=8)
-            return known[layer, len(rows)]
+                fitted[layer] = hire.LowRank.fit(up, self.ffn_rank, calibration=fitted_to, bits=8)
+            whole = fitted[layer]
+            return replace(whole, factors=whole.factors[len(up) - len(beyond) :], fingerprint=fingerprint(beyond))
 
         layers = functools.partial(searched, model, copy_of, kept=self.kept, group_size=GROUP)
         ffns = {
@@ -200,43 +203,47 @@ def unselected(model: Decoder) -> Decoder:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
-class Int8Softmax:
-    """The best words by int8 rows, all of them read: in the place of a model's search."""
+class SmallSoftmax:
+    """The best words by rows of fewer bytes, all of them read: in the place of a model's search."""
 
-    rows: hire.Quantized
+    rows: hire.Quantized | Float[Array, "v d"]
     k: int = field(metadata=dict(static=True))
 
     def over(self, rows: Rows) -> Callable[[Queries], TopK]:
-        return lambda hidden: exact_top_k(self.rows.scores(hidden), self.k)
+        return lambda hidden: exact_top_k(row_scores(hidden, self.rows), self.k)
 
 
-class Int8FFN(nnx.Module):
-    """A ReLU layer by int8 rows, all of them read."""
+class SmallFFN(nnx.Module):
+    """A ReLU layer by rows of fewer bytes, all of them read. `down` is turned to (d, f): XLA sums along rows of small types, in
+    parts, many times as fast on a CPU as across them.
+    """
 
-    def __init__(self, ffn: FFN):
-        self.up, self.down = (nnx.data(int8(part[...])) for part in (ffn.up, ffn.down))
+    def __init__(self, ffn: FFN, small: Callable):
+        self.up, self.down = nnx.data(small(ffn.up[...])), nnx.data(small(ffn.down[...].T))
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         active = activate(row_scores(x.reshape(-1, x.shape[-1]), self.up))
-        return row_sums(active, self.down).reshape(x.shape).astype(x.dtype)
+        if len(active) > 1:
+            return row_scores(active, self.down).reshape(x.shape)
+        codes, scale = (self.down.codes, self.down.scale) if isinstance(self.down, hire.Quantized) else (self.down, 1.0)
+        parts = jnp.sum((codes.astype(jnp.float32) * active).reshape(len(codes), 16, -1), axis=2)
+        return (parts.sum(1) * scale).reshape(x.shape)
 
 
 def int8(rows: Rows | hire.Quantized) -> hire.Quantized:
     return rows if isinstance(rows, hire.Quantized) else hire.Quantized.fit(rows, 8)
 
 
-def in_bfloat16(model: Decoder) -> Decoder:
-    """What a user would pick instead: the dense model in half of the bytes."""
-    graph, state = nnx.split(model)
-    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state))
+def bfloat16(rows: Rows) -> Rows:
+    return rows.astype(jnp.bfloat16)
 
 
-def in_int8(model: Decoder, k: int) -> Decoder:
-    """What else: the dense model with the rows of softmax and FFN in int8, and nothing exact."""
+def in_small_rows(model: Decoder, k: int, small: Callable) -> Decoder:
+    """What a user would pick instead: the dense model with the rows of softmax and FFN as `small` makes them, and nothing exact."""
     dense = nnx.merge(*nnx.split(model))
-    setattr(dense, "softmax", nnx.data(Int8Softmax(int8(model.embedding[...]), k)))
+    setattr(dense, "softmax", nnx.data(SmallSoftmax(small(model.embedding[...]), k)))
     for block, ffn in zip(dense.blocks, layers_of(model), strict=True):
-        block.ffn = Int8FFN(ffn)
+        block.ffn = SmallFFN(ffn, small)
     return dense
 
 
