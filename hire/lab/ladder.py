@@ -163,7 +163,9 @@ def timed_rungs(
         kind = model.embedding[...].dtype
         made = decode.StepForms(model, slots, k, held.get(kind))
         held[kind], steps[name] = made.held, made.whole(batch)
-    return interleaved(steps | forms, queries, repeats)
+    durations = interleaved(steps | forms, queries, repeats)
+    jax.clear_caches()  # a compiled step of one billion parameters takes 150 MB, and is not called again
+    return durations
 
 
 def points(

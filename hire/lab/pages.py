@@ -86,7 +86,7 @@ def commands_table() -> str:
 def readme(text: str) -> str:
     """README.md with its generated parts as they should be."""
     text = filled(text, "commands", commands_table())
-    text = filled(text, "first figure", picture("03_softmax"))
+    text = filled(text, "first figure", picture("08_ladder"))
     return filled(text, "figures", register_table())
 
 
