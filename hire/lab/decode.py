@@ -31,7 +31,7 @@ def attention(model: Decoder, x, cache: Cache):
 class StepForms:
     """Forms of one decode step at batch 1, each called with hidden states (1, d), on a cache half full of random words.
 
-    A step ends in the k best words. Forms of one model can share the cache, `held`, of which every one has a copy.
+    A step ends in the k best words. Forms of one model can share what is `held` of a text.
     """
 
     def __init__(self, model: Decoder, slots: int, k: int = 1, held: Cache | None = None):
@@ -46,18 +46,20 @@ class StepForms:
         compiled = jax.jit(lambda model, x, cache: function(model.merge(), x, cache))
         return lambda x: compiled(self.model, x, self.held)
 
-    def whole(self, batch: int = 1) -> Callable:
-        """The step itself, for a batch of texts that were the same until now and go on with different words.
+    def cache(self, batch: int) -> list[Cache]:
+        """The cache of a batch of texts that were the same until now, in a list that holds it from one step to the next."""
+        return [jax.tree.map(lambda part: jnp.repeat(part, batch, 0) if jnp.ndim(part) else part, self.held)]
 
-        Each call writes into a cache of its own.
+    def whole(self, batch: int = 1, cache: list[Cache] | None = None) -> Callable:
+        """The step itself, for a batch of texts that go on with different words. Each call writes a token into the cache: its
+        own, or one that forms share.
         """
         apart = 7919 * np.arange(batch)  # a prime: words all over the vocabulary, or a search would read the same rows for all
-        cache = jax.tree.map(lambda part: jnp.repeat(part, batch, 0) if jnp.ndim(part) else part, self.held)
+        held = cache or self.cache(batch)
 
         def form(x):
-            nonlocal cache
             words = 3 + (np.argmax(x) + apart) % (self.words - 3)
-            top, cache = step(self.model, words.astype(np.int32), cache, self.k)
+            top, held[0] = step(self.model, words.astype(np.int32), held[0], self.k)
             return top
 
         return form

@@ -155,14 +155,19 @@ def step_bytes(model: Decoder, batch: int, cache: int) -> dict[str, float]:
 def timed_rungs(
     rungs: dict[str, Decoder], batch: int, slots: int, k: int, repeats: int, **forms: Callable
 ) -> dict[str, list[float]]:
-    """Seconds of a whole decode step of every rung, in turn, on a cache half full; and of other forms beside them."""
+    """Seconds of a whole decode step of every rung, in turn, on a cache that is half full at first; and of other forms beside them.
+
+    Rungs of one float type write into one cache. Raises ValueError when it is too short for all of their steps.
+    """
     first = next(iter(rungs.values()))
     queries = list(np.random.default_rng(0).normal(size=(repeats, 1, first.config.width)).astype(np.float32))
-    held, steps = {}, {}  # a cache for every float type
+    texts, caches, steps = {}, {}, {}
     for name, model in rungs.items():
         kind = model.embedding[...].dtype
-        made = decode.StepForms(model, slots, k, held.get(kind))
-        held[kind], steps[name] = made.held, made.whole(batch)
+        made = decode.StepForms(model, slots, k, texts.get(kind))
+        texts[kind] = made.held
+        caches[kind] = caches.get(kind) or made.cache(batch)
+        steps[name] = made.whole(batch, caches[kind])
     durations = interleaved(steps | forms, queries, repeats)
     jax.clear_caches()  # a compiled step of one billion parameters takes 150 MB, and is not called again
     return durations
