@@ -89,7 +89,7 @@ def share_bars(axis: Axes, bars: dict[str, dict[str, float]], **titles) -> None:
         for color, (name, share) in zip(sns.color_palette("colorblind"), parts.items(), strict=False):
             axis.barh(row, share, left=start, color=color, edgecolor="white")
             text, narrow = f"{name}\n{share:.0%}" if share > 0.1 else f"{name} {share:.0%}", share < 0.15
-            if share > 0.07:
+            if share > 0.09:
                 place = axis.text(start + share / 2, row, text, ha="center", va="center", color="white", fontsize=8)
                 place.set_rotation(90 if narrow else 0)
             start += share
