@@ -4,7 +4,6 @@ import hashlib
 import json
 import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import papermill
 from nbclient.exceptions import DeadKernelError
@@ -49,29 +48,26 @@ def run_notebooks(profile: str, only: str | None = None, *, fresh: bool = False)
     entries = ready() if only is None else [register(only)]
     folder = OUT / profile
     folder.mkdir(parents=True, exist_ok=True)
-
-    def run(entry: dict) -> str | None:
+    failed = []
+    for entry in entries:
         name, stamp = entry["name"], folder / f"{entry['name']}.done"
         values = {"profile": profile} | (chosen.get(name) or {})
         mark = fingerprint(name, values)
         if not fresh and stamp.exists() and stamp.read_text() == mark:
             print(f"{name}: up to date ({stamp.relative_to(ROOT)}; FRESH=1 runs it again)", flush=True)
-            return None
+            continue
         print(f"{name}: running at profile {profile} …", flush=True)
         stamp.unlink(missing_ok=True)
         start = time.monotonic()
         error = execute(name, values, folder / f"{name}.ipynb")
         seconds = time.monotonic() - start
         if error:
+            failed.append(name)
             print(f"{name}: FAILED after {seconds:.0f} s: {error}", flush=True)
-            return name
-        stamp.write_text(mark)
-        print(f"{name}: done in {seconds:.0f} s{'' if profile == 'smoke' else compared(name)}", flush=True)
-        return None
-
-    # Toys measure nothing and mostly compile, on one core: two at a time. What is measured must be alone.
-    with ThreadPoolExecutor(2 if profile == "smoke" else 1) as pool:
-        return [name for name in pool.map(run, entries) if name]
+        else:
+            stamp.write_text(mark)
+            print(f"{name}: done in {seconds:.0f} s{'' if profile == 'smoke' else compared(name)}", flush=True)
+    return failed
 
 
 def execute(name: str, values: dict, target) -> str | None:
