@@ -243,15 +243,16 @@ def rung_bars(
     axis: Axes, values: dict[str, float], color, *, notes: dict | None = None, hollow: bool = False, marks: Sequence = (), **titles
 ) -> None:
     """How many times as fast each rung is, the first at the top, and perhaps a note behind that; hollow where its quality is
-    transferred. Dotted lines mark what the paper reports.
+    transferred, hatched where it is an estimate. Dotted lines mark what the paper reports.
     """
     for row, (name, value) in enumerate(values.items()):
-        axis.barh(row, value, color="white" if hollow else color, edgecolor=color, height=0.7)
+        hatch = "///" if "estimate" in name else None
+        axis.barh(row, value, color="white" if hollow else color, edgecolor=color, height=0.7, hatch=hatch)
         label(axis, max(value, 1.0), row, f"{value:.2f}x{(notes or {}).get(name, '')}", "0.2")
     axis.axvline(1, color="0.5", lw=1)
     for mark in marks:
         axis.axvline(mark, color=sns.color_palette("colorblind")[3], lw=1, ls=":")
-    look = dict(xlim=(0, 1.7 * max(values.values())), xlabel="times as fast as dense" + (" (dotted: the paper's)" if marks else ""))
+    look = dict(xlim=(0, 2.0 * max(values.values())), xlabel="times as fast as dense" + (" (dotted: the paper's)" if marks else ""))
     axis.set(yticks=range(len(values)), yticklabels=values, **look | titles)
     axis.invert_yaxis()
 

@@ -85,7 +85,8 @@ def spread(rows: int, columns: int = 0) -> P | None:
 
 @functools.cache
 def drawing(shape: tuple[int, int], fan_in: int, dtype, lies: P | None) -> Callable[[jax.Array], Rows]:
-    # One matrix, one program: as a whole, nothing is held but what is asked for, and on a mesh no device ever holds all of it.
+    # One matrix, one program, which holds it and three like it; of a whole model in one program XLA would hold them all. On a mesh
+    # that is so for each device's own rows.
     return jax.jit(lambda key: jax.random.normal(key, shape, dtype) * jnp.asarray(fan_in**-0.5, dtype), out_shardings=lies)
 
 
