@@ -146,6 +146,7 @@ def test_too_little_memory_offers_half_of_it(monkeypatch, capsys):
 
 
 def test_the_map_by_hand():
+    assert ladder.published_speedups() == [1.22, 1.16, 1.47]
     assert ladder.speed_of(0.4, 0.4, (0.0, 0.5)) == pytest.approx(1 / 0.4)  # 1 - 0.4 - 0.2
     softmax, ffn = ladder.shares(preset("paper_1b"))
     counts = preset("paper_1b").parameters()

@@ -88,10 +88,11 @@ def share_bars(axis: Axes, bars: dict[str, dict[str, float]], **titles) -> None:
         start = 0.0
         for color, (name, share) in zip(sns.color_palette("colorblind"), parts.items(), strict=False):
             axis.barh(row, share, left=start, color=color, edgecolor="white")
-            text, narrow = f"{name}\n{share:.0%}" if share > 0.1 else f"{name} {share:.0%}", share < 0.15
-            if share > 0.09:
-                place = axis.text(start + share / 2, row, text, ha="center", va="center", color="white", fontsize=8)
-                place.set_rotation(90 if narrow else 0)
+            if share > 0.1:
+                text = axis.text(
+                    start + share / 2, row, f"{name}\n{share:.0%}", ha="center", va="center", color="white", fontsize=8
+                )
+                text.set_rotation(90 if share < 0.15 else 0)
             start += share
     longest = max(sum(parts.values()) for parts in bars.values())  # parts timed alone may take longer than the whole
     axis.set(yticks=range(len(bars)), yticklabels=bars, xlim=(0, max(1.0, longest)), **titles)

@@ -307,6 +307,11 @@ def known_shapes() -> dict[str, DecoderConfig]:
     return shapes
 
 
+def published_speedups() -> list[float]:
+    """What the paper reports for the softmax, the layers and both."""
+    return [float(claim["published"].rstrip("x")) for claim in load("claims")["claims"] if claim["id"].endswith("-speedup")]
+
+
 def speed_of(softmax, ffn, left: Sequence[float]):
     """How many times as fast a step is by its bytes, with these shares of softmax and FFN, of each of which a part is left."""
     return 1 / (1 - softmax * (1 - left[0]) - ffn * (1 - left[1]))

@@ -33,7 +33,7 @@ class Run:
 
     def record(self, id: str, *, kind: str = "measured", **facts) -> dict:
         """Write a record (see records.write) of this notebook's topic, with the most gigabytes held until now, and return it."""
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in kilobytes
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
         facts |= dict(command=f"make figure-{self.name[:2]}", peak_memory=held)
         return records.write(self.records, self.name, id, kind=kind, **facts)
 
