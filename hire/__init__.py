@@ -9,6 +9,7 @@ Predict with a small copy which rows score best, compute only those exactly:
 from typing import TYPE_CHECKING
 
 from hire.choose import choose_candidates
+from hire.distributed import da_top_k
 from hire.estimators import Estimator, LowRank, Quantized
 from hire.ffn import HireFFN
 from hire.sampling import sample, sampling_probabilities
@@ -29,6 +30,7 @@ __all__ = [
     "bucketed_top_k",
     "choose_candidates",
     "convert",
+    "da_top_k",
     "exact_top_k",
     "expected_recall",
     "generate",

@@ -1,12 +1,14 @@
 """HiRE-FFN: of the groups of neurons in a feed-forward layer, those that score best, found without reading the others."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from hire.axes import AnyArray, Array, Float, Indices, Int, Queries, Rows
+from hire.distributed import Axis, told_again
 from hire.estimators import (
     Estimator,
     Quantized,
@@ -43,6 +45,10 @@ class HireFFN:
     `form` is "plain" JAX, the TPU "kernel", which takes layers without gate and groups of 8 to 128, or "auto", that one on a TPU.
     The matrices may be Quantized, too, in plain JAX.
 
+    With an `axis`, whose mesh jax.set_mesh has set, the groups lie over several devices, as `sharded` deals them. Each keeps its
+    share of the k, of its share of the candidates, and nothing travels but the sum of their outputs; of the common path each has an
+    equal part before its others.
+
     Raises ValueError when group_size does not divide f, when 0 <= common < k <= common + candidates <= groups does not hold, when
     shapes do not fit, for an estimator of other rows, for an up_estimator of a layer without gate, or for a kernel that does not
     take the layer.
@@ -59,6 +65,7 @@ class HireFFN:
     common: int = field(metadata=dict(static=True), default=0)
     shared: bool = field(metadata=dict(static=True), default=False)
     form: str = field(metadata=dict(static=True), default="auto")
+    axis: str | Axis | None = field(metadata=dict(static=True), default=None)
 
     def __post_init__(self):
         if not isinstance(getattr(self.up, "codes", self.up), AnyArray):  # jax also builds it around placeholders and shapes
@@ -85,12 +92,40 @@ class HireFFN:
         for rows, copy in ((first, self.estimator), (self.up, self.up_estimator)):
             if copy is not None:
                 check_search(rows[self.common * self.group_size :], copy, 1, 1)
-                if not (self.common and isinstance(rows, Quantized)):  # which tell their rows as a whole
+                if not (self.common and (self.axis or isinstance(rows, Quantized))):  # which tell their rows as a whole
                     check_fitted(rows[self.common * self.group_size :], copy)
+
+    def sharded(self, axis: str | Axis) -> "HireFFN":
+        """The same with its groups dealt to the devices of an axis of the mesh. Raises ValueError if the common path cannot be."""
+        axis = replace(Axis.of(axis), dealt=True)
+        if self.common % axis.size:
+            raise ValueError(f"common = {self.common}: expected a multiple of {axis.size}, the devices of {axis.name!r}")
+        matrices = {name: getattr(self, name) for name in ("up", "down", "gate")}
+        laid: dict[str, Any] = {name: part if part is None else axis.put(part, self.group_size) for name, part in matrices.items()}
+        for name, rows in (("estimator", "up" if self.gate is None else "gate"), ("up_estimator", "up")):
+            copy = getattr(self, name)
+            laid[name] = None if copy is None else told_again(axis.put(copy, self.group_size), laid[rows])
+        return replace(self, **laid, axis=axis)
+
+    def on_devices(self, x: Queries, method: Callable[["HireFFN", Queries], jax.Array]) -> jax.Array:
+        """The sum over the devices of the axis of what a layer of each one's own groups gives."""
+        axis = Axis.of(self.axis or "")
+
+        def own(parts: dict[str, Any], x: Queries) -> jax.Array:
+            groups, common = parts["up"].shape[0] // self.group_size, self.common // axis.size
+            k, candidates = (axis.share(count, groups - common) for count in (self.k - self.common, self.candidates))
+            how: dict[str, Any] = dict(group_size=self.group_size, shared=self.shared, form=self.form)
+            layer = HireFFN(**parts, k=k + common, candidates=candidates, common=common, **how)
+            return jax.lax.psum(method(layer, x), axis.name)
+
+        names = ("up", "down", "estimator", "gate", "up_estimator")
+        return axis.mapped(own, {name: getattr(self, name) for name in names}, x)
 
     @jax.jit
     def __call__(self, x: Queries) -> Float[Array, "b d"]:
         """The layer's output (b, d), float32, for queries (b, d)."""
+        if self.axis:
+            return self.on_devices(x, HireFFN.__call__)
 
         def plain() -> Float[Array, "b d"]:
             return self.spread(x) if self.shared else self.search(x)
@@ -166,6 +201,8 @@ class HireFFN:
 
         With `shared`, every `together` queries are one call.
         """
+        if self.axis:
+            return self.on_devices(x, lambda layer, x: layer.masked(x, together))
         active = self.active(lambda rows: layer_scores(x, rows))
         scores = group_scores(active, self.group_size)[:, self.common :]
         if self.candidates < scores.shape[1]:

@@ -1,12 +1,13 @@
 """HiRE-Softmax: the best words of a vocabulary, and their probabilities, without reading most of it."""
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from hire.axes import AnyArray, Array, Blocks, Float, Int, Queries, Rows
+from hire.distributed import Axis, da_top_k, merged, told_again
 from hire.estimators import Estimator, Quantized, check_form, row_nbytes, row_scores_at
 from hire.search import best_of, check_fitted, check_queries, check_search, high_recall_top_k, nominate
 from hire.topk import TopK
@@ -34,8 +35,9 @@ class HireSoftmax:
 
     `softmax(hidden)` maps hidden states (b, d) to the values and indices (b, k) of the k best words. It is compiled
     already; inside another compiled function pass it as an argument, since jax.jit(softmax) would bake the rows into the
-    program as constants. Raises ValueError when built with 1 <= k <= candidates <= v not holding, or with an estimator
-    of other rows.
+    program as constants. With an `axis`, whose mesh jax.set_mesh has set, the rows lie over several devices, as `sharded` puts
+    them, and DA-TOP-k searches; all else reads the same. Raises ValueError when built with 1 <= k <= candidates <= v not
+    holding, or with an estimator of other rows.
     """
 
     rows: Rows | Blocks | Quantized
@@ -43,6 +45,7 @@ class HireSoftmax:
     k: int = field(metadata=dict(static=True))
     candidates: int = field(metadata=dict(static=True))
     form: str = field(metadata=dict(static=True), default="auto")
+    axis: str | Axis | None = field(metadata=dict(static=True), default=None)
 
     def __post_init__(self):
         if isinstance(getattr(self.rows, "codes", self.rows), AnyArray):  # jax also builds it around placeholders and shapes
@@ -50,9 +53,25 @@ class HireSoftmax:
             check_fitted(self.rows, self.estimator)
             check_form(self.form)
 
+    def sharded(self, axis: str | Axis) -> "HireSoftmax":
+        """The same with its rows on the devices of an axis of the mesh, as Axis says, filled up where they do not divide."""
+        axis, v = Axis.of(axis), self.rows.shape[0]
+        axis = replace(axis, rows=v if v % axis.size else None)
+        rows = axis.put(self.rows)
+        return replace(self, rows=rows, estimator=told_again(axis.put(self.estimator), rows), axis=axis)
+
     @jax.jit
     def __call__(self, hidden: Queries) -> TopK:
-        return high_recall_top_k(hidden, self.rows, self.estimator, k=self.k, candidates=self.candidates, form=self.form)
+        how: dict[str, Any] = dict(k=self.k, candidates=self.candidates, form=self.form)
+        if self.axis:
+            axis = Axis.of(self.axis)
+            return axis.mapped(lambda own, x: da_top_k(x, **own, **how, axis=axis), self.parts, hidden)
+        return high_recall_top_k(hidden, self.rows, self.estimator, **how)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What lies on the devices of an axis."""
+        return dict(rows=self.rows, estimator=self.estimator)
 
     @jax.jit
     def words(self, hidden: Queries) -> Words:
@@ -64,7 +83,25 @@ class HireSoftmax:
         times its sampling error and its drift from the quarter of the candidates above. Our choice: the paper names no normaliser.
         """
         check_queries(hidden, self.estimator)
-        estimated = self.estimator.scores(hidden)
+        if self.axis:
+            return Axis.of(self.axis).mapped(self.words_of_all, self.parts, hidden)
+        return self.words_of(hidden, self.estimator.scores(hidden))
+
+    def words_of_all(self, own: dict[str, Any], hidden: Queries) -> Words:
+        """`words` on every device of the axis: each estimates the sum over its own."""
+        axis, held = Axis.of(self.axis or ""), own["rows"].shape[0]
+        total = axis.total(held)
+        most = held - (axis.size * held - total)  # of the smallest shard
+        k, candidates = (axis.share(count, most) for count in (self.k, self.candidates))
+        real = axis.whole(jnp.arange(held), held) < total
+        estimated = jnp.where(real[None], own["estimator"].scores(hidden), -jnp.inf)  # so that no filling is nominated
+        found = HireSoftmax(**own, k=k, candidates=candidates, form=self.form).words_of(hidden, estimated)
+        sums, errors = jax.lax.all_gather(jnp.stack([found.log_normalizer, found.error]), axis.name, axis=1)
+        whole = jax.nn.logsumexp(sums, axis=0)
+        return Words(merged(found.top, axis, held, k, self.k), whole, jnp.linalg.norm(jnp.exp(sums - whole[None]) * errors, axis=0))
+
+    def words_of(self, hidden: Queries, estimated: Float[Array, "b m"]) -> Words:
+        """`words` by the estimated scores of all."""
         chosen = nominate(estimated, self.candidates)
         exact = self.exact_logits(hidden, chosen)
         guessed = jnp.take_along_axis(estimated, chosen, axis=1)
@@ -79,7 +116,16 @@ class HireSoftmax:
     @jax.jit
     def exact_logits(self, hidden: Queries, words: Int[AnyArray, "b n"]) -> Float[Array, "b n"]:
         """Exact logits of words (b, n) after hidden states (b, d): their rows alone are read."""
+        if self.axis:
+            return Axis.of(self.axis).mapped(self.logits_of_own, self.parts, hidden, words)
         return row_scores_at(hidden, self.rows, words, form=self.form)
+
+    def logits_of_own(self, own: dict[str, Any], hidden: Queries, words: Int[AnyArray, "b n"]) -> Float[Array, "b n"]:
+        """`exact_logits` on every device of the axis, which has the rows of some words."""
+        axis, held = Axis.of(self.axis or ""), own["rows"].shape[0]
+        place = axis.stored(words, axis.size * held) - jax.lax.axis_index(axis.name) * held
+        scores = row_scores_at(hidden, own["rows"], jnp.clip(place, 0, held - 1), form=self.form)
+        return jax.lax.psum(jnp.where((place >= 0) & (place < held), scores, 0.0), axis.name)
 
     @jax.jit
     def log_probabilities(self, hidden: Queries, words: Int[AnyArray, "b n"]) -> Float[Array, "b n"]:
@@ -92,7 +138,7 @@ class HireSoftmax:
         return self.bytes_for(1)
 
     def bytes_for(self, queries: int) -> int:
-        """Bytes that so many read together, which share the estimator."""
+        """Bytes that so many read together, which share the estimator; on all devices of an axis."""
         exact = self.candidates * row_nbytes(self.rows, self.estimator.shape[1])
         return self.estimator.bytes_read(self.candidates) + queries * exact
 

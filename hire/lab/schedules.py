@@ -116,6 +116,12 @@ def computations(hlo: str) -> dict[str, list[Instruction]]:
     return found
 
 
+def sent(hlo: str) -> float:
+    """Bytes that the collectives of a compiled program leave on every device."""
+    rows = [row for rows in computations(hlo).values() for row in rows]
+    return sum(sum(array_bytes(row.shape)) for row in rows if row.opcode in COLLECTIVES)
+
+
 def operations(hlo: str, schedules: dict[str, Schedule]) -> list[Operation]:
     """Every operation of a compiled program, in order, with its schedule (see `schedule`) and how often it runs.
 

@@ -38,9 +38,12 @@ def convert(
     converted = nnx.merge(*nnx.split(model))
     converted.softmax = None
     if softmax is not None:
-        replace(softmax, rows=model.embedding[...])  # refuses an estimator of other rows
         own = softmax.rows if isinstance(softmax.rows, Quantized) else None
-        converted.softmax = nnx.data(TiedSoftmax(softmax.estimator, own, softmax.k, softmax.candidates))
+        if softmax.axis and own is None:
+            converted.embedding = nnx.Param(softmax.rows)  # which may have been dealt out or filled up
+        else:
+            replace(softmax, rows=model.embedding[...])  # refuses an estimator of other rows
+        converted.softmax = nnx.data(TiedSoftmax(softmax.estimator, own, softmax.k, softmax.candidates, softmax.axis))
     if ffn is not None:
         widths = [part.up.shape[1] for part in ffn]
         if widths != [model.config.width] * model.config.layers:

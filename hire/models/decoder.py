@@ -16,6 +16,7 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
 
 from hire.axes import AnyArray, Array, Blocks, Bool, Float, Hidden, Int, Rows, Tokens
+from hire.distributed import Axis
 from hire.estimators import Estimator, Quantized, layer_scores, product, row_scores, row_sums
 from hire.ffn import activate
 from hire.models.config import DecoderConfig
@@ -39,9 +40,10 @@ class TiedSoftmax:
     rows: Quantized | None
     k: int = field(metadata=dict(static=True))
     candidates: int = field(metadata=dict(static=True))
+    axis: str | Axis | None = field(metadata=dict(static=True), default=None)
 
     def over(self, rows: Rows | Blocks) -> HireSoftmax:
-        return HireSoftmax(rows if self.rows is None else self.rows, self.estimator, self.k, self.candidates)
+        return HireSoftmax(rows if self.rows is None else self.rows, self.estimator, self.k, self.candidates, axis=self.axis)
 
 
 @jax.tree_util.register_dataclass
@@ -272,8 +274,14 @@ class Decoder(nnx.Module):
         self.softmax: TiedSoftmax | None = None  # of hire.convert: searches the embedding instead of reading all of it
 
     def embed(self, tokens: Int[AnyArray, "*b"]) -> Float[Array, "*b d"]:
-        rows = self.embedding[...][tokens].reshape(*tokens.shape, -1)[..., : self.config.width]  # of a matrix, or of blocks of rows
+        rows = self.embedding[...][self.stored(tokens)]  # of a matrix, or of blocks of rows
+        rows = rows.reshape(*tokens.shape, -1)[..., : self.config.width]
         return rows * jnp.asarray(self.config.width**0.5, rows.dtype)
+
+    def stored(self, words: Int[AnyArray, "*b"]) -> Int[AnyArray, "*b"]:
+        """Where the embedding has the rows of words: a softmax over several devices may have dealt them out."""
+        axis = None if self.softmax is None else self.softmax.axis
+        return Axis.of(axis).stored(words, self.embedding.shape[0]) if axis else words
 
     def prefill(self, tokens: Tokens, slots: int | None = None) -> tuple[Hidden, Cache]:
         """Hidden states (b, t, d) after every token of texts (b, t), and a cache for contexts of up to `slots` tokens.
@@ -317,4 +325,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[AnyArray, "*b d"]) -> Float[Array, "*b v"]:
         """Exact logits, float32, of hidden states."""
-        return row_scores(hidden.reshape(-1, self.config.width), self.embedding[...]).reshape(*hidden.shape[:-1], -1)
+        scores = row_scores(hidden.reshape(-1, self.config.width), self.embedding[...])
+        if self.softmax is not None and self.softmax.axis:
+            scores = scores[:, self.stored(jnp.arange(self.config.vocabulary))]
+        return scores.reshape(*hidden.shape[:-1], -1)

@@ -1,0 +1,204 @@
+"""DA-TOP-k over four devices of one process: against one device, by hand, and by what its compiled program sends."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import hire
+from hire.distributed import Axis
+from hire.ffn import HireFFN
+from hire.lab.schedules import sent
+from hire.models import Decoder, preset
+
+FULL = math.inf
+
+
+def mesh(*sizes: int):
+    return jax.make_mesh(sizes, ("chips", "texts")[: len(sizes)], (AxisType.Auto,) * len(sizes))
+
+
+def softmax_of(rng, m: int, d: int, k: int, candidates: int, bits=8, **how) -> hire.HireSoftmax:
+    rows = jnp.asarray(rng.normal(size=(m, d)), jnp.float32)
+    return hire.HireSoftmax(rows, hire.Quantized.fit(rows, bits), k=k, candidates=candidates, **how)
+
+
+def same(ours: hire.TopK, theirs: hire.TopK):
+    np.testing.assert_allclose(ours.values, theirs.values, rtol=1e-5, atol=1e-5)
+    assert ours.indices.tolist() == theirs.indices.tolist()
+
+
+def test_shares_by_hand():
+    with jax.set_mesh(mesh(4)):
+        # 32 of 4 devices: 8 each, give or take sqrt(8 * 3/4) = 2.449
+        assert [Axis("chips", slack).share(32, 1000) for slack in (0, 1, 3, FULL)] == [8, 11, 16, 32]
+        assert Axis("chips", 3).share(1, 1000) == 1 and Axis("chips", 3).share(32, 10) == 10
+        dealt = Axis("chips", dealt=True, rows=10)
+        assert np.array(dealt.laid(jnp.arange(10) + 1)).tolist() == [1, 5, 9, 2, 6, 10, 3, 7, 0, 4, 8, 0]
+        assert dealt.stored(jnp.arange(10), 12).tolist() == [0, 3, 6, 9, 1, 4, 7, 10, 2, 5]
+        assert np.array(dealt.laid(jnp.arange(16), 2)).tolist() == [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+
+
+@settings(max_examples=5)
+@given(st.integers(8, 200), st.integers(1, 5), st.booleans(), st.data())
+def test_with_full_slack_the_answer_is_that_of_one_device(m, b, dealt, data):
+    k = data.draw(st.integers(1, max(1, m // 4 - 3)))
+    rng = np.random.default_rng(m)
+    alone = softmax_of(rng, m, 8, k, m)  # all are candidates
+    x = jnp.asarray(rng.normal(size=(b, 8)), jnp.float32)
+    with jax.set_mesh(mesh(4)):
+        spread = alone.sharded(Axis("chips", FULL, dealt))
+        assert len(spread.rows.sharding.device_set) == 4 and spread.rows.shape[0] == -(-m // 4) * 4
+        same(spread(x), alone(x))
+        words, reference = spread.words(x), alone.words(x)
+        same(words.top, reference.top)
+        np.testing.assert_allclose(words.log_normalizer, reference.log_normalizer, rtol=1e-5)
+        some = jnp.asarray(rng.integers(0, m, (b, 3)), jnp.int32)
+        np.testing.assert_allclose(spread.exact_logits(x, some), alone.exact_logits(x, some), rtol=1e-4, atol=1e-5)
+
+
+def test_filling_is_never_picked():
+    rows = jnp.full((9, 2), -1.0)  # every real score is below the 0 of filling
+    alone = hire.HireSoftmax(rows, hire.Quantized.fit(rows, 8), k=1, candidates=9)
+    x = jnp.ones((2, 2))
+    for dealt in (False, True):
+        with jax.set_mesh(mesh(2)):
+            spread = alone.sharded(Axis("chips", FULL, dealt))
+            assert spread.rows.shape[0] == 10 and spread(x).values.tolist() == [[-2.0]] * 2
+            assert spread(x).indices.max() < 9 and spread.words(x).top.indices.max() < 9
+            np.testing.assert_allclose(spread.words(x).log_normalizer, -2 + math.log(9), rtol=1e-6)
+
+
+def test_a_share_each_finds_what_a_fair_deal_expects():
+    rng = np.random.default_rng(0)
+    m, k, queries = 4096, 32, 400
+    rows = jnp.asarray(rng.normal(size=(m, 32)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(queries, 32)), jnp.float32)
+    alone = hire.HireSoftmax(rows, hire.Quantized.fit(rows, 8), k=k, candidates=m // 2)
+    with jax.set_mesh(mesh(4)):
+        for slack, sent in ((0, 8), (1, 11)):
+            axis = Axis("chips", slack)
+            assert axis.share(k, m) == sent
+            found = hire.recall(alone.sharded(axis)(x).indices, x @ rows.T, k)
+            told = hire.expected_recall(m, k, buckets=4, per_bucket=sent)
+            assert abs(found.mean() - told) < 4 * found.std() / queries**0.5 + 1e-3, (found.mean(), told)
+
+
+def compiled(layer, x) -> str:
+    leaves, tree = jax.tree.flatten(layer)
+    return jax.jit(lambda leaves, x: tree.unflatten(leaves)(x)).lower(leaves, x).compile().as_text()
+
+
+@pytest.mark.parametrize("slack", [0, 3, FULL])
+def test_what_travels_does_not_depend_on_the_vocabulary(rng, slack):
+    k, b, moved = 16, 3, set()
+    for m in (1024, 4096):
+        with jax.set_mesh(mesh(4)):
+            axis = Axis("chips", slack)
+            spread = softmax_of(rng, m, 8, k, 64).sharded(axis)
+            x = jnp.zeros((b, 8))
+            moved.add(sent(compiled(spread, x)))
+            assert moved == {4 * axis.share(k, m) * 8 * b}
+    assert max(moved) <= 4 * k * 8 * b
+
+
+def test_the_count_of_bytes_would_see_scores_that_travel(rng):
+    with jax.set_mesh(mesh(4)):
+        rows = Axis("chips").laid(jnp.zeros((1024, 8)))
+
+        def gathered(rows, x):
+            return jax.lax.all_gather(x @ rows.T, "chips", axis=1, tiled=True)
+
+        whole = jax.shard_map(gathered, in_specs=(P("chips"), P()), out_specs=P(), check_vma=False)
+        assert sent(jax.jit(whole).lower(rows, jnp.zeros((3, 8))).compile().as_text()) == 1024 * 3 * 4
+
+
+@settings(max_examples=6)
+@given(st.sampled_from([(8, 64), (4, 36), (8, 56)]), st.sampled_from([0, 4]), st.booleans(), st.booleans())
+def test_a_layer_is_the_sum_of_its_shards(shape, common, gated, shared):
+    group, groups = shape
+    rng = np.random.default_rng(0)
+    up, down, gate = (jnp.asarray(rng.normal(size=(group * groups, 16)), jnp.float32) for _ in range(3))
+    copy = hire.LowRank.fit((gate if gated else up)[group * common :], 8, bits=8)
+    more = dict(gate=gate if gated else None, group_size=group, common=common, shared=shared)
+    layer = HireFFN(up, down, copy, k=12, candidates=groups - common, **more)
+    x = jnp.asarray(rng.normal(size=(3, 16)), jnp.float32)
+    with jax.set_mesh(mesh(4)):
+        spread = layer.sharded(Axis("chips", 0))
+        shares = np.zeros((3, 16), np.float32)
+        for chip in range(4):  # each keeps its own 3 best, common ones included, of every fourth group
+            own = np.arange(groups * group).reshape(-1, 4, group)[:, chip].reshape(-1) if groups % 4 == 0 else None
+            parts = [part if part is None else part[own] for part in (up, down, gate if gated else None)]
+            first = common // 4
+            exact = hire.Quantized.fit((parts[2] if gated else parts[0])[first * group :], 8)
+            how = dict(gate=parts[2], group_size=group, common=first, shared=shared)
+            shares += HireFFN(parts[0], parts[1], exact, k=3, candidates=groups // 4 - first, **how)(x)
+        np.testing.assert_allclose(spread(x), shares, rtol=2e-4, atol=2e-4)
+        np.testing.assert_allclose(spread.masked(x, 3), shares, rtol=2e-4, atol=2e-4)
+
+
+def test_groups_that_do_not_divide_are_filled_up(rng):
+    up, down = (jnp.asarray(rng.normal(size=(8 * 10, 16)), jnp.float32) for _ in range(2))
+    layer = HireFFN(up, down, hire.Quantized.fit(up, 8), k=10, candidates=10)
+    x = jnp.asarray(rng.normal(size=(2, 16)), jnp.float32)
+    with jax.set_mesh(mesh(4)):
+        spread = layer.sharded("chips")
+        assert spread.up.shape[0] == 96
+        np.testing.assert_allclose(spread(x), layer(x), rtol=2e-4, atol=2e-4)
+
+
+def test_only_the_sum_of_a_layer_travels(rng):
+    up, down = (jnp.asarray(rng.normal(size=(512, 16)), jnp.float32) for _ in range(2))
+    layer = HireFFN(up, down, hire.LowRank.fit(up, 8, bits=8), k=4, candidates=8)
+    with jax.set_mesh(mesh(4)):
+        assert sent(compiled(layer.sharded("chips"), jnp.zeros((3, 16)))) == 3 * 16 * 4
+
+
+def test_a_model_writes_the_same_words_on_four_devices(rng):
+    config = preset("tiny", layers=1, vocabulary=510, heads=2, kv_heads=1, head_width=32, gated=False, ffn_width=256)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    softmax = hire.HireSoftmax(model.embedding[...], hire.LowRank.fit(model.embedding[...], 32, bits=8), k=8, candidates=510)
+    layers = [
+        HireFFN(ffn.up[...], ffn.down[...], hire.Quantized.fit(ffn.up[...], 8), k=32, candidates=32)
+        for ffn in (block.ffn for block in model.blocks)
+    ]
+    tokens = jnp.asarray(rng.integers(3, 510, (2, 5)), jnp.int32)
+    words = hire.generate(model, tokens, new_tokens=4)
+    with jax.set_mesh(mesh(4)):
+        axis = Axis("chips", dealt=True)
+        spread = hire.convert(model, softmax=softmax.sharded(axis), ffn=[layer.sharded("chips") for layer in layers])
+        assert hire.generate(spread, tokens, new_tokens=4).tolist() == words.tolist()
+        hidden = spread.prefill(tokens)[0]
+        np.testing.assert_allclose(spread.logits(hidden), model.logits(model.prefill(tokens)[0]), rtol=1e-3, atol=1e-3)
+
+
+def test_another_axis_may_hold_the_texts(rng):
+    alone = softmax_of(rng, 64, 8, 4, 64)
+    x = jnp.asarray(rng.normal(size=(6, 8)), jnp.float32)
+    with jax.set_mesh(mesh(2, 2)):
+        same(alone.sharded(Axis("chips", FULL))(x), alone(x))
+
+
+def test_bad_input_is_refused_in_one_line(rng):
+    alone = softmax_of(rng, 40, 8, 20, 30)
+    x = jnp.zeros((1, 8))
+    with pytest.raises(ValueError, match=r"^axis = 'chips': expected it within jax.set_mesh$"):
+        alone.sharded("chips")
+    with jax.set_mesh(mesh(4)):
+        with pytest.raises(ValueError, match=r"^axis = 'rows': expected one of chips, the axes of the mesh$"):
+            alone.sharded("rows")
+        with pytest.raises(ValueError, match=r"^k = 20: expected a whole number from 1 to 10 \(the rows of the smallest shard\)"):
+            alone.sharded("chips")(x)
+        ragged = softmax_of(rng, 42, 8, 2, 30, axis="chips")
+        with pytest.raises(ValueError, match=r"^rows of 42 rows over 4 devices: expected a multiple; `sharded` fills them up"):
+            ragged(x)
+        up = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32)
+        with pytest.raises(ValueError, match=r"^common = 2: expected a multiple of 4, the devices of 'chips'$"):
+            HireFFN(up, up, hire.Quantized.fit(up[16:], 8), k=4, candidates=6, common=2).sharded("chips")
