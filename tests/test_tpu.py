@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from hire.lab import programs, schedules, tpu
+from hire.lab import pods, programs, schedules, tpu
 
 BUNDLES = """
      0   :  { %5 = vsyncpa [#allocation9], 0  ;;  %7 = dma.hbm_to_vmem /*hbm=*/%s1, /*size_in_granules=*/100, /*vmem=*/%s2 }
@@ -54,6 +54,15 @@ ENTRY %main (a: bf16[1000,128], b: f32[64]) -> f32[8,128] {
 """
 
 
+def test_slices_by_hand():
+    assert [schedules.network(schedules.sides(f"v5e:{slice}")) for slice in ("1x1", "2x2", "4x4", "8x8", "16x16")] == [
+        (1, 0), (2, 2), (2, 6), (2, 14), (4, 16)
+    ]  # fmt: skip
+    assert schedules.sent(HLO) == 32 * 128 * 4
+    started = schedules.Instruction("a", "(f32[8,128]{1,0}, f32[32,128]{1,0})", "all-gather-start", "")
+    assert schedules.collected(started) == 32 * 128 * 4
+
+
 def test_an_older_compiler_names_the_bundle_that_a_loop_begins_with():
     older = BUNDLES.replace("target = $region6", "target bundleno = 5 (0x5), region = 6")
     older = older.replace("target = $region4", "target bundleno = 2 (0x2), region = 4")
@@ -90,7 +99,9 @@ def test_operations_by_hand():
     assert found["uneven"].seconds == pytest.approx(256_000 / 819e9 + schedules.LATENCY)
     assert found["silent"].nbytes == 256_000  # which its schedule does not show
     assert found["silent"].holes == ("fewer bytes in its schedule than it must move",)
-    assert found["gathered"].kind == "collective" and found["gathered"].nbytes == 32 * 128 * 4
+    gathered = found["gathered"]  # three quarters of it come from the other chips of a 2x2, over two links and two hops
+    assert gathered.kind == "collective" and gathered.nbytes == 3 / 4 * 32 * 128 * 4
+    assert gathered.seconds == pytest.approx(gathered.nbytes / (2 * schedules.LINK) + 2 * schedules.HOP)
     assert found["strange"].holes == ("no schedule of it",)
     assert "out" not in found and "a" not in found
 
@@ -167,3 +178,16 @@ def test_programs_run_where_they_are_and_read_what_they_say():
     assert ffn.reads == 512 * 64 + 4 * 512 + 64 * 256 + 4 * 64 + 3 * 4 + 2 * (12 + 6) * 8 * 256 * 2
     for program in (softmax, ffn, programs.dense_ffn(256, 2, "dense x @ W.T", neurons=512)):
         assert len(programs.time_program(program, loops=2, repeats=2)) == 2
+
+
+@compiler
+def test_da_top_k_sends_the_same_few_bytes_for_any_vocabulary(monkeypatch):
+    monkeypatch.setattr(pods, "WIDTH", 256)
+    sent = {}
+    for words in (8192, 16384):
+        monkeypatch.setattr(pods, "WORDS", words)
+        for name in ("HiRE DA", "dense gathered"):
+            program = pods.program(name, "v5e:2x2", 8)
+            sent[words, name] = tpu.estimate(program.function, program.weights, program.x, specs=program.specs)["sent"]
+    assert sent[8192, "HiRE DA"] == sent[16384, "HiRE DA"] == 8 * 16 * 8 * 4  # texts, share of k, bytes, chips
+    assert sent[8192, "dense gathered"] == 8 * 8192 * 4 and sent[16384, "dense gathered"] == 8 * 16384 * 4

@@ -74,9 +74,9 @@ def run(chosen: argparse.Namespace) -> int:
 
         install()
     elif chosen.command == "v5e":
-        from hire.lab import programs, published
+        from hire.lab import pods, programs, published
 
-        programs.estimate_all(published.programs() | programs.headline() | programs.steps())
+        programs.estimate_all(published.programs() | programs.headline() | programs.steps() | pods.programs())
     elif chosen.command == "size":
         from hire.lab.budgets import size
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from hire import HireFFN, HireSoftmax, LowRank, Quantized
 from hire.axes import AnyArray, Array, Queries, Tokens
@@ -42,6 +43,8 @@ class Program:
     x: Any
     reads: int
     donated: tuple[int, ...] = ()  # 1 where x is written over
+    topology: str = "v5e:2x2"
+    specs: tuple[P, ...] = ()  # where the arrays of both lie over the axis "chips" of all its chips; none: all on one chip
 
 
 def skeleton(make: Callable[[], object]) -> tuple[list[jax.ShapeDtypeStruct], Callable[[Sequence], Any]]:
@@ -231,10 +234,13 @@ def headline() -> dict[str, Program]:
 
 def estimated(name: str, program: Program, **more) -> dict:
     """The record of a program's estimate for a v5e (see tpu.estimate), which is compiled unless the cache knows it."""
-    found = tpu.estimate(program.function, program.weights, program.x, donated=program.donated)
+    found = tpu.estimate(
+        program.function, program.weights, program.x, topology=program.topology, donated=program.donated, specs=program.specs
+    )
     parts = [dict(name=each["name"], kind=each["kind"], us=1e6 * each["seconds"]) for each in found["operations"]]
     results = {key: found[key] for key in ("seconds", "moving", "holes", "memory")}
     results["floor"] = program.reads / schedules.BANDWIDTH
+    results["sent"] = found["sent"]
     # Transfers that were waited for: each adds schedules.LATENCY, which is assumed.
     results["waits"] = sum(each["waits"] for each in found["operations"] if each["kind"] != "prefetch") / schedules.LATENCY
     results["parts"] = [part for part in parts if part["us"] > 0.01e6 * found["seconds"]]

@@ -7,11 +7,13 @@ between HBM and VMEM.
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 BANDWIDTH, CLOCK, HBM, LINK = 819e9, 1.5e9, 16e9, 50e9  # of a v5e chip: bytes/s, cycles/s, bytes, bytes/s of one of four links
 LATENCY = 0.75e-6  # seconds from asking for a transfer to its arrival, assumed
+HOP = 1e-6  # seconds from one chip to the next, assumed
 GRANULE = 32  # bytes; transfers are counted in these
 
 
@@ -26,11 +28,12 @@ class Operation:
     nbytes: float = 0.0  # to and from HBM, or between chips
     waits: float = 0.0  # seconds
     holes: tuple[str, ...] = ()
+    links: int = 0  # of a collective: by how many of a chip's links its bytes come
 
     @property
     def moving(self) -> float:
         """Seconds that its bytes take at full bandwidth."""
-        return self.nbytes / (LINK if self.kind == "collective" else BANDWIDTH)
+        return self.nbytes / (self.links * LINK or BANDWIDTH)
 
     @property
     def seconds(self) -> float:
@@ -119,24 +122,42 @@ def computations(hlo: str) -> dict[str, list[Instruction]]:
 def sent(hlo: str) -> float:
     """Bytes that the collectives of a compiled program leave on every device."""
     rows = [row for rows in computations(hlo).values() for row in rows]
-    return sum(sum(array_bytes(row.shape)) for row in rows if row.opcode in COLLECTIVES)
+    return sum((collected(row) for row in rows if row.opcode.removesuffix("-start") in COLLECTIVES), 0.0)
 
 
-def operations(hlo: str, schedules: dict[str, Schedule]) -> list[Operation]:
+def collected(row: Instruction) -> float:
+    """Bytes of a collective's result; one that is started names its operands, too."""
+    found = array_bytes(row.shape)
+    return sum(found) if row.opcode in COLLECTIVES or row.opcode.startswith("all-reduce") else max(found)
+
+
+def sides(topology: str) -> list[int]:
+    """Chips along each side of a slice, such as "v5e:4x4"."""
+    return [int(side) for side in topology.partition(":")[2].split("x")]
+
+
+def network(sides: Sequence[int]) -> tuple[int, int]:
+    """Links by which a chip in a corner gets what others send, and hops to the farthest. A side of 16 chips closes to a ring."""
+    rings = [side == 16 for side in sides]
+    links = sum((1 + ring) * (side > 1) for side, ring in zip(sides, rings, strict=True))
+    return max(1, links), sum(side // 2 if ring else side - 1 for side, ring in zip(sides, rings, strict=True))
+
+
+def operations(hlo: str, schedules: dict[str, Schedule], sides: Sequence[int] = (2, 2)) -> list[Operation]:
     """Every operation of a compiled program, in order, with its schedule (see `schedule`) and how often it runs.
 
     A prefetch moves while operations compute; what is left of it when it is waited for is its time. What runs on scalars is in the
     control program, whose bundles come first.
     """
     control = [Operation("control", "control", 1, schedules["TLP"][0])] if "TLP" in schedules else []
-    return control + Reader(computations(hlo), schedules).inside("ENTRY", 1)
+    return control + Reader(computations(hlo), schedules, sides).inside("ENTRY", 1)
 
 
 class Reader:
     """The computations of a program with their schedules, of which the compiler leaves one for all operations that are alike."""
 
-    def __init__(self, parts: dict[str, list[Instruction]], schedules: dict[str, Schedule]):
-        self.parts, self.schedules = parts, schedules
+    def __init__(self, parts: dict[str, list[Instruction]], schedules: dict[str, Schedule], sides: Sequence[int]):
+        self.parts, self.schedules, self.sides = parts, schedules, sides
         self.shapes = {name: {row.name: row.shape for row in rows} for name, rows in parts.items()}
         rows = [(name, row) for name, rows in parts.items() for row in rows if row.name in schedules]
         self.twins = {self.likeness(name, row): schedules[row.name] for name, row in rows}
@@ -184,8 +205,7 @@ class Reader:
             branches = [self.inside(part, times) for part in re.findall(r"%([\w.-]+)", row.rest) if part in self.parts]
             return max(branches, key=lambda branch: sum(each.seconds for each in branch), default=[])
         if row.opcode.removesuffix("-start") in COLLECTIVES:
-            nbytes = times * sum(array_bytes(row.shape))
-            return [Operation(row.name, "collective", times, nbytes=nbytes, waits=times * LATENCY)]
+            return [self.collective(row, times)]
         known = self.schedules.get(row.name) or self.twins.get(self.likeness(place, row))
         if known:
             return [self.scheduled(place, row, times, *known)]
@@ -193,6 +213,13 @@ class Reader:
         if scalar or row.opcode in FREE or row.opcode.endswith("-done") or "ConcatBitcast" in row.rest:
             return []
         return [Operation(row.name, row.opcode, times, holes=("no schedule of it",))]
+
+    def collective(self, row: Instruction, times: int) -> Operation:
+        """What a corner chip gets from the others, and the hops that it comes by: there and back where something is summed."""
+        (links, hops), chips = network(self.sides), math.prod(self.sides)
+        both = 2 if row.opcode.startswith("all-reduce") else 1
+        gets = both * collected(row) * (chips - 1) / chips
+        return Operation(row.name, "collective", times, nbytes=times * gets, waits=times * both * hops * HOP, links=links)
 
     def scheduled(
         self, place: str, row: Instruction, times: int, cycles: float, nbytes: float, holes: tuple[str, ...]

@@ -6,6 +6,7 @@ A child process compiles, so that the caller's jax keeps its devices; schedules.
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -18,25 +19,44 @@ from pathlib import Path
 
 import jax
 from jax import export
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from hire.lab.schedules import operations, schedule
+from hire.lab import schedules
 from hire.models.weights import cache_folder
 
 COMPILER = Path(sys.prefix) / "libtpu"  # not among the packages, or jax would look for a TPU in every process
 READERS = [Path(__file__), Path(__file__).with_name("schedules.py")]  # an estimate is kept for as long as these stay
 
 
-def estimate(function: Callable, *arguments, topology: str = "v5e:2x2", limit: float = 600.0, donated: Sequence[int] = ()) -> dict:
+def estimate(
+    function: Callable,
+    *arguments,
+    topology: str = "v5e:2x2",
+    limit: float = 600.0,
+    donated: Sequence[int] = (),
+    specs: Sequence[P] = (),
+) -> dict:
     """What function(*arguments) would take on one chip of a topology: a compiler estimate, as a record states it.
 
-    The arguments are pytrees of arrays or of jax.ShapeDtypeStruct; those that are `donated`, by place, may be written over. A child
+    The arguments are pytrees of arrays or of jax.ShapeDtypeStruct; those that are `donated`, by place, may be written over. With
+    `specs`, one an array, they lie over the axis "chips" of all chips, and what every chip gets is the same. A child
     process compiles, for at most `limit` seconds; what it found is kept in the user's cache folder, by program, topology and
     compiler. Raises ModuleNotFoundError without libtpu, and RuntimeError, with the compiler's reason, for an unknown topology, a
     program that does not fit in HBM or does not compile, or no answer in time.
     """
     leaves, tree = jax.tree.flatten(arguments)
-    flat = jax.jit(lambda *leaves: jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves))))
-    program = export.export(flat, platforms=["tpu"])(*leaves)
+
+    def flat(*leaves):
+        return jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves)))
+
+    if specs:
+        mesh = AbstractMesh((math.prod(schedules.sides(topology)),), ("chips",), axis_types=(AxisType.Auto,))
+        with jax.sharding.use_abstract_mesh(mesh):
+            gets, gives = tuple(NamedSharding(mesh, spec) for spec in specs), NamedSharding(mesh, P())
+            program = export.export(jax.jit(flat, in_shardings=gets, out_shardings=gives), platforms=["tpu"])(*leaves)
+    else:
+        program = export.export(jax.jit(flat), platforms=["tpu"])(*leaves)
     compiler = compiler_version()
     sizes = [len(jax.tree.leaves(argument)) for argument in arguments]
     given = [leaf for i in donated for leaf in range(sum(sizes[:i]), sum(sizes[: i + 1]))]
@@ -87,17 +107,19 @@ def compiled(folder: Path, program: bytes, topology: str, limit: float, donated:
     if not (folder / "memory").exists():
         last = [line for line in told.stderr.strip().splitlines() if "Error" in line or "error" in line] or ["no reason given"]
         raise RuntimeError(f"the TPU compiler refused the program for {topology}: {last[-1].strip()[:300]}")
-    schedules = {}
+    bundles = {}
     for path in (folder / "llo").glob("*-final_bundles.txt"):
         if "schedule-analysis" not in path.name:
             name = re.sub(r"^\d+-(.*)-\d+-final_bundles.txt$", r"\1", path.name)
-            schedules[name] = schedule(path.read_text())
-    found = operations((folder / "hlo").read_text(), schedules)
+            bundles[name] = schedules.schedule(path.read_text())
+    hlo = (folder / "hlo").read_text()
+    found = schedules.operations(hlo, bundles, schedules.sides(topology))
     total, moved = sum(each.seconds for each in found), sum(each.moving for each in found)
     holes = [f"{each.name}: {hole}" for each in found for hole in each.holes]
     parts = [asdict(each) | dict(seconds=each.seconds) for each in found]
     memory = json.loads((folder / "memory").read_text())
-    return dict(seconds=max(total, moved), moving=moved, operations=parts, holes=holes, memory=memory)
+    sent = schedules.sent(hlo)
+    return dict(seconds=max(total, moved), moving=moved, operations=parts, holes=holes, memory=memory, sent=sent)
 
 
 def child(folder: Path, topology: str, donated: Sequence[int]) -> None:
@@ -105,9 +127,13 @@ def child(folder: Path, topology: str, donated: Sequence[int]) -> None:
     from jax.experimental import topologies
 
     exported = export.deserialize(bytearray((folder / "program").read_bytes()))
-    chip = jax.sharding.SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0])
+    pod = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    gets = gives = jax.sharding.SingleDeviceSharding(pod.devices[0])
+    if exported.nr_devices > 1:
+        mesh = topologies.make_mesh(pod, (exported.nr_devices,), ("chips",))
+        gets, gives = exported.in_shardings_jax(mesh), list(exported.out_shardings_jax(mesh))
     shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in exported.in_avals]
-    program = jax.jit(exported.call, in_shardings=chip, out_shardings=chip, donate_argnums=donated).lower(*shapes).compile()
+    program = jax.jit(exported.call, in_shardings=gets, out_shardings=gives, donate_argnums=donated).lower(*shapes).compile()
     (folder / "hlo").write_text(program.as_text() or "")
     memory = program.memory_analysis()
     parts = ("argument", "output", "temp", "alias", "generated_code")

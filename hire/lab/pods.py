@@ -1,0 +1,105 @@
+"""A softmax over several chips, in the forms that DA-TOP-k is compared with: as functions to time, and as programs to estimate."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from hire import HireSoftmax, TopK, da_top_k, exact_top_k, high_recall_top_k
+from hire.axes import Queries
+from hire.distributed import Axis, merged
+from hire.estimators import row_scores, row_scores_at
+from hire.kernels import rows as row_kernel
+from hire.lab import schedules
+from hire.lab.programs import COPIES, RANK, Program, nbytes, skeleton
+from hire.search import best_of, nominate
+
+Form = Callable[[dict[str, Any], Queries], TopK]  # of a device's own rows and estimator, inside jax.shard_map
+
+
+def on_devices(softmax: HireSoftmax) -> dict[str, Form]:
+    """What every device does with its part of a softmax that has an axis: `DA` gives its own best, `gathered` all of its scores.
+
+    For the dense softmax, which scores every row exactly, and for the search, whose gathered form is HiRE as on one device: from
+    the scores of all, every device nominates the same candidates, and scores those that it holds.
+    """
+    axis, k, candidates = Axis.of(softmax.axis or ""), softmax.k, softmax.candidates
+
+    def gathered(scores: jax.Array) -> jax.Array:
+        found = jax.lax.all_gather(scores, axis.name)  # (s, b, m/s)
+        return jnp.moveaxis(found, 0, 2 if axis.dealt else 1).reshape(scores.shape[0], -1)
+
+    def dense(own: dict[str, Any], x: Queries) -> TopK:
+        best = exact_top_k(row_scores(x, own["rows"]), axis.share(k, own["rows"].shape[0]))
+        return merged(best, axis, own["rows"].shape[0], best.indices.shape[1], k)
+
+    def dense_gathered(own: dict[str, Any], x: Queries) -> TopK:
+        return exact_top_k(gathered(row_scores(x, own["rows"])), k)
+
+    def search(own: dict[str, Any], x: Queries) -> TopK:
+        return da_top_k(x, **own, k=k, candidates=candidates, axis=axis, form=softmax.form)
+
+    def search_gathered(own: dict[str, Any], x: Queries) -> TopK:
+        chosen = nominate(gathered(own["estimator"].scores(x)), candidates)
+        held = own["rows"].shape[0]
+        place = axis.stored(chosen, axis.size * held) - jax.lax.axis_index(axis.name) * held
+        exact = row_scores_at(x, own["rows"], jnp.clip(place, 0, held - 1))
+        return best_of(chosen, jax.lax.psum(jnp.where((place >= 0) & (place < held), exact, 0.0), axis.name), k)
+
+    return {"dense DA": dense, "dense gathered": dense_gathered, "HiRE DA": search, "HiRE gathered": search_gathered}
+
+
+def forms(softmax: HireSoftmax) -> dict[str, Callable[[HireSoftmax, Queries], TopK]]:
+    """The two forms of either softmax, and `compiler`: what XLA makes of the program for one device when its rows are sharded."""
+    axis = Axis.of(softmax.axis or "")
+    how = dict(k=softmax.k, candidates=softmax.candidates)
+    found: dict[str, Callable] = {
+        name: lambda softmax, x, form=form: axis.mapped(form, softmax.parts, x) for name, form in on_devices(softmax).items()
+    }
+    found["dense compiler"] = lambda softmax, x: exact_top_k(row_scores(x, softmax.rows), softmax.k)
+    found["HiRE compiler"] = lambda softmax, x: high_recall_top_k(x, softmax.rows, softmax.estimator, **how, form="plain")
+    return found
+
+
+CHIPS = {"v5e:2x2": 4, "v5e:4x4": 16, "v5e:8x8": 64, "v5e:16x16": 256}
+WORDS, WIDTH, KEPT, CANDIDATES = 262_144, 2_048, 32, 2_048
+NAMES = ("dense gathered", "dense compiler", "dense DA", "HiRE gathered", "HiRE compiler", "HiRE DA", "HiRE DA kernels")
+
+
+def program(name: str, topology: str, batch: int) -> Program:
+    """One of NAMES on a topology, its rows in bfloat16 spread over all chips."""
+    kernels = name.endswith("kernels")
+
+    def make() -> HireSoftmax:
+        rows = jnp.zeros((WORDS, WIDTH), jnp.bfloat16)
+        copy = COPIES["LR int8"](WORDS, WIDTH, RANK)
+        form = "kernel" if kernels else "plain"
+        rows = row_kernel.blocks(rows) if kernels else rows
+        return HireSoftmax(rows, copy, k=KEPT, candidates=CANDIDATES, form=form, axis="chips")
+
+    arrays, whole = skeleton(make)
+    softmax = whole(arrays)
+    function = forms(softmax)[name.removesuffix(" kernels")]
+    chips = CHIPS[topology]
+    reads = nbytes(arrays[1:]) / chips + batch * CANDIDATES / chips * WIDTH * 2 if "HiRE" in name else nbytes(arrays[:1]) / chips
+    x = jax.ShapeDtypeStruct((batch, WIDTH), jnp.bfloat16)
+    places = (*Axis("chips").specs(softmax), P())
+    return Program(lambda arrays, x: function(whole(arrays), x), arrays, x, math.ceil(reads), topology=topology, specs=places)
+
+
+def programs() -> dict[str, Program]:
+    """All of them, by the names of their records."""
+    return {
+        f"softmax on {topology.removeprefix('v5e:')}, {name}, b {b}": program(name, topology, b)
+        for topology in CHIPS
+        for b in (1, 8)
+        for name in NAMES
+    }
+
+
+def sent(softmax: HireSoftmax, name: str, x: Queries) -> float:
+    """Bytes that the collectives of a form leave on every device, by its compiled program."""
+    return schedules.sent(jax.jit(forms(softmax)[name]).lower(softmax, x).compile().as_text() or "")
