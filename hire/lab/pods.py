@@ -78,16 +78,20 @@ def program(name: str, topology: str, batch: int) -> Program:
         copy = COPIES["LR int8"](WORDS, WIDTH, RANK)
         form = "kernel" if kernels else "plain"
         rows = row_kernel.blocks(rows) if kernels else rows
-        return HireSoftmax(rows, copy, k=KEPT, candidates=CANDIDATES, form=form, axis="chips")
+        softmax = HireSoftmax(rows, copy, k=KEPT, candidates=CANDIDATES, form=form, axis="chips")
+        places.extend(Axis("chips").specs(softmax))
+        return softmax
 
+    def function(arrays: list[jax.Array], x: Queries) -> TopK:
+        softmax = whole(arrays)
+        return forms(softmax)[name.removesuffix(" kernels")](softmax, x)
+
+    places: list[P] = []
     arrays, whole = skeleton(make)
-    softmax = whole(arrays)
-    function = forms(softmax)[name.removesuffix(" kernels")]
     chips = CHIPS[topology]
     reads = nbytes(arrays[1:]) / chips + batch * CANDIDATES / chips * WIDTH * 2 if "HiRE" in name else nbytes(arrays[:1]) / chips
     x = jax.ShapeDtypeStruct((batch, WIDTH), jnp.bfloat16)
-    places = (*Axis("chips").specs(softmax), P())
-    return Program(lambda arrays, x: function(whole(arrays), x), arrays, x, math.ceil(reads), topology=topology, specs=places)
+    return Program(function, arrays, x, math.ceil(reads), topology=topology, specs=(*places, P()))
 
 
 def programs() -> dict[str, Program]:
