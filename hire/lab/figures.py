@@ -218,6 +218,35 @@ def beside(axis: Axes, told: dict[str, float], found: dict[str, float], floors: 
     axis.set(xscale="log", yscale="log", xlabel="us, published", ylabel="us, estimated", **titles)
 
 
+def who_sends(axis: Axes, chips: int, what: dict[str, tuple[str, float]], **titles) -> None:
+    """What every chip sends to all others at a search, one way of searching above the other: name -> (what, bytes that arrive).
+
+    An arrow is as wide as the logarithm of its bytes.
+    """
+    gray, *colors = (sns.color_palette("colorblind")[i] for i in (7, 3, 0))
+    for row, (color, (name, (sent, nbytes))) in enumerate(zip(colors, what.items(), strict=True)):
+        top = 2.4 * (len(what) - row)
+        axis.text(-0.45, top + 0.4, f"{name}: {sent}, {nbytes:,.0f} bytes arrive", color=color, fontsize=9, weight="bold")
+        axis.barh(top - 1.4, chips - 0.1, left=-0.45, height=0.35, color="white", edgecolor=gray)
+        axis.text(chips / 2 - 0.5, top - 1.4, "every chip: the k best of these", ha="center", va="center", fontsize=8)
+        for chip in range(chips):
+            axis.barh(top, 0.9, left=chip - 0.45, height=0.45, color="white", edgecolor=gray)
+            axis.text(chip, top, f"chip {chip}: 1/{chips} of the rows", ha="center", va="center", fontsize=7)
+            look = dict(arrowstyle="-|>", color=color, lw=max(0.5, np.log10(nbytes) - 2))
+            axis.annotate("", (chip, top - 1.2), (chip, top - 0.25), arrowprops=look)
+    axis.set(xlim=(-0.5, chips - 0.5), ylim=(0.6, 2.4 * len(what) + 0.9), **titles)
+    axis.axis("off")
+
+
+def chip_lines(axis: Axes, chips: Sequence[int], lines: dict[str, Sequence[float]], colors: dict, **titles) -> None:
+    """Values over numbers of chips, both axes logarithmic, each line labelled at its end."""
+    for name, values in lines.items():
+        axis.plot(chips, values, "o-", ms=4, color=colors[name])
+    axis.set(xscale="log", yscale="log", xticks=chips, xticklabels=chips, xlim=(3.5, 2500), xlabel="v5e chips", **titles)
+    axis.minorticks_off()
+    labels_apart(axis, {name: (chips[-1], values[-1]) for name, values in lines.items()}, colors)
+
+
 PARTS = {"sort": "sorting", "custom-call": "our kernels", "gather": "XLA's gathers", "rest": "products and the rest"}
 
 

@@ -1,20 +1,26 @@
 """A softmax over several chips, in the forms that DA-TOP-k is compared with: as functions to time, and as programs to estimate."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from hire import HireSoftmax, TopK, da_top_k, exact_top_k, high_recall_top_k
-from hire.axes import Queries
+from hire import HireFFN, HireSoftmax, TopK, da_top_k, exact_top_k, expected_recall, high_recall_top_k
+from hire.axes import Indices, Queries
 from hire.distributed import Axis, merged
-from hire.estimators import row_scores, row_scores_at
+from hire.estimators import row_scores
 from hire.kernels import rows as row_kernel
-from hire.lab import schedules
+from hire.lab import records, schedules
+from hire.lab.evaluation import States, collect, judge, losses, over
 from hire.lab.programs import COPIES, RANK, Program, nbytes, skeleton
+from hire.lab.timing import interleaved
+from hire.models import Decoder, convert
 from hire.search import best_of, nominate
 
 Form = Callable[[dict[str, Any], Queries], TopK]  # of a device's own rows and estimator, inside jax.shard_map
@@ -44,10 +50,7 @@ def on_devices(softmax: HireSoftmax) -> dict[str, Form]:
 
     def search_gathered(own: dict[str, Any], x: Queries) -> TopK:
         chosen = nominate(gathered(own["estimator"].scores(x)), candidates)
-        held = own["rows"].shape[0]
-        place = axis.stored(chosen, axis.size * held) - jax.lax.axis_index(axis.name) * held
-        exact = row_scores_at(x, own["rows"], jnp.clip(place, 0, held - 1))
-        return best_of(chosen, jax.lax.psum(jnp.where((place >= 0) & (place < held), exact, 0.0), axis.name), k)
+        return best_of(chosen, softmax.logits_of_own(own, x, chosen), k)
 
     return {"dense DA": dense, "dense gathered": dense_gathered, "HiRE DA": search, "HiRE gathered": search_gathered}
 
@@ -76,7 +79,7 @@ def program(name: str, topology: str, batch: int) -> Program:
     def make() -> HireSoftmax:
         rows = jnp.zeros((WORDS, WIDTH), jnp.bfloat16)
         copy = COPIES["LR int8"](WORDS, WIDTH, RANK)
-        form = "kernel" if kernels else "plain"
+        form = "auto" if kernels else "plain"  # of few rows a chip the kernels take a part
         rows = row_kernel.blocks(rows) if kernels else rows
         softmax = HireSoftmax(rows, copy, k=KEPT, candidates=CANDIDATES, form=form, axis="chips")
         places.extend(Axis("chips").specs(softmax))
@@ -104,6 +107,59 @@ def programs() -> dict[str, Program]:
     }
 
 
+def estimates() -> dict[str, dict[int, dict[str, dict]]]:
+    """What the committed records say of them: name -> batch -> slice -> results."""
+    kept = {record["id"]: record["results"] for record in records.read(topic="v5e")}
+    sizes = [topology.removeprefix("v5e:") for topology in CHIPS]
+    return {name: {b: {size: kept[f"softmax on {size}, {name}, b {b}"] for size in sizes} for b in (1, 8)} for name in NAMES}
+
+
 def sent(softmax: HireSoftmax, name: str, x: Queries) -> float:
     """Bytes that the collectives of a form leave on every device, by its compiled program."""
     return schedules.sent(jax.jit(forms(softmax)[name]).lower(softmax, x).compile().as_text() or "")
+
+
+def time_forms(softmax: HireSoftmax, queries: dict[int, Sequence[Queries]]) -> tuple[dict[int, dict], dict[int, dict[str, float]]]:
+    """By batch, on this machine's devices: seconds of every form, a query at each repetition, and the bytes that it sends."""
+    compiled = {name: jax.jit(form) for name, form in forms(softmax).items()}
+    calls = {name: lambda x, form=form: form(softmax, x) for name, form in compiled.items()}
+    timed = {b: interleaved(calls, xs, len(xs)) for b, xs in queries.items()}
+    return timed, {b: {name: sent(softmax, name, xs[0]) for name in calls} for b, xs in queries.items()}
+
+
+def judge_shares(softmax: HireSoftmax, states: States, best: TopK, slacks: Sequence[float]) -> dict[str, dict]:
+    """Recall and the like (see evaluation.judge) of a softmax on one device, and on those of the mesh by order and slack."""
+    judged = {"one device": judge(softmax, states, best)}
+    for order in ("own order", "dealt"):
+        spread = softmax.sharded(Axis("chips", dealt=order == "dealt"))
+        for slack in slacks:
+            form = replace(spread, axis=replace(Axis.of(spread.axis or ""), slack=slack))
+            judged[f"{order}, slack {slack}"] = judge(form, states, best)
+    return judged
+
+
+def layers_apart(model: Decoder, ffns: Sequence[HireFFN], windows: tuple, slacks: Sequence[float]) -> dict[float, dict]:
+    """By slack: how far the loss of windows of text lies over that of the same searched layers on one device."""
+
+    def nats(ffns: Sequence[HireFFN]) -> np.ndarray:
+        searched = convert(model, ffn=ffns)
+        states = collect(searched, *windows)
+        return np.bincount(np.unique(states.documents, return_inverse=True)[1], losses(searched, states))
+
+    alone = nats(ffns)
+    return {slack: over(nats([ffn.sharded(Axis("chips", slack)) for ffn in ffns]), alone) for slack in slacks}
+
+
+def kept_by_shares(best: Indices, rows: int, chips: int, slack: float) -> dict[str, float]:
+    """Recall of the true top-k (n, k) when each of so many chips gives its share (see Axis): with the rows in their own order,
+    dealt, shuffled, and what a fair deal is expected to give.
+    """
+    k = best.shape[1]
+    with jax.sharding.use_abstract_mesh(AbstractMesh((chips,), ("chips",))):
+        own = Axis("chips", slack).share(k, rows // chips)
+    shuffled = np.random.default_rng(0).permutation(rows)[best]
+    found = {}
+    for name, chip in {"own order": best // -(-rows // chips), "dealt": best % chips, "shuffled": shuffled % chips}.items():
+        counts = np.apply_along_axis(np.bincount, 1, chip, minlength=chips)
+        found[name] = float(np.minimum(counts, own).sum(1).mean() / k)
+    return found | {"expected": expected_recall(rows, k, buckets=chips, per_bucket=own)}
