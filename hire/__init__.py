@@ -8,6 +8,7 @@ Predict with a small copy which rows score best, compute only those exactly:
 
 from typing import TYPE_CHECKING
 
+from hire.certify import Margin, certified_top_k
 from hire.choose import choose_candidates
 from hire.distributed import da_top_k
 from hire.estimators import Estimator, LowRank, Quantized
@@ -25,9 +26,11 @@ __all__ = [
     "HireFFN",
     "HireSoftmax",
     "LowRank",
+    "Margin",
     "Quantized",
     "TopK",
     "bucketed_top_k",
+    "certified_top_k",
     "choose_candidates",
     "convert",
     "da_top_k",

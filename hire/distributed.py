@@ -19,6 +19,13 @@ from hire.search import best_of, high_recall_top_k
 from hire.topk import TopK, check_count
 
 
+def fair_share(count: int, devices: int, slack: float | int) -> int:
+    """What each of so many devices gives of `count`: an even share and `slack` standard deviations of a fair deal, at most all."""
+    if slack == math.inf:
+        return count
+    return min(count, math.ceil(count / devices + slack * math.sqrt(count / devices * (1 - 1 / devices))))
+
+
 @dataclass(frozen=True)
 class Axis:
     """How rows lie over the axis `name` of the mesh, and how much more than its share of an answer a device gives.
@@ -48,9 +55,7 @@ class Axis:
 
     def share(self, count: int, most: int) -> int:
         """How many of `count` a device gives that holds `most`."""
-        s = self.size
-        spread = math.sqrt(count / s * (1 - 1 / s))
-        return min(count if self.slack == math.inf else math.ceil(count / s + self.slack * spread), count, most)
+        return min(fair_share(count, self.size, self.slack), most)
 
     def stored(self, rows: Indices, total: int) -> Indices:
         """Where rows lie in the array of all, of so many, by their numbers: `laid` has moved them."""

@@ -50,15 +50,17 @@ def label(axis: Axes, x: float, y: float, text: str, color, *, offset: tuple[flo
 
 def recall_lines(axis: Axes, x: Sequence[float], lines: dict[str, Sequence[float]], colors: dict, **titles) -> None:
     """Recalls over k' or the like (doubling steps), one labelled line each, on a recall axis."""
+    ends = {}
     for name, values in lines.items():
         gone = missed(values)
         axis.plot(x, gone, "o-", ms=3, color=colors[name])
         last = max([i for i, value in enumerate(gone) if value > 2e-4], default=0)  # where the line is still in sight
-        label(axis, x[last], gone[last], name, colors[name], offset=(7, -3))
+        ends[name] = (x[last], gone[last])
     axis.set_xscale("log", base=2)
     axis.set(xlim=(x[0] * 0.9, x[-1] * 6), xticks=x, xticklabels=x, **titles)
     axis.tick_params(axis="x", labelsize=8)
     recall_axis(axis)
+    labels_apart(axis, ends, colors)
 
 
 def bytes_axis(axis: Axes, lowest: float) -> None:
@@ -231,7 +233,7 @@ def who_sends(axis: Axes, chips: int, what: dict[str, tuple[str, float]], **titl
         axis.text(chips / 2 - 0.5, top - 1.4, "every chip: the k best of these", ha="center", va="center", fontsize=8)
         for chip in range(chips):
             axis.barh(top, 0.9, left=chip - 0.45, height=0.45, color="white", edgecolor=gray)
-            axis.text(chip, top, f"chip {chip}: 1/{chips} of the rows", ha="center", va="center", fontsize=7)
+            axis.text(chip, top, f"chip {chip}'s rows", ha="center", va="center", fontsize=8)
             look = dict(arrowstyle="-|>", color=color, lw=max(0.5, np.log10(nbytes) - 2))
             axis.annotate("", (chip, top - 1.2), (chip, top - 0.25), arrowprops=look)
     axis.set(xlim=(-0.5, chips - 0.5), ylim=(0.6, 2.4 * len(what) + 0.9), **titles)

@@ -8,12 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from hire import HireFFN, HireSoftmax, TopK, da_top_k, exact_top_k, expected_recall, high_recall_top_k
 from hire.axes import Indices, Queries
-from hire.distributed import Axis, merged
+from hire.distributed import Axis, fair_share, merged
 from hire.estimators import row_scores
 from hire.kernels import rows as row_kernel
 from hire.lab import records, schedules
@@ -155,8 +154,7 @@ def kept_by_shares(best: Indices, rows: int, chips: int, slack: float) -> dict[s
     dealt, shuffled, and what a fair deal is expected to give.
     """
     k = best.shape[1]
-    with jax.sharding.use_abstract_mesh(AbstractMesh((chips,), ("chips",))):
-        own = Axis("chips", slack).share(k, rows // chips)
+    own = fair_share(k, chips, slack)
     shuffled = np.random.default_rng(0).permutation(rows)[best]
     found = {}
     for name, chip in {"own order": best // -(-rows // chips), "dealt": best % chips, "shuffled": shuffled % chips}.items():
