@@ -1,11 +1,11 @@
-"""DA-TOP-k on several real processes, each with the rows of its own devices, that jax.distributed joins on this machine.
+"""DA-TOP-k on several real processes of this machine, which jax.distributed joins: each holds the rows of its own device.
 
-`launch` starts them and hands on what process 0 measured; each of them is `python -m hire.lab.processes --process I …`. Whatever
-goes wrong, all end within a minute, with one line that says why; what XLA itself has to say is in a log for each process.
+`launch` starts them and hands on what they measured. Whatever goes wrong, all end within a minute, with one line that says why;
+what XLA itself has to say is in a log for each process. By hand, each with its number and all with the same port:
+`JAX_PLATFORMS=cpu python -m hire.lab.processes NUMBER PROCESSES PORT FOLDER '{"k": 32}'`, the last a Setup.
 """
 
-import argparse
-import inspect
+import contextlib
 import json
 import math
 import os
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 
 import hire
-from hire.axes import Float, Int, Queries
+from hire.axes import Int, Queries
 from hire.distributed import Axis
 from hire.lab.paths import CHECKPOINTS, OUT, ROOT
 from hire.lab.schedules import sent
@@ -35,9 +36,9 @@ from hire.lab.timing import interleaved, medians
 from hire.search import best_of, nominate
 from hire.topk import TopK, exact_top_k
 
-HOST, BATCHES = "127.0.0.1", (1, 8)
-HEARTBEAT = 15  # seconds without a sign of life after which a process counts as lost, and jax ends the others
-GRACE = 45  # seconds that the others have to end by themselves
+HOST, BATCHES, RESULT = "127.0.0.1", (1, 8), "result.json"
+HEARTBEAT = 15  # seconds without a sign of life after which jax takes a process for lost, and ends the others
+LOST = 2  # status of a process that ends because another did
 CLEAR = 1e-4  # of a score: what is nearer to its neighbour may come out in either order
 
 
@@ -58,159 +59,145 @@ class Setup:
 def launch(processes: int, *, port: int = 0, setup: Setup = Setup(), folder: Path = OUT / "processes") -> dict[str, Any]:
     """Run DA-TOP-k on so many processes of one CPU device each, which meet at a port of this machine (0: a free one).
 
-    Returns what `measured` of process 0 did; that and the logs stay in the folder. Raises OSError when the port is in use,
-    RuntimeError when a process ended before its time, ValueError for fewer than one.
+    Returns what `measured` did; that and the logs stay in the folder. Raises OSError when the port is in use, RuntimeError
+    when a process ended before its time, ValueError for fewer than one.
     """
     if processes < 1:
         raise ValueError(f"processes = {processes}: expected at least 1")
-    port, result = free_port(port), folder / "result.json"
+    port, workers = free_port(port), []
     folder.mkdir(parents=True, exist_ok=True)
-    workers = []
-    try:
+    with contextlib.ExitStack() as ends:
         for number in range(processes):
-            workers.append(start(number, processes, port, setup, folder / f"process-{number}.log", result))
-        watch(workers, folder)
-        return json.loads(result.read_text())
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.communicate()
+            workers.append(ends.enter_context(start(number, processes, port, setup, folder)))
+            ends.callback(workers[-1].kill)
+        watch(workers)
+        return json.loads((folder / RESULT).read_text())
 
 
 def free_port(port: int = 0) -> int:
-    """The port, or for 0 one that is free. Raises OSError when it is in use, which jax would find out by a crash."""
+    """The port, or for 0 one that is free. Raises OSError when it is in use: jax would crash on it."""
     with socket.socket() as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a run before has just left is free
         try:
             trial.bind((HOST, port))
-        except OSError as error:
-            raise OSError(f"port {port} on {HOST} is in use: name another, or none for a free one ({error.strerror})") from None
+        except (OSError, OverflowError) as error:
+            raise OSError(f"port {port} on {HOST} is in use: name another, or none for a free one ({error})") from None
         return trial.getsockname()[1]
 
 
-def start(number: int, processes: int, port: int, setup: Setup, log: Path, result: Path) -> subprocess.Popen:
+def start(number: int, processes: int, port: int, setup: Setup, folder: Path) -> subprocess.Popen[str]:
     """One worker on one CPU device; its line of error, if any, is in the pipe."""
-    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
-    places = dict(process=number, processes=processes, port=port, setup=json.dumps(asdict(setup)), log=log, result=result)
-    options = [f"--{name}={value}" for name, value in places.items()]
-    command = [sys.executable, "-m", "hire.lab.processes", *options]
-    environment = os.environ | dict(JAX_PLATFORMS="cpu", XLA_FLAGS=" ".join(flags))
+    flags = " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag)
+    arguments = *map(str, (number, processes, port)), str(folder.absolute()), json.dumps(asdict(setup))
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    command = [sys.executable, "-m", "hire.lab.processes", *arguments]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def watch(workers: list[subprocess.Popen], folder: Path) -> None:
-    """Wait until all have ended. Raises RuntimeError about the one that began it when some did so badly."""
+def watch(workers: list[subprocess.Popen[str]]) -> None:
+    """Wait until all have ended well. Raises RuntimeError as soon as one has not, about the one that began it."""
     while None in (codes := [worker.poll() for worker in workers]) and not any(codes):
         time.sleep(0.1)
     bad = {number: code for number, code in enumerate(codes) if code}
-    if not bad:
-        return
-    deadline = time.monotonic() + GRACE
-    while None in [worker.poll() for worker in workers] and time.monotonic() < deadline:
-        time.sleep(0.1)
-    # An abort, or a status of LOST, is of one that lost another; a signal says more than a status.
-    first = min(bad, key=lambda number: math.inf if bad[number] == -signal.SIGABRT else bad[number])
-    if bad[first] < 0:
-        how = f"ended by signal {-bad[first]} in mid-run: the others were stopped; run it again"
-    else:
-        how = workers[first].communicate()[1].strip().removeprefix("error: ") or f"ended with status {bad[first]}"
-        how += f" (more in {folder / f'process-{first}.log'})"
-    raise RuntimeError(f"process {first} of {len(workers)} {how}")
+    lines = {number: workers[number].communicate()[1].removeprefix("error: ").strip().rpartition("\n")[2] for number in bad}
+
+    def lost_another(number: int) -> bool:
+        """Whether it ended because another did: with LOST, or aborted by jax, which in jax 0.7 means status 1 without a line."""
+        return bad[number] in (LOST, -signal.SIGABRT) or (bad[number] > 0 and not lines[number])
+
+    if bad:
+        number = min(bad, key=lambda number: (lost_another(number), bad[number]))
+        line = f": {lines[number] or 'another no longer answers; run it again'}"
+        if bad[number] < 0 and not lost_another(number):
+            line = f" ended by signal {-bad[number]} in mid-run: the others were stopped; run it again"
+        raise RuntimeError(f"process {number} of {len(workers)}{line}")
 
 
-LOST = 2  # status of a process that a collective has failed
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """One worker. It leaves by os._exit after an error: an orderly end would wait for the others."""
-    parser = argparse.ArgumentParser(prog="python -m hire.lab.processes", description=main.__doc__)
-    for name in ("process", "processes", "port"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--setup", type=lambda text: Setup(**json.loads(text)), default=Setup(), help="JSON, see Setup")
-    parser.add_argument("--log", type=Path, help="takes what XLA prints")
-    parser.add_argument("--result", type=Path, help="JSON, written by process 0")
-    chosen = parser.parse_args(arguments)
+def work(number: int, processes: int, port: int, folder: Path, setup: Setup) -> None:
+    """One worker, from its start to its end. It leaves by os._exit after an error: an orderly end would wait for the others."""
     terminal = os.dup(2)
 
     def leave(line: object, status: int = 1) -> None:
-        first = str(line).strip().partition("\n")[0]
-        os.write(terminal, f"error: {first}\n".encode())
+        os.write(terminal, f"error: {line}".partition("\n")[0].encode() + b"\n")
         os._exit(status)
 
-    if chosen.log:
-        with chosen.log.open("w") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
+    with (folder / f"process-{number}.log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
     try:
-        join(chosen.process, chosen.processes, chosen.port, chosen.setup.patience, leave)
-        found = measured(chosen.setup)
-        if chosen.result and chosen.process == 0:
-            chosen.result.write_text(json.dumps(found))
+        join(number, processes, port, setup.patience, leave)
+        found = measured(setup)
+        if number == 0:
+            (folder / RESULT).write_text(json.dumps(found))
         jax.distributed.shutdown()
-    except jax.errors.JaxRuntimeError as error:
-        leave(f"process {chosen.process} of {chosen.processes} has lost another: {error}", LOST)
-    except (ValueError, RuntimeError, OSError) as error:
-        leave(error)
+    except Exception as error:
+        traceback.print_exc()
+        lost = isinstance(error, jax.errors.JaxRuntimeError)
+        leave(f"process {number} of {processes} has lost another: {error}" if lost else error, LOST if lost else 1)
 
 
-def join(process: int, processes: int, port: int, patience: int, leave: Callable) -> None:
-    """Meet the other processes at a port. When one does not come, `leave` with a line: jax itself would abort."""
-    if process == 0:
+def join(number: int, processes: int, port: int, patience: int, leave: Callable[[str], None]) -> None:
+    """Meet the others at the port. `leave` with a line when one does not come in time, before jax aborts for it."""
+    if number == 0:
         free_port(port)
-    limits = dict(initialization_timeout=2 * patience, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=patience)
-    known = inspect.signature(jax.distributed.initialize).parameters  # jax 0.7 has no limit of the last
-    limits = {name: seconds for name, seconds in limits.items() if name in known}
-    line = f"process {process} has waited {patience} s for the other {processes - 1} at port {port} on {HOST}: start all of them"
+    line = f"waited {patience} s at port {port} on {HOST} for all of {processes} processes in vain: start every one, with one port"
     timer = threading.Timer(patience, leave, [line])
     timer.start()
-    address = f"{HOST}:{port}"
-    jax.distributed.initialize(address, processes, process, coordinator_bind_address=address, **limits)
+    jax.distributed.initialize(
+        f"{HOST}:{port}",
+        processes,
+        number,
+        coordinator_bind_address=f"{HOST}:{port}",
+        initialization_timeout=2 * patience + 5,
+        heartbeat_timeout_seconds=HEARTBEAT,
+    )
     timer.cancel()
 
 
 def agree(**own: Any) -> None:
     """Raise ValueError, the same on every process, unless all have the same: they would wait for each other in vain."""
-    text = json.dumps(own).ljust(1024).encode()
-    told = multihost_utils.process_allgather(np.frombuffer(text, np.uint8))
-    first, *others = [json.loads(bytes(row)) for row in np.asarray(told).reshape(-1, len(text))]
-    for number, other in enumerate(others, 1):
-        for name, value in other.items():
-            if value != first[name]:
+    text = json.dumps(own).ljust(1024).encode()  # of one size, since all must gather arrays of one shape
+    told = np.asarray(multihost_utils.process_allgather(np.frombuffer(text, np.uint8))).reshape(-1, len(text))
+    setups = [json.loads(bytes(row)) for row in told]
+    for number, other in enumerate(setups):
+        for name in own:
+            if other[name] != setups[0][name]:
                 jax.distributed.shutdown()  # together: the end of process 0 would cut off the others' line
-                raise ValueError(f"process {number} has {name} = {value}, process 0 has {first[name]}: start all with the same")
+                values = f"process {number} has {name} = {other[name]}, process 0 has {name} = {setups[0][name]}"
+                raise ValueError(f"{values}: start all with the same")
 
 
 def measured(setup: Setup) -> dict[str, Any]:
-    """The search on all devices: their number, `clear`, the share of places that rounding cannot have swapped, and by batch the
-    share of queries whose words in those are exactly the best, bytes that travel and median seconds, each of DA-TOP-k and of
-    gathering all scores.
+    """The search on all devices: their number and, by batch, `same`, the share of queries whose words are exactly the best ones
+    wherever rounding cannot have swapped them, and `clear`, the share of such places; bytes that travel and median seconds, of
+    DA-TOP-k ("da") and of gathering all scores. Raises ValueError when the processes differ.
     """
-    from hire.models.checkpoints import load_checkpoint
+    from safetensors import safe_open
 
-    rows = load_checkpoint(CHECKPOINTS / "ladder.safetensors").model.embedding[...][: setup.words]
-    agree(**asdict(setup), jax=jax.__version__, rows=zlib.crc32(np.asarray(rows).tobytes()))
+    path, batches = CHECKPOINTS / "ladder.safetensors", {}
+    agree(**asdict(setup), jax=jax.__version__, weights=zlib.crc32(path.read_bytes()))
+    with safe_open(path, framework="flax") as file:
+        rows = file.get_slice("embedding")[: setup.words].astype(np.float32)
     alone = hire.HireSoftmax(rows, hire.Quantized.fit(rows, 8), k=setup.k, candidates=setup.candidates)
-    found = dict(devices=jax.device_count(), processes=jax.process_count(), setup=asdict(setup), batches={})
     with jax.set_mesh(jax.make_mesh((jax.device_count(),), ("chips",), (AxisType.Auto,))):
         spread = alone.sharded(Axis("chips", setup.slack, dealt=True))
-    for batch in BATCHES:
-        queries = np.random.default_rng(batch).normal(size=(setup.repeats, batch, rows.shape[1])).astype(np.float32)
-        told, indices = compared(spread, queries)
-        same, clear = shares(indices, exact_top_k(queries.reshape(-1, rows.shape[1]) @ rows.T, setup.k + 1))
-        found["batches"][str(batch)] = told | dict(same=same, clear=clear)
-    return found
+        for batch in BATCHES:
+            queries = np.random.default_rng(batch).normal(size=(setup.repeats, batch, rows.shape[1])).astype(np.float32)
+            told, indices = compared(spread, list(queries))
+            best = exact_top_k(queries.reshape(-1, rows.shape[1]) @ rows.T, setup.k + 1)
+            batches[str(batch)] = told | shares(indices, best)
+    return dict(devices=jax.device_count(), processes=jax.process_count(), setup=asdict(setup), batches=batches)
 
 
-def compared(spread: hire.HireSoftmax, queries: Float[np.ndarray, "n b d"]) -> tuple[dict, Int[np.ndarray, "_ k"]]:
-    """Bytes and median seconds of both forms, and the words that DA-TOP-k found."""
-    with jax.set_mesh(spread.rows.sharding.mesh):
-        forms = {"da": hire.HireSoftmax.__call__, "gathered": jax.jit(gathered)}
-        programs = {name: form.lower(spread, queries[0]).compile() for name, form in forms.items()}
-        print("measuring", flush=True)  # in the log: who watches it knows that the processes have met
-        calls = {name: lambda x, run=run: run(spread, x) for name, run in programs.items()}
-        seconds = medians(interleaved(calls, queries, len(queries)))
-        indices = np.concatenate([np.asarray(calls["da"](x).indices) for x in queries])
-    return dict(nbytes={name: sent(run.as_text()) for name, run in programs.items()}, seconds=seconds), indices
+def compared(spread: hire.HireSoftmax, queries: list[np.ndarray]) -> tuple[dict[str, Any], Int[np.ndarray, "n k"]]:
+    """Bytes that travel and median seconds of both forms, and the words that DA-TOP-k found."""
+    forms = {"da": jax.jit(lambda softmax, x: softmax(x)), "gathered": jax.jit(gathered)}
+    programs = {name: form.lower(spread, queries[0]).compile() for name, form in forms.items()}
+    print("measuring", flush=True)  # in the log: who watches it knows that the processes have met
+    calls = {name: lambda x, run=run: run(spread, x) for name, run in programs.items()}
+    seconds = medians(interleaved(calls, queries, len(queries)))
+    indices = np.concatenate([calls["da"](x).indices for x in queries])
+    return dict(nbytes={name: sent(run.as_text() or "") for name, run in programs.items()}, seconds=seconds), indices
 
 
 def gathered(softmax: hire.HireSoftmax, x: Queries) -> TopK:
@@ -225,23 +212,26 @@ def gathered(softmax: hire.HireSoftmax, x: Queries) -> TopK:
     return axis.mapped(on_each, softmax.parts, x)
 
 
-def shares(indices: Int[np.ndarray, "n k"], best: TopK) -> tuple[float, float]:
-    """Of queries whose words are the best of all, of which k + 1 are given, and of places apart from both their neighbours."""
+def shares(indices: Int[np.ndarray, "n k"], best: TopK) -> dict[str, float]:
+    """`same` and `clear` of `measured`, of the words that were found for n queries, whose k + 1 best are given."""
     values = np.asarray(best.values)
     apart = -np.diff(values, prepend=math.inf) > CLEAR * np.abs(values)
     clear = apart[:, :-1] & apart[:, 1:]
-    return float(np.mean(np.all((indices == np.asarray(best.indices)[:, :-1]) | ~clear, axis=1))), float(np.mean(clear))
+    same = np.all((indices == np.asarray(best.indices)[:, :-1]) | ~clear, axis=1)
+    return dict(same=float(same.mean()), clear=float(clear.mean()))
 
 
 def table(found: dict[str, Any]) -> str:
     """What `launch` found, for people."""
-    lines = [f"{'devices':>7}{'batch':>7}{'same':>8}{'bytes that travel, gathered':>30}{'DA-TOP-k':>10}{'ms, gathered':>14}{'DA-TOP-k':>10}"]
+    names = f"{'gathered':>14}{'DA-TOP-k':>10}"
+    lines = [f"{'':22}{'bytes that travel':>24}{'ms':>24}", f"devices  batch    same{names}{names}"]
     for batch, told in found["batches"].items():
-        nbytes, seconds = told["nbytes"], told["seconds"]
-        line = f"{found['devices']:7}{batch:>7}{told['same']:8.3f}{nbytes['gathered']:30,.0f}{nbytes['da']:10,.0f}"
-        lines.append(f"{line}{seconds['gathered'] * 1e3:14.2f}{seconds['da'] * 1e3:10.2f}")
+        nbytes, ms = told["nbytes"], {name: seconds * 1e3 for name, seconds in told["seconds"].items()}
+        start = f"{found['devices']:7}{batch:>7}{told['same']:8.3f}"
+        lines.append(f"{start}{nbytes['gathered']:14,.0f}{nbytes['da']:10,.0f}{ms['gathered']:14.1f}{ms['da']:10.1f}")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    number, processes, port = map(int, sys.argv[1:4])
+    work(number, processes, port, Path(sys.argv[4]), Setup(**json.loads(sys.argv[5])))
