@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 # with AVX-512 `make bench XLA_FLAGS=--xla_cpu_prefer_vector_width=512` is faster, here it slows the dense product by a third.
 export XLA_FLAGS ?=
 
-.PHONY: help env figures test floor demo bench train v5e verify pages checks lint format lock budgets clean
+.PHONY: help env figures test floor demo bench distributed train v5e verify pages checks lint format lock budgets clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -58,6 +58,9 @@ demo: $(STAMP)  ## the first minute: one table, dense against HiRE on a real sof
 
 bench: $(STAMP)  ## latency of softmax and decode step, dense against HiRE: a table, appended to data/records/bench.jsonl
 	@$(LAB) bench
+
+distributed: $(STAMP)  ## DA-TOP-k on four processes of this machine against gathering all scores: one table
+	@$(LAB) distributed
 
 train: $(STAMP)  ## train VARIANT=dense, groups8, short-topk, … (hire/lab/training.py lists them), or several; goes on where it was
 	@set -e; for variant in $(VARIANT); do $(LAB) train $$variant; done

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hire.axes import Array, Blocks, Indices, Queries, Rows
@@ -76,15 +75,13 @@ class Axis:
         groups = jnp.pad(rows, ((0, -len(rows) % (s * group)), *((0, 0),) * (rows.ndim - 1))).reshape(-1, group, *rows.shape[1:])
         if self.dealt:
             groups = groups.reshape(-1, s, *groups.shape[1:]).swapaxes(0, 1)
-        mesh = jax.sharding.get_mesh()
-        return jax.device_put(groups.reshape(-1, *rows.shape[1:]), NamedSharding(mesh, P(self.name)))
+        return jax.device_put(groups.reshape(-1, *rows.shape[1:]), P(self.name))
 
     def put(self, part: Any, group: int = 1) -> Any:
         """`laid` of rows, or of what an estimator holds of every row; the rest of it goes to every device."""
         leaves, tree = jax.tree.flatten(part)
-        everywhere = NamedSharding(jax.sharding.get_mesh(), P())
         placed = [
-            jax.device_put(leaf, everywhere) if spec == P() else self.laid(leaf, group)
+            jax.device_put(leaf, P()) if spec == P() else self.laid(leaf, group)
             for leaf, spec in zip(leaves, self.specs(part), strict=True)
         ]
         return tree.unflatten(placed)

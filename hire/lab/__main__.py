@@ -24,6 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("variant")
     budget = commands.add_parser("budget", help="time a make target and keep the time as a record")
     budget.add_argument("target", nargs="+")
+    distributed = commands.add_parser("distributed", help="DA-TOP-k on several processes against gathering all scores, as a table")
+    distributed.add_argument("--processes", type=int, default=4)
+    distributed.add_argument("--port", type=int, default=0, help="where they meet on 127.0.0.1; a free one by default")
     chosen = parser.parse_args(arguments)
     try:
         return run(chosen)
@@ -91,6 +94,10 @@ def run(chosen: argparse.Namespace) -> int:
         from hire.lab.budgets import timed
 
         return timed(chosen.target)
+    elif chosen.command == "distributed":
+        from hire.lab.processes import launch, table
+
+        print(table(launch(chosen.processes, port=chosen.port)))
     return 0
 
 
