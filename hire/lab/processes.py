@@ -28,12 +28,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 
 import hire
-from hire.axes import Int, Queries
+from hire.axes import Int
 from hire.distributed import Axis
 from hire.lab.paths import CHECKPOINTS, OUT, ROOT
+from hire.lab.pods import forms
 from hire.lab.schedules import sent
 from hire.lab.timing import interleaved, medians
-from hire.search import best_of, nominate
 from hire.topk import TopK, exact_top_k
 
 HOST, BATCHES, RESULT = "127.0.0.1", (1, 8), "result.json"
@@ -191,25 +191,13 @@ def measured(setup: Setup) -> dict[str, Any]:
 
 def compared(spread: hire.HireSoftmax, queries: list[np.ndarray]) -> tuple[dict[str, Any], Int[np.ndarray, "n k"]]:
     """Bytes that travel and median seconds of both forms, and the words that DA-TOP-k found."""
-    forms = {"da": jax.jit(lambda softmax, x: softmax(x)), "gathered": jax.jit(gathered)}
-    programs = {name: form.lower(spread, queries[0]).compile() for name, form in forms.items()}
+    ways = {"da": "HiRE DA", "gathered": "HiRE gathered"}
+    programs = {name: jax.jit(forms(spread)[way]).lower(spread, queries[0]).compile() for name, way in ways.items()}
     print("measuring", flush=True)  # in the log: who watches it knows that the processes have met
     calls = {name: lambda x, run=run: run(spread, x) for name, run in programs.items()}
     seconds = medians(interleaved(calls, queries, len(queries)))
     indices = np.concatenate([calls["da"](x).indices for x in queries])
     return dict(nbytes={name: sent(run.as_text() or "") for name, run in programs.items()}, seconds=seconds), indices
-
-
-def gathered(softmax: hire.HireSoftmax, x: Queries) -> TopK:
-    """The same search when every device gathers the estimated scores of all rows, which are dealt, before it nominates."""
-    axis = Axis.of(softmax.axis or "")
-
-    def on_each(own: dict[str, Any], x: Queries) -> TopK:
-        scores = jax.lax.all_gather(own["estimator"].scores(x), axis.name, axis=2).reshape(len(x), -1)
-        chosen = nominate(scores[:, : axis.total(len(own["rows"]))], softmax.candidates)
-        return best_of(chosen, softmax.logits_of_own(own, x, chosen), softmax.k)
-
-    return axis.mapped(on_each, softmax.parts, x)
 
 
 def shares(indices: Int[np.ndarray, "n k"], best: TopK) -> dict[str, float]:
