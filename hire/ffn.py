@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from hire.axes import AnyArray, Array, Float, Indices, Int, Queries, Rows
-from hire.distributed import Axis, told_again
+from hire.distributed import Axis, fair_share, told_again
 from hire.estimators import (
     Estimator,
     Quantized,
@@ -45,9 +45,9 @@ class HireFFN:
     `form` is "plain" JAX, the TPU "kernel", which takes layers without gate and groups of 8 to 128, or "auto", that one on a TPU.
     The matrices may be Quantized, too, in plain JAX.
 
-    With an `axis`, whose mesh jax.set_mesh has set, the groups lie over several devices, as `sharded` deals them. Each keeps its
-    share of the k, of its share of the candidates, and nothing travels but the sum of their outputs; of the common path each has an
-    equal part before its others.
+    With an `axis`, whose mesh jax.set_mesh has set, the groups lie over several devices, as `sharded` deals them. Each keeps an
+    even share of the k, of its share of the candidates, and nothing travels but the sum of their outputs; of the common path each
+    has an equal part before its others.
 
     Raises ValueError when group_size does not divide f, when 0 <= common < k <= common + candidates <= groups does not hold, when
     shapes do not fit, for an estimator of other rows, for an up_estimator of a layer without gate, or for a kernel that does not
@@ -113,7 +113,8 @@ class HireFFN:
 
         def own(parts: dict[str, Any], x: Queries) -> jax.Array:
             groups, common = parts["up"].shape[0] // self.group_size, self.common // axis.size
-            k, candidates = (axis.share(count, groups - common) for count in (self.k - self.common, self.candidates))
+            k = fair_share(self.k - self.common, axis.size, 0)  # a model that was trained to keep k has no use for more
+            candidates = axis.share(self.candidates, groups - common)
             how: dict[str, Any] = dict(group_size=self.group_size, shared=self.shared, form=self.form)
             layer = HireFFN(**parts, k=k + common, candidates=candidates, common=common, **how)
             return jax.lax.psum(method(layer, x), axis.name)

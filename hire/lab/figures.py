@@ -165,10 +165,10 @@ def share_lines(
 
 def labels_apart(axis: Axes, points: dict[str, tuple[float, float]], colors: dict) -> None:
     """A label beside each point, moved up where another one has its place. The axes' limits must be final."""
+    heights = {name: axis.transData.transform(place)[1] * 72 / axis.figure.dpi for name, place in points.items()}
     free = -np.inf  # the lowest height, in points, that no label has taken
-    for name, place in sorted(points.items(), key=lambda point: point[1][1]):
-        height = axis.transData.transform(place)[1] * 72 / axis.figure.dpi
-        label(axis, *place, name, colors[name], offset=(7, max(0, free - height)))
+    for name, height in sorted(heights.items(), key=lambda each: each[1]):
+        label(axis, *points[name], name, colors[name], offset=(7, max(0, free - height)))
         free = max(height, free) + 11
 
 
