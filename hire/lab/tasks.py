@@ -34,7 +34,7 @@ SENTENCE, WORD = re.compile(r"(?<=[.!?])\s+"), re.compile(r"[A-Za-z]{3,}")
 
 
 def evals_wheel() -> Path:
-    """The wheel of PyPI's evals, fetched once, without the packages that it would bring. Raises ConnectionError where it cannot be."""
+    """The wheel of PyPI's evals, fetched once, without the packages that it names. Raises ConnectionError where it cannot be."""
     folder = cache_folder() / "evals"
     if not list(folder.glob("*.whl")):
         fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), EVALS]
@@ -70,7 +70,7 @@ def parsed(place: int, text: str, ideal: str) -> dict:
 
 def cloze(texts: Sequence[Document], each: int = 4, sentences: int = 5) -> list[dict]:
     """Passages in LAMBADA's form (arXiv 1606.06031): a context of sentences and the last word of the last one, which occurs in the
-    sentences before, as most of LAMBADA's do, but not in the last. At most `each` a document, evenly spread; no human filtered them.
+    sentences before, as most of LAMBADA's do, but not in the last. At most `each` a document, evenly spread; no human chose them.
     """
     found = []
     for text in texts:
