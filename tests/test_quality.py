@@ -3,6 +3,7 @@
 import json
 import zipfile
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +32,18 @@ def softmax(tiny):
     return hire.HireSoftmax(tiny.embedding[...], hire.LowRank.fit(tiny.embedding[...], 24), 8, 40)
 
 
+@partial(jax.jit, static_argnames="graph")
+def all_log_p(graph, state, tokens):
+    model = nnx.merge(graph, state)
+    return jax.nn.log_softmax(model.logits(model.prefill(tokens)[0])[0])
+
+
 def log_p(model, tokens):
-    """log p (t - 1,) of every token after the first, from one forward pass of its own."""
-    logits = model.logits(model.prefill(np.asarray(tokens, np.int32)[None, :-1])[0])[0]
-    return np.asarray(jax.nn.log_softmax(logits))[np.arange(len(tokens) - 1), tokens[1:]]
+    """log p (t - 1,) of every token after the first, all from one text that is filled up behind them, and the likeliest tokens."""
+    filled = np.zeros((1, 100), np.int32)
+    filled[0, : len(tokens) - 1] = tokens[:-1]
+    told = np.asarray(all_log_p(*nnx.split(model), filled))[: len(tokens) - 1]
+    return told[np.arange(len(told)), tokens[1:]], told.argmax(1)
 
 
 def test_every_token_is_asked_for_once_with_its_context():
@@ -65,10 +74,10 @@ def test_sliding_losses_are_those_of_the_windows(subject):
     told = evaluation.told(subject.model.embedding[...], states, k=8)
     assert states.targets[states.documents == 0].tolist() == subject.tokens(TEXTS[0].text)[1:].tolist()
     tokens = subject.tokens(TEXTS[0].text)
-    expected = [*log_p(subject.model, tokens[:17])]
+    expected = [*log_p(subject.model, tokens[:17])[0]]
     for end in (*range(25, len(tokens), 8), len(tokens)):
         start, fresh = end - 16, min(8, (end - 17) % 8 or 8)
-        expected += [*log_p(subject.model, [2, *tokens[start:end]])[-fresh:]]
+        expected += [*log_p(subject.model, [2, *tokens[start:end]])[0][-fresh:]]
     np.testing.assert_allclose(-told.nats[states.documents == 0], expected, atol=1e-4)
     scores = evaluation.scores_of(told, states, TEXTS)
     assert scores.tokens.tolist() == [53, 8] and scores.nats[0] == pytest.approx(-np.sum(expected), rel=1e-5)
@@ -95,9 +104,9 @@ def test_one_prefill_serves_dense_and_searched(subject, softmax):
 
 
 def test_differences_in_points_by_hand():
-    told = evaluation.points([1, 1, 0, 1], [1, 0, 0, 0], np.asarray(["a", "a", "b", "b"]))
+    told = evaluation.points([1.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0], np.asarray(["a", "a", "b", "b"]))
     assert (told["mean"], told["n"], told["documents"]) == (0.5, 4, 2) and (told["low"], told["high"]) == (0.5, 0.5)
-    apart = evaluation.points([1, 0], [0, 0])
+    apart = evaluation.points([1.0, 0.0], [0.0, 0.0])
     assert (apart["mean"], apart["low"], apart["high"]) == (0.5, 0.0, 1.0)
 
 
@@ -117,28 +126,27 @@ def requested(kind, *arguments):
     return [Instance(kind, {}, each, 0, ("task", place, 1)) for place, each in enumerate(arguments)]
 
 
-def test_the_adapter_is_the_model(subject, softmax):
+def test_the_adapter_is_the_model(subject):
     lm = Harness(subject)
-    pairs = [("The sea", " is wide"), ("", "Ahab"), ("The sea", " is wide and deep"), ("A", "b")]
+    pairs = [("The sea", " is wide"), ("", "Ahab"), ("The sea", " is wide and deep"), ("Ahab", "bbbb")]
     told = lm.loglikelihood(requested("loglikelihood", *pairs))
     for (context, text), (likely, greedy) in zip(pairs, told, strict=True):
         tokens = subject.tokens(context + text)
-        assert likely == pytest.approx(log_p(subject.model, tokens)[-len(text) :].sum(), rel=1e-4)
-        written = hire.generate(subject.model, tokens[None, : -len(text)], new_tokens=len(text))
-        assert greedy == (np.asarray(written)[0].tolist() == tokens.tolist())
-    best = lm.written("The sea", dict(max_gen_toks=3))
-    tokens = hire.generate(subject.model, subject.tokens("The sea")[None], new_tokens=3)
-    assert best == subject.tokenizer.decode(np.asarray(tokens)[0, 8:].tolist())
+        expected, best = log_p(subject.model, tokens)
+        assert likely == pytest.approx(expected[-len(text) :].sum(), rel=1e-4)
+        assert greedy == (best[-len(text) :].tolist() == tokens[-len(text) :].tolist())
+    assert [greedy for _, greedy in told] == [False, False, False, True]  # what this toy writes after Ahab
     (rolled,) = lm.loglikelihood_rolling(requested("loglikelihood_rolling", (TEXTS[0].text,)))
-    assert rolled == pytest.approx(log_p(subject.model, subject.tokens(TEXTS[0].text)).sum(), rel=1e-5)
+    assert rolled == pytest.approx(log_p(subject.model, subject.tokens(TEXTS[0].text))[0].sum(), rel=1e-5)
 
 
-def test_greedy_text_is_known_as_such_and_stops(subject):
-    lm = Harness(subject)
-    written = lm.written("The sea", dict(max_gen_toks=4))
-    if len(subject.tokenizer.encode(written).ids) == 4:  # no control words and whole characters
-        assert lm.loglikelihood(requested("loglikelihood", ("The sea", written)))[0][1]
-    assert lm.generate_until(requested("generate_until", ("The sea", dict(max_gen_toks=4, until=[written[0]])))) == [""]
+def test_greedy_text_stops_where_it_is_told_to(subject, softmax):
+    tokens = np.asarray(hire.generate(subject.model, subject.tokens("Ahab")[None], new_tokens=4))[0]
+    asked = (dict(max_gen_toks=4, until=["never"]), dict(max_gen_toks=4, until="b"), dict(until=["bbb"]))
+    written = Harness(subject).generate_until(requested("generate_until", *(("Ahab", settings) for settings in asked)))
+    assert written == [subject.tokenizer.decode(tokens[5:].tolist()), "", ""] and written[0] == "bbbb"
+    every = replace(softmax, candidates=300)
+    assert Harness(subject, every).written("Ahab", asked[0]) == "bbbb"
 
 
 def test_searched_harnesses_share_a_prefill(subject, softmax, monkeypatch):
@@ -150,9 +158,8 @@ def test_searched_harnesses_share_a_prefill(subject, softmax, monkeypatch):
     monkeypatch.undo()
     converted = replace(subject, model=hire.convert(subject.model, softmax=softmax))
     assert Harness(converted).loglikelihood(pairs)[0][0] == pytest.approx(likely, abs=1e-5)
-    hidden = subject.model.prefill(subject.tokens("The sea is wide")[None, :-1])[0][0, 7:]
-    words = subject.tokens("The sea is wide")[8:, None]
-    assert likely == pytest.approx(float(softmax.log_probabilities(hidden, words).sum()), abs=1e-3)
+    states = evaluation.states_of(subject.model, [evaluation.continuation(subject, "The sea", " is wide")])
+    assert likely == pytest.approx(float(softmax.log_probabilities(states.hidden, states.targets[:, None]).sum()), abs=1e-3)
 
 
 @pytest.fixture
@@ -184,7 +191,7 @@ def test_a_local_task_is_what_the_harness_makes_of_it(subject, softmax, wheel):
     right = []
     for text, choices, gold in (("The sea is", "wet dry", 0), ("Fire is", "cold hot", 1), ("Ice?", "warm cold hot", 1)):
         asked = [f"{text}\nAnswer:", *choices.split()]
-        sums = [log_p(subject.model, subject.tokens(f"{asked[0]} {each}"))[-len(each) - 1 :].sum() for each in asked[1:]]
+        sums = [log_p(subject.model, subject.tokens(f"{asked[0]} {each}"))[0][-len(each) - 1 :].sum() for each in asked[1:]]
         right.append(float(np.argmax(sums) == gold))
     assert told["right"] == right and told["documents"] == ["0", "1", "2"]
     assert told["metrics"]["local_quartz"]["acc,none"] == pytest.approx(np.mean(right))

@@ -203,38 +203,34 @@ def filled_length(count: int, context: int) -> int:
     return min(context, power * 3 // 4 if count <= power * 3 // 4 else power)
 
 
-def states_of(model: Decoder, asked: Sequence[Asked], budget: int = 2048) -> States:
+def states_of(model: Decoder, asked: Sequence[Asked], budget: int = 1024) -> States:
     """The hidden states that the tokens asked for are predicted from, in their order; those tokens; and the place in `asked` that
     each comes from. Texts of similar length are computed together, about `budget` tokens at once.
 
     Raises ValueError, naming the place, when there is nothing to predict or more text than the model's context.
     """
     graph, state = nnx.split(model)
-    context, alike, hidden = model.config.context, {}, {}
+    context, hidden = model.config.context, {}
     for place, (tokens, count) in enumerate(asked):
         if not 1 <= count < len(tokens) <= context + 1:
             raise ValueError(
                 f"text {place}: {count} of {len(tokens)} tokens to predict: expected at least 1, after <bos>, and at most the "
                 f"context of {context} before the last"
             )
-        alike.setdefault(filled_length(len(tokens) - 1, context), []).append(place)
-    for length, places in alike.items():
+    fed = [len(tokens) - 1 for tokens, _ in asked]  # the last one is only predicted
+    left = sorted(range(len(asked)), key=lambda place: -fed[place])
+    while left:
+        length = filled_length(fed[left[0]], context)
         size = max(1, budget // length)
-        for some in batches(places, size):
-            window = np.zeros((size, length), np.int32)
-            for row, place in zip(window, some, strict=False):
-                row[: len(asked[place].tokens) - 1] = asked[place].tokens[:-1]
-            found = np.asarray(hidden_states(graph, state, window))
-            for row, place in zip(found, some, strict=False):
-                last = len(asked[place].tokens) - 1
-                hidden[place] = row[last - asked[place].count : last]
-    targets = [tokens[-count:] for tokens, count in asked]
-    counts = [count for _, count in asked]
-    return States(
-        np.concatenate([hidden[place] for place in range(len(asked))]),
-        np.concatenate(targets),
-        np.repeat(np.arange(len(asked)), counts),
-    )
+        some, left = left[:size], left[size:]
+        window = np.zeros((size, length), np.int32)
+        for row, place in zip(window, some, strict=False):
+            row[: fed[place]] = asked[place].tokens[:-1]
+        for row, place in zip(np.asarray(hidden_states(graph, state, window)), some, strict=False):
+            hidden[place] = row[fed[place] - asked[place].count : fed[place]]
+    targets, counts = [tokens[-count:] for tokens, count in asked], [count for _, count in asked]
+    every = np.concatenate([hidden[place] for place in range(len(asked))])
+    return States(every, np.concatenate(targets), np.repeat(np.arange(len(asked)), counts))
 
 
 def document_states(subject: TextModel, texts: Sequence[Document], length: int = 256, stride: int = 128) -> States:
