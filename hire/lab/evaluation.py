@@ -171,10 +171,10 @@ def total_variation(one: TopK, other: TopK, **sampling) -> np.ndarray:
 
 
 class Asked(NamedTuple):
-    """Tokens (t,) from <bos> on, of which the last `count` are to be predicted, each from all before it."""
+    """Tokens (t,) from <bos> on, of which the last `wanted` are to be predicted, each from all before it."""
 
     tokens: np.ndarray
-    count: int
+    wanted: int
 
 
 def continuation(subject: TextModel, context: str, text: str) -> Asked:
@@ -211,10 +211,10 @@ def states_of(model: Decoder, asked: Sequence[Asked], budget: int = 1024) -> Sta
     """
     graph, state = nnx.split(model)
     context, hidden = model.config.context, {}
-    for place, (tokens, count) in enumerate(asked):
-        if not 1 <= count < len(tokens) <= context + 1:
+    for place, (tokens, wanted) in enumerate(asked):
+        if not 1 <= wanted < len(tokens) <= context + 1:
             raise ValueError(
-                f"text {place}: {count} of {len(tokens)} tokens to predict: expected at least 1, after <bos>, and at most the "
+                f"text {place}: {wanted} of {len(tokens)} tokens to predict: expected at least 1, after <bos>, and at most the "
                 f"context of {context} before the last"
             )
     fed = [len(tokens) - 1 for tokens, _ in asked]  # the last one is only predicted
@@ -227,8 +227,8 @@ def states_of(model: Decoder, asked: Sequence[Asked], budget: int = 1024) -> Sta
         for row, place in zip(window, some, strict=False):
             row[: fed[place]] = asked[place].tokens[:-1]
         for row, place in zip(np.asarray(hidden_states(graph, state, window)), some, strict=False):
-            hidden[place] = row[fed[place] - asked[place].count : fed[place]]
-    targets, counts = [tokens[-count:] for tokens, count in asked], [count for _, count in asked]
+            hidden[place] = row[fed[place] - asked[place].wanted : fed[place]]
+    targets, counts = [tokens[-wanted:] for tokens, wanted in asked], [wanted for _, wanted in asked]
     every = np.concatenate([hidden[place] for place in range(len(asked))])
     return States(every, np.concatenate(targets), np.repeat(np.arange(len(asked)), counts))
 

@@ -48,15 +48,15 @@ class Harness(TemplateLM):
 
     def answered(self, asked: Sequence[Asked], owners: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:
         """Of each of `count` requests, which own what is asked for: log p of it in nats, and whether greedy decoding gives it."""
-        names = [each.tokens.tobytes() + each.count.to_bytes(4, "big") for each in asked]
+        names = [each.tokens.tobytes() + each.wanted.to_bytes(4, "big") for each in asked]
         new = {name: each for name, each in zip(names, asked, strict=True) if name not in self.kept}
         if new:
             states = states_of(self.model, list(new.values()))
-            ends = np.cumsum([each.count for each in new.values()])[:-1]
+            ends = np.cumsum([each.wanted for each in new.values()])[:-1]
             self.kept |= dict(zip(new, np.split(states.hidden, ends), strict=True))
         hidden = np.concatenate([self.kept[name] for name in names])
-        targets = np.concatenate([each.tokens[-each.count :] for each in asked])
-        of = np.repeat(owners, [each.count for each in asked])
+        targets = np.concatenate([each.tokens[-each.wanted :] for each in asked])
+        of = np.repeat(owners, [each.wanted for each in asked])
         found = told(self.softmax, States(hidden, targets, of))
         return -np.bincount(of, found.nats, count), np.bincount(of, ~found.hits, count) == 0
 
@@ -75,13 +75,12 @@ class Harness(TemplateLM):
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[float]:
         """log p in nats of whole texts, every token once: windows as in evaluation.sliding, each with half a window before it."""
         length = min(1024, self.max_length)
-        asked = []
+        asked: list[tuple[int, Asked]] = []
         for place, request in enumerate(requests):
             if not request.args[0]:
                 raise ValueError(f"request {place}: expected text to predict, it is empty")
             asked += [(place, each) for each in sliding(self.subject.tokens(request.args[0]), length, length // 2)]
-        owners, every = zip(*asked, strict=True)
-        return self.answered(every, owners, len(requests))[0].tolist()
+        return self.answered([each for _, each in asked], [place for place, _ in asked], len(requests))[0].tolist()
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[str]:
         """Greedy continuations, each up to the first of the strings that it is to stop at."""

@@ -9,10 +9,11 @@ import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import datasets
 import numpy as np
-from lm_eval import simple_evaluate
+from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from hire.lab.evaluation import points
@@ -129,8 +130,7 @@ def run_task(lm: Harness, name: str, limit: int | None = None) -> dict:
         known = manager(isinstance(spec, str))
         if spec == name and name not in known.all_tasks:
             raise ValueError(f"not known; expected {', '.join([*SETS, CLOZE])}, or one of the {len(known.all_tasks)} of lm-eval")
-        told = simple_evaluate(lm, tasks=[spec], task_manager=known, limit=limit, bootstrap_iters=0)
-        assert told is not None  # which is so for other processes than the first
+        told = cast(dict[str, Any], simple_evaluate(lm, tasks=[spec], task_manager=known, limit=limit, bootstrap_iters=0))
     except Exception as error:  # lm-eval, jinja and datasets raise of many kinds
         reason = (str(error).strip().splitlines() or [""])[0] if isinstance(error, ValueError | ConnectionError) else repr(error)
         raise ValueError(f"task {name!r}: {reason.splitlines()[0][:300]}") from None
@@ -164,6 +164,6 @@ def run_tasks(
 
 def pooled(ours: Sequence[dict], theirs: Sequence[dict]) -> dict:
     """Accuracy over that of another on the same questions of several tasks, all as one (see evaluation.points)."""
-    right = [np.concatenate([part["right"] for part in side]) for side in (ours, theirs)]
+    right, before = (np.concatenate([part["right"] for part in side]) for side in (ours, theirs))
     owners = [f"{place} {document}" for place, part in enumerate(ours) for document in part["documents"]]
-    return points(*right, np.asarray(owners))
+    return points(right, before, np.asarray(owners))
