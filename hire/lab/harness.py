@@ -68,7 +68,7 @@ class Harness(TemplateLM):
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """log p in nats of each text after its context, and whether greedy decoding gives it."""
         for place, request in enumerate(requests):
-            if not request.args[1]:
+            if not request.arguments[1]:
                 raise ValueError(f"request {place}: expected text to predict, it is empty")
         return super().loglikelihood(list(requests), disable_tqdm=disable_tqdm)
 
