@@ -12,9 +12,10 @@ from flax import nnx
 
 from hire.axes import AnyArray, Array, Bool, Float, Hidden, Int, Queries, Rows, Tokens
 from hire.choose import batches, candidates_needed, mean_bound
-from hire.estimators import Estimator, row_scores
+from hire.estimators import Estimator, LowRank, Quantized, row_scores
+from hire.ffn import HireFFN
 from hire.lab.text import Document
-from hire.models import Decoder, TextModel, generate
+from hire.models import Decoder, TextModel, convert, generate
 from hire.sampling import sampling_probabilities
 from hire.softmax import HireSoftmax
 from hire.topk import TopK, bucketed_top_k, exact_top_k, expected_recall, expected_recall_top1, recall
@@ -299,6 +300,42 @@ def against(ours: Told, exact: Told, documents: np.ndarray) -> dict:
         variation=points(apart, np.zeros(len(apart)), documents),
         **{name: rate(np.asarray(values, np.float64), documents) for name, values in kept.items()},
     )
+
+
+def in_every_form(rows: Rows, seen: Queries, rank: int, k: int, candidates: int) -> dict[str, HireSoftmax]:
+    """A softmax searched by a low-rank copy, a 4-bit one, and an int8 low-rank one fitted to the hidden states that were `seen`."""
+    copies = {"LR": LowRank.fit(rows, rank), "Q": Quantized.fit(rows, 4)}
+    copies["LR fitted int8"] = LowRank.fit(rows, rank, calibration=seen, bits=8)
+    return {f"{name} k'={candidates}": HireSoftmax(rows, copy, k, candidates) for name, copy in copies.items()}
+
+
+def stated(found: dict) -> str:
+    """What `against` found, in a line."""
+    parts = (f"{name} {found[name]['mean']:.4f}" for name in ("recall", "agreement", "variation", "outside"))
+    return "loss {mean:+.3%} ({low:+.3%} to {high:+.3%})".format(**found["loss"]) + f", {', '.join(parts)}"
+
+
+def compared(
+    subject: TextModel,
+    ffns: dict[str, Sequence[HireFFN] | None],
+    softmaxes: dict[str, HireSoftmax | None],
+    texts: Sequence[Document],
+    k: int,
+    **windows: int,
+) -> tuple[dict[str, float], dict[str, dict]]:
+    """The summary of a model on texts, and what its every form changes (see against), "ffn, softmax" by "ffn, softmax": None is
+    as the model has it. One prefill serves all softmaxes. `windows` as for document_states.
+    """
+    rows, own, found = subject.model.embedding[...], document_states(subject, texts, **windows), {}
+    exact = told(rows, own, k)
+    for layers, ffn in ffns.items():
+        model = subject.model if ffn is None else convert(subject.model, ffn=ffn)
+        states = own if ffn is None else document_states(replace(subject, model=model), texts, **windows)
+        for words, softmax in softmaxes.items():
+            if (ffn, softmax) != (None, None):
+                ours = told(rows if softmax is None else softmax, states, k)
+                found[f"{layers}, {words}"] = against(ours, exact, own.documents)
+    return scores_of(exact, own, texts).summary(), found
 
 
 def rate(values: np.ndarray, documents: np.ndarray) -> dict:
