@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("bench", help="softmax and decode step, dense and HiRE, as a table and records")
     commands.add_parser("pages", help="bring the generated parts of README, gallery and notebooks up to date")
     commands.add_parser("checks", help="take the check cells' outputs of the last smoke run into the notebooks")
-    commands.add_parser("weights", help="unpack Gemma's weights into the cache folder")
+    commands.add_parser("weights", help="put Gemma's weights and the tasks' data into the cache folder")
     commands.add_parser("compiler", help="install the TPU compiler that goes with this jax")
     commands.add_parser("v5e", help="estimate the headline and the published programs for a TPU v5e, as records")
     commands.add_parser("size", help="lines of code by room against their budget")
@@ -72,6 +72,9 @@ def run(chosen: argparse.Namespace) -> int:
         from hire.models import load_gemma
 
         print(f"Gemma 3 270M: {load_gemma().stored}, ready")
+        from hire.lab.tasks import evals_wheel
+
+        print(f"multiple-choice sets: {evals_wheel().name}, ready")
     elif chosen.command == "compiler":
         from hire.lab.tpu import install
 

