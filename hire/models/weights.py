@@ -64,7 +64,7 @@ class TextModel:
 def load_text_model(name: str) -> TextModel:
     """The toy for "tiny", random weights that read bytes; else the Gemma of that name. Raises as load_gemma does."""
     if name == "tiny":
-        return TextModel(Decoder(preset(name), rngs=nnx.Rngs(0)), byte_tokenizer(), "random weights")
+        return TextModel(Decoder(preset(name, context=2048), rngs=nnx.Rngs(0)), byte_tokenizer(), "random weights")
     return load_gemma(name)
 
 
