@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("weights", help="put Gemma's weights and the tasks' data into the cache folder")
     commands.add_parser("compiler", help="install the TPU compiler that goes with this jax")
     commands.add_parser("v5e", help="estimate the headline and the published programs for a TPU v5e, as records")
+    commands.add_parser("questions", help="Gemma on multiple-choice sets and a cloze, exact and searched, as a record")
     commands.add_parser("size", help="lines of code by room against their budget")
     train = commands.add_parser("train", help="train a model and keep what came of it")
     train.add_argument("variant")
@@ -83,6 +84,10 @@ def run(chosen: argparse.Namespace) -> int:
         from hire.lab import pods, programs, published
 
         programs.estimate_all(published.programs() | programs.headline() | programs.steps() | pods.programs())
+    elif chosen.command == "questions":
+        from hire.lab.tasks import judge_questions
+
+        judge_questions()
     elif chosen.command == "size":
         from hire.lab.budgets import size
 

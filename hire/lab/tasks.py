@@ -16,10 +16,13 @@ import numpy as np
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from hire.lab.evaluation import points
+from hire.estimators import LowRank
+from hire.lab import records
+from hire.lab.evaluation import collect, points, windows
 from hire.lab.harness import Harness
+from hire.lab.paths import RECORDS
 from hire.lab.text import Document, documents
-from hire.models import TextModel
+from hire.models import TextModel, load_gemma
 from hire.models.weights import cache_folder
 from hire.softmax import HireSoftmax
 
@@ -167,3 +170,30 @@ def pooled(ours: Sequence[dict], theirs: Sequence[dict]) -> dict:
     right, before = (np.concatenate([part["right"] for part in side]) for side in (ours, theirs))
     owners = [f"{place} {document}" for place, part in enumerate(ours) for document in part["documents"]]
     return points(right, before, np.asarray(owners))
+
+
+def judge_questions(limit: int = 400, k: int = 32, rank: int = 160, candidates: int = 2048) -> None:
+    """Gemma 3 270M, exact and by HiRE-Softmax, on more questions than notebook 10 has minutes for, as a record."""
+    gemma = load_gemma()
+    rows = gemma.model.embedding[...]
+    fitted_to = collect(gemma.model, *windows(gemma, documents("calibration")[::2], 128, 3), skip=4)
+    softmax = HireSoftmax(rows, LowRank.fit(rows, rank, calibration=fitted_to.hidden, bits=8), k, candidates)
+    names = [CLOZE, "local_quartz", "local_medmcqa", "local_reclor"]
+    found, failed = run_tasks(gemma, {"exact": None, "HiRE": softmax}, names, limit)
+    accuracy = pooled([both["HiRE"] for both in found.values()], [both["exact"] for both in found.values()])
+    told = {name: {form: told["metrics"] for form, told in both.items()} for name, both in found.items()}
+    data = {name: both["exact"]["data"] for name, both in found.items()}
+    print("accuracy over exact: {mean:+.2%} ({low:+.2%} to {high:+.2%}), {n} questions".format(**accuracy))
+    print(*(f"{name}: {both}" for name, both in told.items()), *failed.values(), sep="\n")
+    setting = dict(k=k, rank=rank, candidates=candidates, limit=limit, data=data)
+    results = dict(accuracy=accuracy, metrics=told, failed=failed)
+    records.write(
+        RECORDS,
+        "questions",
+        "quality/questions",
+        kind="measured",
+        weights=gemma.stored,
+        setting=setting,
+        results=results,
+        command="make questions",
+    )
