@@ -336,7 +336,7 @@ def prices(axis: Axes, recall: Sequence[float], shares: dict[str, Sequence[float
     """What missed rows cost: shares against recall, a kind of points each, both axes logarithmic."""
     for color, (name, values) in zip(sns.color_palette("colorblind"), shares.items(), strict=False):
         axis.plot(missed(recall), np.maximum(np.abs(values), 1e-5), "o", color=color, label=name)
-    axis.set(xscale="log", yscale="log", xlabel="share of the true top-k missed", **titles)
+    axis.set(xscale="log", yscale="log", xlabel="share of the true top-k missed", ylabel="share (of loss: its size)", **titles)
     axis.legend(frameon=False)
 
 
