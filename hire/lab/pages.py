@@ -71,7 +71,9 @@ def filled(text: str, name: str, content: str) -> str:
 
 def commands_table() -> str:
     """The two commands, with the minutes that they were last seen to take."""
-    minutes = {entry["id"]: f"{entry['results']['minutes']:.1f} minutes" for entry in records.read(topic="budgets")}
+    minutes = {
+        entry["id"]: f"{entry['results']['minutes']:.1f} minutes (at {entry['commit']})" for entry in records.read(topic="budgets")
+    }
     setup, figures, test = (minutes.get(name, "not timed yet") for name in ("make env", "make figures FRESH=1", "make test"))
     return "\n".join(
         [
