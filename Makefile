@@ -62,7 +62,7 @@ bench: $(STAMP)  ## latency of softmax and decode step, dense against HiRE: a ta
 distributed: $(STAMP)  ## DA-TOP-k on four processes of this machine against gathering all scores: one table
 	@$(LAB) distributed
 
-questions: $(STAMP)  ## Gemma on multiple-choice sets and a cloze, exact and searched, about 4 minutes, as a record
+questions: $(STAMP)  ## Gemma on multiple-choice sets and a cloze, exact and searched, about 6 minutes, as a record
 	@$(LAB) questions
 
 train: $(STAMP)  ## train VARIANT=dense, groups8, short-topk, … (hire/lab/training.py lists them), or several; goes on where it was

@@ -172,7 +172,7 @@ def pooled(ours: Sequence[dict], theirs: Sequence[dict]) -> dict:
     return points(right, before, np.asarray(owners))
 
 
-def judge_questions(limit: int = 120, k: int = 32, rank: int = 160, candidates: int = 2048) -> None:
+def judge_questions(limit: int = 300, k: int = 32, rank: int = 160, candidates: int = 2048) -> None:
     """Gemma 3 270M, exact and by HiRE-Softmax, on more questions than notebook 10 has minutes for, as a record."""
     gemma = load_gemma()
     rows = gemma.model.embedding[...]
