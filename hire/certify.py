@@ -7,6 +7,7 @@ scores is above what any other row can reach, the answer is proved. The rounding
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 
 from hire.axes import Array, Bool, Float, Indices, Queries, Rows
 from hire.estimators import LowRank, Quantized, row_scores, unpack
-from hire.search import buckets_of, check_queries, check_search, most_pooled
-from hire.topk import TopK, bucketed_indices, exact_top_k
+from hire.search import check_queries, check_search, nominate
+from hire.topk import TopK, exact_top_k
 
 SAFE = 1 + 1e-4  # lengths are themselves computed in float32
 
@@ -50,37 +51,25 @@ class Margin:
 
 @jax.jit
 def margins(rows: Rows, estimator: LowRank | Quantized) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
-    rows = jnp.asarray(rows, jnp.float32)
+    rows, length = jnp.asarray(rows, jnp.float32), partial(jnp.linalg.norm, axis=1)
     if isinstance(estimator, LowRank):
         factors, projection = plain(estimator.factors), plain(estimator.projection)
         rebuilt = jnp.matmul(factors, projection, precision="highest")
-        reach = lengths(factors) * jnp.linalg.norm(projection)  # of the sums that an estimate is made of
+        reach = length(factors) * jnp.linalg.norm(projection)  # of the sums that an estimate is made of
     else:
         rebuilt = plain(estimator)
-        reach = lengths(rebuilt)
+        reach = length(rebuilt)
     # A sum of n products, in any order, is off by n / 2^24 of the lengths of both sides at most. An estimate is two such sums of up
     # to d, what was rebuilt a third; the rest is for scales and comparisons. Of halves added to halves n is the number of steps.
     order, d = 2.0**-24, rows.shape[1]
-    exact = SAFE * order * (math.ceil(math.log2(d)) + 4) * lengths(rows)
-    return SAFE * (lengths(rows - rebuilt) + order * (3 * d + 32) * reach) + exact, exact
+    exact = SAFE * order * (math.ceil(math.log2(d)) + 4) * length(rows)
+    return SAFE * (length(rows - rebuilt) + order * (3 * d + 32) * reach) + exact, exact
 
 
 def plain(part: Rows | Quantized) -> Float[Array, "m d"]:
     if isinstance(part, Quantized):
         return unpack(part.codes, part.bits, part.width) * part.scale[:, None]
     return jnp.asarray(part, jnp.float32)
-
-
-def lengths(rows: Float[Array, "m d"]) -> Float[Array, " m"]:
-    return jnp.sqrt(jnp.sum(rows**2, axis=1))
-
-
-def foremost(reached: Float[Array, "b m"], candidates: int) -> Indices:
-    """The candidates (b, c) that reach highest: as in `nominate`, but a row that it misses now and then would cost a proof."""
-    rows = reached.shape[1]
-    if candidates <= most_pooled(rows):
-        return bucketed_indices(reached, candidates, buckets_of(rows), 4)
-    return exact_top_k(reached, candidates).indices
 
 
 def scores_by_halves(x: Queries, rows: Rows, chosen: Indices) -> Float[Array, "b c"]:
@@ -110,7 +99,7 @@ def certified_top_k(
         x = x.astype(rows.dtype)
         size = SAFE * jnp.sqrt(jnp.sum(x.astype(jnp.float32) ** 2, axis=1, keepdims=True))
         reached = estimator.scores(x) + size * margin.estimate[None]
-        chosen = foremost(reached, candidates)
+        chosen = nominate(reached, candidates, per_bucket=4)  # a row that is missed now and then would cost a proof
         scores, spread = scores_by_halves(x, rows, chosen), size * margin.exact[chosen]
         best = exact_top_k(scores, k).indices
         mine = jnp.zeros(scores.shape, bool).at[jnp.arange(len(x))[:, None], best].set(True)

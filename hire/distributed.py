@@ -71,11 +71,13 @@ class Axis:
 
     def laid(self, rows: Array, group: int = 1) -> Array:
         """Rows (m, …) filled up with zeros and put on the devices, dealt or not, in groups of so many that stay together."""
-        s = self.size
-        groups = jnp.pad(rows, ((0, -len(rows) % (s * group)), *((0, 0),) * (rows.ndim - 1))).reshape(-1, group, *rows.shape[1:])
+        s, each = self.size, rows.shape[1:]
+        filling = -len(rows) % (s * group)
+        if filling:
+            rows = jnp.concatenate([rows, jnp.zeros((filling, *each), rows.dtype)])
         if self.dealt:
-            groups = groups.reshape(-1, s, *groups.shape[1:]).swapaxes(0, 1)
-        return jax.device_put(groups.reshape(-1, *rows.shape[1:]), P(self.name))
+            rows = rows.reshape(-1, s, group, *each).swapaxes(0, 1).reshape(-1, *each)
+        return jax.device_put(rows, P(self.name))
 
     def put(self, part: Any, group: int = 1) -> Any:
         """`laid` of rows, or of what an estimator holds of every row; the rest of it goes to every device."""

@@ -13,15 +13,15 @@ from hire.topk import TopK, best_winners, bucket_keys, bucket_winners, bucketed_
 DEPTH, PER_BUCKET = 64, 2  # the best two of every 64 rows are the pool of a k' that is at most half of it
 
 
-def nominate(scores: Scores, candidates: int) -> Indices:
+def nominate(scores: Scores, candidates: int, per_bucket: int = PER_BUCKET) -> Indices:
     """The `candidates` (k') best rows (*b, k') by estimated scores (*b, m), best first.
 
-    Few of many rows are taken from the best of each bucket: a row is missed only where two better ones share its bucket, and
-    there is no top-k of all rows, which would take longer than their scores.
+    Few of many rows are taken from the best `per_bucket` of each bucket: a row is missed only where so many better ones share its
+    bucket, and there is no top-k of all rows, which would take longer than their scores.
     """
     rows = scores.shape[-1]
     if candidates <= most_pooled(rows):
-        return bucketed_indices(scores, candidates, buckets_of(rows), PER_BUCKET)
+        return bucketed_indices(scores, candidates, buckets_of(rows), per_bucket)
     return exact_top_k(scores, candidates).indices
 
 

@@ -1,6 +1,7 @@
 """DA-TOP-k over four devices of one process: against one device, by hand, and by what its compiled program sends."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 import hire
 from hire.distributed import Axis
 from hire.ffn import HireFFN
+from hire.lab.paths import ROOT
 from hire.lab.schedules import sent
 from hire.models import Decoder, preset
 
@@ -134,7 +136,7 @@ def test_a_layer_is_the_sum_of_its_shards(shape, common, gated, shared):
         spread = layer.sharded(Axis("chips", 0))
         shares = np.zeros((3, 16), np.float32)
         for chip in range(4):  # each keeps its own 3 best, common ones included, of every fourth group
-            own = np.arange(groups * group).reshape(-1, 4, group)[:, chip].reshape(-1) if groups % 4 == 0 else None
+            own = np.arange(groups * group).reshape(-1, 4, group)[:, chip].reshape(-1)
             parts = [part if part is None else part[own] for part in (up, down, gate if gated else None)]
             first = common // 4
             exact = hire.Quantized.fit((parts[2] if gated else parts[0])[first * group :], 8)
@@ -177,6 +179,31 @@ def test_a_model_writes_the_same_words_on_four_devices(rng):
         assert hire.generate(spread, tokens, new_tokens=4).tolist() == words.tolist()
         hidden = spread.prefill(tokens)[0]
         np.testing.assert_allclose(spread.logits(hidden), model.logits(model.prefill(tokens)[0]), rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_takes_its_own_rows_alone(rng):
+    config = preset("tiny", layers=1, vocabulary=64)
+    model, other = (Decoder(config, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    softmax = hire.HireSoftmax(model.embedding[...], hire.Quantized.fit(model.embedding[...], 8), k=4, candidates=64)
+    small = hire.Quantized.fit(model.embedding[...], 8)
+    tokens = jnp.asarray(rng.integers(3, 64, (2, 5)), jnp.int32)
+    with jax.set_mesh(mesh(4)):
+        dealt = Axis("chips", dealt=True)
+        with pytest.raises(ValueError, match="estimator of other rows"):
+            hire.convert(other, softmax=softmax.sharded(dealt))
+        # Quantized rows are dealt out; the embedding, which words are looked up in, stays as it is.
+        searched = hire.convert(model, softmax=hire.HireSoftmax(small, small, k=4, candidates=64).sharded(dealt))
+        hidden = searched.prefill(tokens)[0]
+        np.testing.assert_allclose(hidden, model.prefill(tokens)[0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(searched.logits(hidden), model.logits(hidden), rtol=1e-4, atol=1e-4)
+
+
+def test_the_readme_runs_over_devices(rng):
+    *_, code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    softmax = softmax_of(rng, 64, 8, 4, 64)
+    given = dict(jax=jax, mesh=mesh(4), softmax=softmax, hidden=jnp.asarray(rng.normal(size=(3, 8)), jnp.float32))
+    exec(code, given)
+    same(given["top"], softmax(given["hidden"]))
 
 
 def test_another_axis_may_hold_the_texts(rng):

@@ -65,7 +65,7 @@ def test_the_tokenizer_is_sentencepiece_on_the_whole_corpus(gemma, file):
 
 
 def test_the_readme_writes_text_with_the_searched_model(gemma, monkeypatch):
-    _, code, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    _, code, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     monkeypatch.setattr("hire.models.load_gemma", lambda: gemma)
     rows = gemma.model.embedding[...]
     given = dict(hire=hire, softmax=hire.HireSoftmax(rows, hire.Quantized.fit(rows, 8), k=32, candidates=64))

@@ -41,8 +41,8 @@ def test_three_processes_find_the_words_of_one(tmp_path):
     assert found["devices"] == found["processes"] == 3
     for batch, told in found["batches"].items():
         assert told["same"] == 1 and told["clear"] > 0.5
-        assert told["nbytes"]["da"] == 3 * 8 * 8 * int(batch)
-        assert told["nbytes"]["gathered"] == (1026 + 64) * 4 * int(
+        assert told["nbytes"]["HiRE DA"] == 3 * 8 * 8 * int(batch)
+        assert told["nbytes"]["HiRE gathered"] == (1026 + 64) * 4 * int(
             batch
         )  # all scores, filling with them, and the candidates' exact ones
     assert len(table(found).splitlines()) == 4 and " 1.000 " in table(found)

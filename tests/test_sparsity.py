@@ -135,7 +135,7 @@ def test_a_shipped_model_is_what_its_record_says(name):
 
 @pytest.mark.parametrize("name", [trained("groups8")])
 def test_the_readme_searches_a_shipped_model(monkeypatch, name):
-    *_, code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    _, _, code, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     monkeypatch.chdir(ROOT)
     given = dict(hire=hire)
     exec(code, given)

@@ -224,7 +224,6 @@ class SmallSoftmax:
 
     rows: hire.Quantized | Float[Array, "v d"]
     k: int = field(metadata=dict(static=True))
-    axis = None  # of no mesh
 
     def over(self, rows: Rows) -> Callable[[Queries], TopK]:
         return lambda hidden: exact_top_k(row_scores(hidden, self.rows), self.k)

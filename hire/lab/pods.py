@@ -17,7 +17,7 @@ from hire.estimators import row_scores
 from hire.kernels import rows as row_kernel
 from hire.lab import records, schedules
 from hire.lab.evaluation import States, collect, judge, losses, over
-from hire.lab.programs import COPIES, RANK, Program, nbytes, skeleton
+from hire.lab.programs import CANDIDATES, COPIES, KEPT, RANK, WORDS, Program, nbytes, skeleton
 from hire.lab.timing import interleaved
 from hire.models import Decoder, convert
 from hire.search import best_of, nominate
@@ -67,7 +67,7 @@ def forms(softmax: HireSoftmax) -> dict[str, Callable[[HireSoftmax, Queries], To
 
 
 CHIPS = {"v5e:2x2": 4, "v5e:4x4": 16, "v5e:8x8": 64, "v5e:16x16": 256}
-WORDS, WIDTH, KEPT, CANDIDATES = 262_144, 2_048, 32, 2_048
+WIDTH = 2_048
 NAMES = ("dense gathered", "dense compiler", "dense DA", "HiRE gathered", "HiRE compiler", "HiRE DA", "HiRE DA kernels")
 
 
@@ -113,17 +113,21 @@ def estimates() -> dict[str, dict[int, dict[str, dict]]]:
     return {name: {b: {size: kept[f"softmax on {size}, {name}, b {b}"] for size in sizes} for b in (1, 8)} for name in NAMES}
 
 
-def sent(softmax: HireSoftmax, name: str, x: Queries) -> float:
-    """Bytes that the collectives of a form leave on every device, by its compiled program."""
-    return schedules.sent(jax.jit(forms(softmax)[name]).lower(softmax, x).compile().as_text() or "")
+def compiled(softmax: HireSoftmax, names: Sequence[str], x: Queries) -> dict[str, jax.stages.Compiled]:
+    """Some of the forms as programs for queries like x (b, d)."""
+    return {name: jax.jit(forms(softmax)[name]).lower(softmax, x).compile() for name in names}
 
 
-def time_forms(softmax: HireSoftmax, queries: dict[int, Sequence[Queries]]) -> tuple[dict[int, dict], dict[int, dict[str, float]]]:
-    """By batch, on this machine's devices: seconds of every form, a query at each repetition, and the bytes that it sends."""
-    compiled = {name: jax.jit(form) for name, form in forms(softmax).items()}
-    calls = {name: lambda x, form=form: form(softmax, x) for name, form in compiled.items()}
-    timed = {b: interleaved(calls, xs, len(xs)) for b, xs in queries.items()}
-    return timed, {b: {name: sent(softmax, name, xs[0]) for name in calls} for b, xs in queries.items()}
+def time_forms(softmax: HireSoftmax, names: Sequence[str], queries: Sequence[Queries]) -> tuple[dict, dict[str, float], TopK]:
+    """On this machine's devices: seconds of some forms, with a query at each repetition; the bytes that their collectives leave on
+    every device; and what the first of them finds for all queries.
+    """
+    programs = compiled(softmax, names, queries[0])
+    calls = {name: lambda x, run=run: run(softmax, x) for name, run in programs.items()}
+    seconds = interleaved(calls, queries, len(queries))
+    found = [calls[names[0]](x) for x in queries]
+    sent = {name: schedules.sent(run.as_text() or "") for name, run in programs.items()}
+    return seconds, sent, TopK(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 
 def judge_shares(softmax: HireSoftmax, states: States, best: TopK, slacks: Sequence[float]) -> dict[str, dict]:

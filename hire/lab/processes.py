@@ -31,12 +31,12 @@ import hire
 from hire.axes import Int
 from hire.distributed import Axis
 from hire.lab.paths import CHECKPOINTS, OUT, ROOT
-from hire.lab.pods import forms
-from hire.lab.schedules import sent
-from hire.lab.timing import interleaved, medians
+from hire.lab.pods import time_forms
+from hire.lab.timing import medians
 from hire.topk import TopK, exact_top_k
 
 HOST, BATCHES, RESULT = "127.0.0.1", (1, 8), "result.json"
+FORMS = "HiRE DA", "HiRE gathered"  # see hire.lab.pods
 HEARTBEAT = 15  # seconds without a sign of life after which jax takes a process for lost, and ends the others
 LOST = 2  # status of a process that ends because another did
 CLEAR = 1e-4  # of a score: what is nearer to its neighbour may come out in either order
@@ -169,8 +169,8 @@ def agree(**own: Any) -> None:
 
 def measured(setup: Setup) -> dict[str, Any]:
     """The search on all devices: their number and, by batch, `same`, the share of queries whose words are exactly the best ones
-    wherever rounding cannot have swapped them, and `clear`, the share of such places; bytes that travel and median seconds, of
-    DA-TOP-k ("da") and of gathering all scores. Raises ValueError when the processes differ.
+    wherever rounding cannot have swapped them, and `clear`, the share of such places; bytes that travel and median seconds of
+    both FORMS. Raises ValueError when the processes differ.
     """
     from safetensors import safe_open
 
@@ -183,21 +183,11 @@ def measured(setup: Setup) -> dict[str, Any]:
         spread = alone.sharded(Axis("chips", setup.slack, dealt=True))
         for batch in BATCHES:
             queries = np.random.default_rng(batch).normal(size=(setup.repeats, batch, rows.shape[1])).astype(np.float32)
-            told, indices = compared(spread, list(queries))
+            print("measuring", flush=True)  # in the log: who watches it knows that the processes have met
+            seconds, nbytes, found = time_forms(spread, FORMS, list(queries))
             best = exact_top_k(queries.reshape(-1, rows.shape[1]) @ rows.T, setup.k + 1)
-            batches[str(batch)] = told | shares(indices, best)
+            batches[str(batch)] = dict(nbytes=nbytes, seconds=medians(seconds)) | shares(np.asarray(found.indices), best)
     return dict(devices=jax.device_count(), processes=jax.process_count(), setup=asdict(setup), batches=batches)
-
-
-def compared(spread: hire.HireSoftmax, queries: list[np.ndarray]) -> tuple[dict[str, Any], Int[np.ndarray, "n k"]]:
-    """Bytes that travel and median seconds of both forms, and the words that DA-TOP-k found."""
-    ways = {"da": "HiRE DA", "gathered": "HiRE gathered"}
-    programs = {name: jax.jit(forms(spread)[way]).lower(spread, queries[0]).compile() for name, way in ways.items()}
-    print("measuring", flush=True)  # in the log: who watches it knows that the processes have met
-    calls = {name: lambda x, run=run: run(spread, x) for name, run in programs.items()}
-    seconds = medians(interleaved(calls, queries, len(queries)))
-    indices = np.concatenate([calls["da"](x).indices for x in queries])
-    return dict(nbytes={name: sent(run.as_text() or "") for name, run in programs.items()}, seconds=seconds), indices
 
 
 def shares(indices: Int[np.ndarray, "n k"], best: TopK) -> dict[str, float]:
@@ -211,12 +201,12 @@ def shares(indices: Int[np.ndarray, "n k"], best: TopK) -> dict[str, float]:
 
 def table(found: dict[str, Any]) -> str:
     """What `launch` found, for people."""
-    names = f"{'gathered':>14}{'DA-TOP-k':>10}"
-    lines = [f"{'':22}{'bytes that travel':>24}{'ms':>24}", f"devices  batch    same{names}{names}"]
+    names = "".join(f"{form:>15}" for form in FORMS)
+    lines = [f"{'':22}{'bytes that travel':>30}{'ms':>30}", f"devices  batch    same{names}{names}"]
     for batch, told in found["batches"].items():
-        nbytes, ms = told["nbytes"], {name: seconds * 1e3 for name, seconds in told["seconds"].items()}
-        start = f"{found['devices']:7}{batch:>7}{told['same']:8.3f}"
-        lines.append(f"{start}{nbytes['gathered']:14,.0f}{nbytes['da']:10,.0f}{ms['gathered']:14.1f}{ms['da']:10.1f}")
+        sent = "".join(f"{told['nbytes'][form]:15,.0f}" for form in FORMS)
+        ms = "".join(f"{1e3 * told['seconds'][form]:15.1f}" for form in FORMS)
+        lines.append(f"{found['devices']:7}{batch:>7}{told['same']:8.3f}{sent}{ms}")
     return "\n".join(lines)
 
 

@@ -183,10 +183,13 @@ def judge_questions(limit: int = 300, k: int = 32, rank: int = 160, candidates: 
     accuracy = pooled([both["HiRE"] for both in found.values()], [both["exact"] for both in found.values()])
     told = {name: {form: told["metrics"] for form, told in both.items()} for name, both in found.items()}
     data = {name: both["exact"]["data"] for name, both in found.items()}
-    print("accuracy over exact: {mean:+.2%} ({low:+.2%} to {high:+.2%}), {n} questions".format(**accuracy))
-    print(*(f"{name}: {both}" for name, both in told.items()), *failed.values(), sep="\n")
     setting = dict(k=k, rank=rank, candidates=candidates, limit=limit, data=data)
     results = dict(accuracy=accuracy, metrics=told, failed=failed)
+    stated = "{mean:+.2%} ({low:+.2%} to {high:+.2%})".format(**accuracy)
+    claim = dict(value=stated, unit=f"accuracy over exact, {accuracy['n']} questions", quality="paired, 95 % interval")
+    claim |= dict(setting=f"Gemma 3 270M, LR {rank} k'={candidates}", figure="10", supports=accuracy["mean"] >= -0.005)
+    print(f"accuracy over exact: {stated}, {accuracy['n']} questions")
+    print(*(f"{name}: {both}" for name, both in told.items()), *failed.values(), sep="\n")
     records.write(
         RECORDS,
         "questions",
@@ -195,5 +198,6 @@ def judge_questions(limit: int = 300, k: int = 32, rank: int = 160, candidates: 
         weights=gemma.stored,
         setting=setting,
         results=results,
+        claims={"quality": claim},
         command="make questions",
     )

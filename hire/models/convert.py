@@ -6,6 +6,7 @@ from dataclasses import replace
 from flax import nnx
 
 from hire.axes import Array, Float
+from hire.distributed import Axis
 from hire.estimators import Quantized
 from hire.ffn import HireFFN
 from hire.models.decoder import Decoder, TiedSoftmax
@@ -39,10 +40,11 @@ def convert(
     converted.softmax = None
     if softmax is not None:
         own = softmax.rows if isinstance(softmax.rows, Quantized) else None
-        if softmax.axis and own is None:
-            converted.embedding = nnx.Param(softmax.rows)  # which may have been dealt out or filled up
-        else:
-            replace(softmax, rows=model.embedding[...])  # refuses an estimator of other rows
+        rows = model.embedding[...]
+        if softmax.axis and own is None and softmax.rows is not rows:  # they may have been dealt out or filled up
+            rows = Axis.of(softmax.axis).put(rows)
+            converted.embedding = nnx.Param(softmax.rows)
+        replace(softmax, rows=rows)  # refuses an estimator of other rows
         converted.softmax = nnx.data(TiedSoftmax(softmax.estimator, own, softmax.k, softmax.candidates, softmax.axis))
     if ffn is not None:
         widths = [part.up.shape[1] for part in ffn]

@@ -278,10 +278,15 @@ class Decoder(nnx.Module):
         rows = rows.reshape(*tokens.shape, -1)[..., : self.config.width]
         return rows * jnp.asarray(self.config.width**0.5, rows.dtype)
 
+    @property
+    def laid(self) -> Axis | None:
+        """How the rows of the embedding lie where a softmax over several devices has laid them out."""
+        softmax = self.softmax
+        return Axis.of(softmax.axis) if softmax is not None and softmax.rows is None and softmax.axis else None
+
     def stored(self, words: Int[AnyArray, "*b"]) -> Int[AnyArray, "*b"]:
-        """Where the embedding has the rows of words: a softmax over several devices may have dealt them out."""
-        axis = None if self.softmax is None else self.softmax.axis
-        return Axis.of(axis).stored(words, self.embedding.shape[0]) if axis else words
+        """Where the embedding has the rows of words."""
+        return words if self.laid is None else self.laid.stored(words, self.embedding.shape[0])
 
     def prefill(self, tokens: Tokens, slots: int | None = None) -> tuple[Hidden, Cache]:
         """Hidden states (b, t, d) after every token of texts (b, t), and a cache for contexts of up to `slots` tokens.
@@ -326,6 +331,6 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[AnyArray, "*b d"]) -> Float[Array, "*b v"]:
         """Exact logits, float32, of hidden states."""
         scores = row_scores(hidden.reshape(-1, self.config.width), self.embedding[...])
-        if self.softmax is not None and self.softmax.axis:
+        if self.laid is not None:
             scores = scores[:, self.stored(jnp.arange(self.config.vocabulary))]
         return scores.reshape(*hidden.shape[:-1], -1)
