@@ -8,25 +8,25 @@ Predict with a small copy which rows score best, compute only those exactly:
 
 from typing import TYPE_CHECKING
 
-from hire.certify import Margin, certified_top_k
-from hire.choose import choose_candidates
+from hire.certify import certified_top_k
+from hire.choose import choose_candidates, tune
 from hire.distributed import da_top_k
 from hire.estimators import Estimator, LowRank, Quantized
 from hire.ffn import HireFFN
 from hire.sampling import sample, sampling_probabilities
-from hire.search import high_recall_top_k
+from hire.search import Cascade, high_recall_top_k
 from hire.softmax import HireSoftmax
-from hire.topk import TopK, bucketed_top_k, exact_top_k, expected_recall, group_scores, recall
+from hire.topk import TopK, bucketed_top_k, exact_top_k, group_scores, recall
 
 if TYPE_CHECKING:
     from hire.models import convert, generate
 
 __all__ = [
+    "Cascade",
     "Estimator",
     "HireFFN",
     "HireSoftmax",
     "LowRank",
-    "Margin",
     "Quantized",
     "TopK",
     "bucketed_top_k",
@@ -35,13 +35,13 @@ __all__ = [
     "convert",
     "da_top_k",
     "exact_top_k",
-    "expected_recall",
     "generate",
     "group_scores",
     "high_recall_top_k",
     "recall",
     "sample",
     "sampling_probabilities",
+    "tune",
 ]
 
 

@@ -6,19 +6,21 @@ scores is above what any other row can reach, the answer is proved. The rounding
 """
 
 import math
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hire.axes import Array, Bool, Float, Indices, Queries, Rows
+from hire.axes import Array, Bool, Float, Indices, Queries, Rows, Scores
 from hire.estimators import LowRank, Quantized, row_scores, unpack
-from hire.search import check_queries, check_search, nominate
-from hire.topk import TopK, exact_top_k
+from hire.kernels.keys import EMPTY, mask, ordered
+from hire.search import check_queries, check_search
+from hire.topk import TopK, best_winners, bucket_keys, bucket_winners, exact_top_k
 
 SAFE = 1 + 1e-4  # lengths are themselves computed in float32
+ORDER = 2.0**-24  # of one rounding
+DEPTH, PER_BUCKET = 256, 3  # where more of the best share a bucket a proof is lost, which is rare
 
 
 class Certified(NamedTuple):
@@ -28,29 +30,17 @@ class Certified(NamedTuple):
     proved: Bool[Array, " b"]
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class Margin:
-    """How far the scores of rows may lie from what is computed, for a query of length 1, each (m,): `estimate` of the copy's
-    scores, `exact` of the rows' own, which are only rounded.
+def margins(rows: Rows, estimator: LowRank | Quantized) -> Float[Array, " m"]:
+    """How far each row's estimated score may lie from its own, rounding included, for a query of length 1: stored beside the copy.
+
+    rows (m, d) and a copy of them. Raises ValueError when the copy is of rows of another shape.
     """
-
-    estimate: Float[Array, " m"]
-    exact: Float[Array, " m"]
-
-    @classmethod
-    def of(cls, rows: Rows, estimator: LowRank | Quantized) -> "Margin":
-        """Of rows (m, d) and a copy of them. Raises ValueError when the copy is of rows of another shape."""
-        check_search(rows, estimator, 1, 1)
-        return cls(*margins(rows, estimator))
-
-    @property
-    def nbytes(self) -> int:
-        return self.estimate.nbytes + self.exact.nbytes
+    check_search(rows, estimator, 1, 1)
+    return computed_margins(rows, estimator)
 
 
 @jax.jit
-def margins(rows: Rows, estimator: LowRank | Quantized) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
+def computed_margins(rows: Rows, estimator: LowRank | Quantized) -> Float[Array, " m"]:
     rows, length = jnp.asarray(rows, jnp.float32), partial(jnp.linalg.norm, axis=1)
     if isinstance(estimator, LowRank):
         factors, projection = plain(estimator.factors), plain(estimator.projection)
@@ -60,10 +50,8 @@ def margins(rows: Rows, estimator: LowRank | Quantized) -> tuple[Float[Array, " 
         rebuilt = plain(estimator)
         reach = length(rebuilt)
     # A sum of n products, in any order, is off by n / 2^24 of the lengths of both sides at most. An estimate is two such sums of up
-    # to d, what was rebuilt a third; the rest is for scales and comparisons. Of halves added to halves n is the number of steps.
-    order, d = 2.0**-24, rows.shape[1]
-    exact = SAFE * order * (math.ceil(math.log2(d)) + 4) * length(rows)
-    return SAFE * (length(rows - rebuilt) + order * (3 * d + 32) * reach) + exact, exact
+    # to d, what was rebuilt a third; the rest is for scales and comparisons.
+    return SAFE * (length(rows - rebuilt) + ORDER * (3 * rows.shape[1] + 32) * reach + rounding(rows.shape[1]) * length(rows))
 
 
 def plain(part: Rows | Quantized) -> Float[Array, "m d"]:
@@ -72,9 +60,14 @@ def plain(part: Rows | Quantized) -> Float[Array, "m d"]:
     return jnp.asarray(part, jnp.float32)
 
 
-def scores_by_halves(x: Queries, rows: Rows, chosen: Indices) -> Float[Array, "b c"]:
-    """Exact scores of the rows at indices (b, c), float32, added up half to half: with some log2(d) roundings instead of d."""
-    terms = jnp.asarray(rows)[chosen].astype(jnp.float32) * x[:, None].astype(jnp.float32)
+def rounding(d: int) -> float:
+    """What scores_by_halves errs at most, for a row and a query of length 1: of halves added to halves it is a rounding a step."""
+    return SAFE * ORDER * (math.ceil(math.log2(d)) + 4)
+
+
+def scores_by_halves(x: Queries, rows: Float[Array, "b c d"]) -> Float[Array, "b c"]:
+    """Scores of each query's own rows, float32, added up half to half: with some log2(d) roundings instead of d."""
+    terms = rows * x[:, None].astype(jnp.float32)
     while terms.shape[-1] > 1:
         half = -(-terms.shape[-1] // 2)
         rest = terms[..., half:]
@@ -82,14 +75,38 @@ def scores_by_halves(x: Queries, rows: Rows, chosen: Indices) -> Float[Array, "b
     return terms[..., 0]
 
 
+def nominated(reached: Scores, candidates: int) -> tuple[Indices, Float[Array, " b"]]:
+    """The rows (b, k') that reach highest, but for some that share a bucket, and what the others (b,) reach at most."""
+    m = reached.shape[1]
+    depth = max(1, min(DEPTH, m * PER_BUCKET // candidates))
+    buckets = -(-m // depth)
+    keys, depth = bucket_keys(reached, buckets), -(-m // buckets)
+    winners = bucket_winners(keys, PER_BUCKET + 1)
+    chosen, left = best_winners(winners[:-1], min(candidates + 1, m), depth), jnp.max(winners[-1], axis=-1)
+    if candidates < m:
+        # The others are no better than the next winner or than what comes after the winners of a bucket; keys lack some bits.
+        following = jnp.take_along_axis(reached, chosen[:, -1:], axis=1)[:, 0].astype(jnp.float32)
+        left = jnp.maximum(left, ordered(jax.lax.bitcast_convert_type(following, jnp.int32)))
+    highest = jax.lax.bitcast_convert_type(ordered(left | mask(depth)), jnp.float32)
+    return chosen[:, :candidates], jnp.where(left == EMPTY, -jnp.inf, highest)
+
+
 def certified_top_k(
-    x: Queries, rows: Rows, estimator: LowRank | Quantized, margin: Margin, *, k: int, candidates: int, always: bool = False
+    x: Queries,
+    rows: Rows,
+    estimator: LowRank | Quantized,
+    margin: Float[Array, " m"],
+    *,
+    k: int,
+    candidates: int,
+    always: bool = False,
 ) -> Certified:
     """`high_recall_top_k` (plain JAX), with a proof where there is one: then no row that is missing scores above one that is there.
 
-    x (b, d), rows (m, d); `margin` is Margin.of(rows, estimator). With `always` the queries without a proof are searched in all
-    rows: the answer is then always what dense float32 scores give, and reads all rows when any query lacks its proof. Queries count
-    in the rows' type. On a TPU it multiplies at the highest precision, since a proof counts on float32.
+    x (b, d), rows (m, d); `margin` is hire.certify.margins(rows, estimator). With `always` the queries without a proof are
+    searched in all rows: the answer is then always what dense float32 scores give, and reads all rows when any query lacks its
+    proof. Queries count in the rows' type. On a TPU it multiplies at the highest precision, since a proof counts on float32. Not in
+    the paper.
 
     Raises ValueError as high_recall_top_k does.
     """
@@ -97,17 +114,16 @@ def certified_top_k(
     check_queries(x, estimator)
     with jax.default_matmul_precision("highest"):
         x = x.astype(rows.dtype)
-        size = SAFE * jnp.sqrt(jnp.sum(x.astype(jnp.float32) ** 2, axis=1, keepdims=True))
-        reached = estimator.scores(x) + size * margin.estimate[None]
-        chosen = nominate(reached, candidates, per_bucket=4)  # a row that is missed now and then would cost a proof
-        scores, spread = scores_by_halves(x, rows, chosen), size * margin.exact[chosen]
-        best = exact_top_k(scores, k).indices
-        mine = jnp.zeros(scores.shape, bool).at[jnp.arange(len(x))[:, None], best].set(True)
-        lowest = jnp.min(jnp.where(mine, scores - spread, jnp.inf), axis=1)
-        beaten = jnp.max(jnp.where(mine, -jnp.inf, scores + spread), axis=1)
-        reached = reached.at[jnp.arange(len(x))[:, None], chosen].set(-jnp.inf)
-        proved = lowest >= jnp.maximum(beaten, jnp.max(reached, axis=1))
-        top = TopK(jnp.take_along_axis(scores, best, axis=1), jnp.take_along_axis(chosen, best, axis=1))
+        size = SAFE * jnp.sqrt(jnp.sum(x.astype(jnp.float32) ** 2, axis=1))
+        chosen, others = nominated(estimator.scores(x) + size[:, None] * margin[None], candidates)
+        own = jnp.asarray(rows)[chosen].astype(jnp.float32)
+        scores = scores_by_halves(x, own)
+        spread = size * rounding(rows.shape[1]) * SAFE * jnp.sqrt(jnp.max(jnp.sum(own**2, axis=-1), axis=1))
+        best = exact_top_k(scores, min(k + 1, candidates))
+        if candidates > k:
+            others = jnp.maximum(others, best.values[:, k] + spread)
+        proved = jnp.asarray(best.values[:, k - 1] - spread >= others)
+        top = TopK(best.values[:, :k], jnp.take_along_axis(chosen, best.indices[:, :k], axis=1))
         if not always:
             return Certified(top, proved)
 

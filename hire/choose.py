@@ -1,6 +1,7 @@
-"""How many candidates does a recall take: the smallest k' that a sample of queries supports."""
+"""How many candidates does a recall take, and of which copy: the smallest k' that a sample of queries supports."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import NormalDist
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from hire.axes import AnyArray, Array, Float, Int, Queries, Rows
-from hire.estimators import Estimator, row_scores
+from hire.estimators import Estimator, row_nbytes, row_scores
 from hire.search import check_fitted, check_search, most_pooled, pool
 from hire.topk import TopK, exact_top_k
 
@@ -18,12 +19,25 @@ BATCH = 256  # queries scored at once: 256 x 262,144 float32 scores are 268 MB
 
 @dataclass(frozen=True)
 class Choice:
-    """k' and what supports it: the mean recall seen and its lower bound, 0 to 1, over so many queries."""
+    """k' and what supports it: the mean recall of the documents and its lower bound for fresh ones, 0 to 1; how many queries of how
+    many documents.
+    """
 
     candidates: int
     recall: float
     bound: float
     queries: int
+    documents: int
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The cheapest estimator, by name, its choice of k', and what every one of them takes: name -> choice and cost."""
+
+    name: str
+    estimator: Estimator
+    choice: Choice
+    every: dict[str, tuple[Choice, float]]
 
 
 def choose_candidates(
@@ -36,36 +50,118 @@ def choose_candidates(
     confidence: float = 0.95,
     documents: Sequence | np.ndarray | None = None,
 ) -> Choice:
-    """The smallest k' whose recall@k on the given queries (n, d) has a lower bound, at `confidence`, of at least `recall`.
+    """The smallest k' whose mean recall@k on fresh documents is at least `recall`, at that confidence: see fresh_bound.
 
-    The bound is `mean_bound`'s, over documents when the document of each query is given: neighbouring positions of
-    one text are alike, and n of them say less than n texts.
+    rows (m, d) and a sample of queries (n, d), with the document of each: neighbouring positions of one text are alike, and n of
+    them say less than n texts. Without `documents` each query is one. The promise is for documents that are drawn as these were, so
+    give it every kind of text that it is to hold for. Our choice: the paper names none.
 
-    Raises ValueError when recall or confidence is not strictly between 0 and 1, when shapes do not fit, or when the queries are
-    too few to support that recall even if none is missed.
+    Raises ValueError when recall or confidence is not strictly between 0 and 1, when shapes do not fit, or when the documents are
+    too few to support that recall even if nothing is missed; it says how many are needed.
     """
-    check_search(rows, estimator, k, k)
-    check_fitted(rows, estimator)
+    return tune(rows, {"": estimator}, queries, k=k, recall=recall, confidence=confidence, documents=documents).choice
+
+
+def tune(
+    rows: Rows,
+    estimators: Mapping[str, Estimator],
+    queries: Queries,
+    *,
+    k: int,
+    recall: float,
+    confidence: float = 0.95,
+    documents: Sequence | np.ndarray | None = None,
+    cost: Callable[[Estimator, int], float] | None = None,
+) -> Tuned:
+    """The cheapest of some estimators with the k' that it takes for a recall: choose_candidates of each, at a confidence that
+    covers the choice among them.
+
+    `cost` of an estimator and k' is the bytes that a query reads, unless another is given, such as seconds that were measured.
+    Arguments and errors as of choose_candidates. Our choice: the paper names none.
+    """
     for name, value in dict(recall=recall, confidence=confidence).items():
         if not 0 < value < 1:
             raise ValueError(f"{name} = {value!r}: expected a number between 0 and 1, neither included")
+    if not estimators:
+        raise ValueError("estimators = {}: expected at least one")
+    for estimator in estimators.values():
+        check_search(rows, estimator, k, k)
+        check_fitted(rows, estimator)
     if queries.ndim != 2 or queries.shape[1] != rows.shape[1] or not len(queries):
         raise ValueError(f"queries of shape {queries.shape}: expected (n, {rows.shape[1]}) with n of at least 1")
-    best_possible = mean_bound(np.ones(len(queries)), documents, confidence)
-    if best_possible < recall:
+    each = 1 - (1 - confidence) / len(estimators)  # all bounds hold together, so the one that is taken does
+    count = len(means(np.ones(len(queries)), documents))
+    if fresh_bound(np.ones(count), each) < recall:
         raise ValueError(
-            f"{len(queries)} queries: too few, since with no miss at all they prove a recall of {best_possible:.4f}, not {recall}"
+            f"{len(queries)} queries of {count} documents: too few to promise a recall of {recall} at confidence {confidence}: "
+            f"expected at least {documents_needed(recall, each)} documents"
         )
-    depths = candidates_needed(estimator, queries, true_top_k(rows, queries, k).indices)
+    best = true_top_k(rows, queries, k).indices
 
-    def bound(candidates: int) -> float:
-        return mean_bound(np.mean(depths <= candidates, axis=1), documents, confidence)
+    def chosen(estimator: Estimator) -> Choice:
+        depths = candidates_needed(estimator, queries, best)
 
-    low, high = k, rows.shape[0]  # the recall seen grows with k', so a bisection finds the smallest
+        def found(candidates: int) -> np.ndarray:
+            return means(np.mean(depths <= candidates, axis=1), documents)
+
+        low, high = k, rows.shape[0]  # the recall seen grows with k', so a bisection finds the smallest
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fresh_bound(found(middle), each) >= recall else (middle + 1, high)
+        return Choice(low, float(found(low).mean()), fresh_bound(found(low), each), len(queries), count)
+
+    def read(estimator: Estimator, candidates: int) -> int:
+        return estimator.bytes_read(candidates) + candidates * row_nbytes(rows, rows.shape[1])
+
+    choices = {name: chosen(estimator) for name, estimator in estimators.items()}
+    every = {name: (choice, float((cost or read)(estimators[name], choice.candidates))) for name, choice in choices.items()}
+    name = min(every, key=lambda name: every[name][1])
+    return Tuned(name, estimators[name], choices[name], every)
+
+
+def means(values: np.ndarray, documents: Sequence | np.ndarray | None) -> np.ndarray:
+    """The mean of the values (n,) of each document. Raises ValueError when documents are not one label a value."""
+    _, group = labelled(values, documents)
+    return np.bincount(group, values) / np.bincount(group)
+
+
+def labelled(values: np.ndarray, documents: Sequence | np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    labels = np.arange(len(values)) if documents is None else np.asarray(documents)
+    if labels.shape != values.shape:
+        raise ValueError(f"{len(labels)} document labels: expected one for each of the {len(values)} values")
+    return np.unique(labels, return_inverse=True)
+
+
+STAKES = np.asarray([0.5, 0.8, 0.98])  # high ones win most where values are near 1, as recall is
+
+
+def fresh_bound(values: np.ndarray, confidence: float) -> float:
+    """Lower confidence bound of the mean that values in [0, 1] (n,) were drawn from independently, whatever their distribution.
+
+    By betting (Waudby-Smith and Ramdas, arXiv 2010.09686): who stakes a share of a capital on every value being above a mean that
+    is true gains nothing on average, so a mean at which three gamblers with fixed stakes end with 1 / (1 - confidence) times what
+    they had, or more, is false (Ville). Every smaller mean is then false as well.
+    """
+
+    def refuted(mean: float) -> bool:
+        logs = np.log1p(np.outer(STAKES, values / mean - 1)).sum(1)
+        return bool(np.logaddexp.reduce(logs) - math.log(len(STAKES)) >= -math.log(1 - confidence))
+
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if refuted(middle) else (low, middle)
+    return low
+
+
+def documents_needed(recall: float, confidence: float) -> int:
+    """So many documents support a recall when nothing is missed in any; with misses it takes more."""
+    low, high = 1, 2**24
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if bound(middle) >= recall else (middle + 1, high)
-    return Choice(low, float(np.mean(depths <= low)), bound(low), len(queries))
+        log = np.logaddexp.reduce(middle * np.log1p(STAKES * (1 / recall - 1))) - math.log(len(STAKES))
+        low, high = (low, middle) if log >= -math.log(1 - confidence) else (middle + 1, high)
+    return low
 
 
 @partial(jax.jit, static_argnames="k")
@@ -125,10 +221,7 @@ def mean_bound(values: np.ndarray, documents: Sequence | np.ndarray | None = Non
     Raises ValueError when documents are not one label a value, or are fewer than two.
     """
     values = np.asarray(values, np.float64)
-    labels = np.arange(len(values)) if documents is None else np.asarray(documents)
-    if labels.shape != values.shape:
-        raise ValueError(f"{len(labels)} document labels: expected one for each of the {len(values)} values")
-    _, group = np.unique(labels, return_inverse=True)
+    _, group = labelled(values, documents)
     groups, n, mean = group.max() + 1, len(values), values.mean()
     if groups < 2:
         raise ValueError(f"{n} values of 1 document: expected at least 2 documents, whose differences give the bound")

@@ -125,14 +125,28 @@ def unpack(codes: Codes, bits: int, width: int) -> Float[Array, "... d"]:
     return jnp.concatenate([low, high], axis=-1)[..., :width].astype(jnp.float32)
 
 
+CLIPPED = tuple(1 - 0.05 * step for step in range(9))  # of a row's largest entry, what the highest of 15 steps may stand for
+
+
 @functools.partial(jax.jit, static_argnames="bits")  # one program, which holds nothing as large as the rows beside them
 def rounded(rows: Rows, bits: int) -> tuple[Codes, Float[Array, " m"]]:
-    """The codes of rows (m, d) and their scales (m,)."""
+    """The codes of rows (m, d) and their scales (m,): of several scales for 4 bits, the one with the least squared error."""
     steps, width = 2 ** (bits - 1) - 1, rows.shape[1]
     exact = rows.astype(jnp.float32)
     largest = jnp.max(jnp.abs(exact), axis=-1)
-    scale = jnp.where(largest > 0, largest, 1.0) / steps
-    codes = jnp.round(exact / scale[:, None]).astype(jnp.int8)
+    whole = jnp.where(largest > 0, largest, 1.0) / steps
+
+    def coded(scale: Float[Array, " m"]) -> Float[Array, "m d"]:
+        return jnp.clip(jnp.round(exact / scale[:, None]), -steps, steps)
+
+    def error(scale: Float[Array, " m"]) -> Float[Array, " m"]:
+        return jnp.sum((exact - coded(scale) * scale[:, None]) ** 2, axis=-1)
+
+    scale, least = whole, error(whole)
+    for share in CLIPPED[1:] if bits == 4 else ():  # where a few large entries would leave the others one or two steps
+        tried = error(share * whole)
+        scale, least = jnp.where(tried < least, share * whole, scale), jnp.minimum(tried, least)
+    codes = coded(scale).astype(jnp.int8)
     if bits == 8:
         return codes, scale
     half = -(-width // 2)
@@ -154,9 +168,12 @@ class Quantized:
 
     @classmethod
     def fit(cls, rows: Rows, bits: int) -> "Quantized":
-        """Round each of rows (m, d) to the nearest of 2^bits - 1 even steps between ± its largest entry.
+        """Round each of rows (m, d) to the nearest of 2^bits - 1 even steps, up to its largest entry or, at 4 bits, up to what errs
+        least in all.
 
-        bits is 8 (one byte an entry) or 4 (two entries packed in a byte). Raises ValueError for other bits.
+        bits is 8 (one byte an entry) or 4 (two entries packed in a byte). PAPER claim lr-and-q; scales are our choice. Rows with a
+        few large entries are better turned first: LowRank.fit at full rank, with directions="random". Raises ValueError for other
+        bits.
         """
         check_bits(bits)
         codes, scale = rounded(rows, bits)
@@ -359,6 +376,7 @@ class LowRank:
         calibration: Queries | Iterable[Queries] | None = None,
         bits: int | None = None,
         ridge: float = 1e-3,
+        directions: str = "leading",
     ) -> "LowRank":
         """The rank-r copy of rows (m, d) with the least squared error of scores.
 
@@ -366,9 +384,14 @@ class LowRank:
         for C = E[x xᵀ] = L Lᵀ it keeps the leading directions of rows @ L, and so spends its rank where queries
         really lie. Without, C is the identity and this is the plain SVD. `ridge` adds that share of C's mean
         variance to its diagonal, so that a direction no calibration query took is not dropped altogether.
-        bits = 8 or 4 quantizes the factors, and the projection to 8 bits; None keeps the factors in the type of the rows.
+        bits = 8 or 4 quantizes the factors, and the projection to 8 bits; None keeps the factors in the type of the rows. Factors
+        of 4 bits are turned by a random rotation first, or the few large ones of a row would take all its steps.
 
-        Raises ValueError when rank is not in 1..min(m, d), bits do not exist, or the calibration does not fit the rows.
+        Other `directions` of queries may be kept: the "first" r entries (as in Spark Transformer, arXiv 2506.06644) or "random"
+        ones; the factors are the best for those. PAPER claims estimator and lr-and-q; the fit is our choice.
+
+        Raises ValueError when rank is not in 1..min(m, d), bits or directions do not exist, or the calibration is not of the rows'
+        width.
         """
         m, d = rows.shape
         check_count("rank", rank, 1, min(m, d), "the smaller side of the rows")
@@ -376,15 +399,19 @@ class LowRank:
             check_bits(bits)
         covariance = np.eye(d) if calibration is None else second_moment(calibration, d)
         covariance = covariance + ridge * np.trace(covariance) / d * np.eye(d)
-        # The d x d problem in float64: with G = rowsᵀ rows, the right singular vectors of rows @ L are the
-        # eigenvectors of Lᵀ G L, and the (m, d) matrix itself is only multiplied.
-        lower = np.linalg.cholesky(covariance)
-        gram = product(rows, rows, "md,me->de", precision="highest")
-        _, vectors = np.linalg.eigh(lower.T @ np.asarray(gram, np.float64) @ lower)
-        leading = vectors[:, ::-1][:, :rank]
-        projection = jnp.asarray(np.linalg.solve(lower.T, leading).T, jnp.float32)
-        mixing = jnp.asarray(lower @ leading, jnp.float32)
-        factors = product(rows, mixing, "md,dr->mr")
+        if directions == "leading":
+            kept = leading_directions(rows, covariance, rank)
+        elif directions == "first":
+            kept = np.eye(rank, d)
+        elif directions == "random":
+            kept = orthonormal(d, rank).T
+        else:
+            raise ValueError(f"directions = {directions!r}: expected leading, first or random")
+        if bits == 4:
+            kept = orthonormal(rank, rank).T @ kept  # turned over, or at full rank it would undo "random"
+        # Of queries known by P x alone, E[x | P x] = C Pᵀ (P C Pᵀ)⁻¹ P x is the best guess, so these are the best factors for P.
+        mixing = np.linalg.solve(kept @ covariance @ kept.T, kept @ covariance).T
+        projection, factors = jnp.asarray(kept, jnp.float32), product(rows, jnp.asarray(mixing, jnp.float32), "md,dr->mr")
         if bits is None:
             return cls(projection, factors.astype(rows.dtype), fingerprint(rows))
         return cls(Quantized.fit(projection, 8), Quantized.fit(factors, bits), fingerprint(rows))
@@ -405,6 +432,21 @@ class LowRank:
 
     def scores_at(self, x: Queries, indices: Indices) -> Candidates:
         return row_scores_at(row_scores(x, self.projection), self.factors, indices)
+
+
+def leading_directions(rows: Rows, covariance: np.ndarray, rank: int) -> np.ndarray:
+    """The directions (r, d) of queries of this second moment (d, d) that say most of their scores, each of variance 1."""
+    # The d x d problem in float64: with G = rowsᵀ rows, the right singular vectors of rows @ L are the
+    # eigenvectors of Lᵀ G L, and the (m, d) matrix itself is only multiplied.
+    lower = np.linalg.cholesky(covariance)
+    gram = product(rows, rows, "md,me->de", precision="highest")
+    _, vectors = np.linalg.eigh(lower.T @ np.asarray(gram, np.float64) @ lower)
+    return np.linalg.solve(lower.T, vectors[:, ::-1][:, :rank]).T
+
+
+def orthonormal(d: int, rank: int) -> np.ndarray:
+    """Random directions (d, r), always the same, of length 1 and at right angles."""
+    return np.linalg.qr(np.random.default_rng(0).normal(size=(d, rank)))[0]
 
 
 def quantized_product(x: Queries, estimator: Estimator) -> tuple[Float[AnyArray, "b _"], Quantized] | None:

@@ -1,11 +1,13 @@
 """The algorithm of HiRE: predict with a small copy, then compute exactly what was predicted."""
 
 import math
+from dataclasses import dataclass, field
 
+import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from hire.axes import Array, Blocks, Float, Indices, Queries, Rows, Scores
+from hire.axes import Array, Blocks, Float, Indices, Queries, Rows, Scores, UInt32
 from hire.estimators import Estimator, Quantized, by_form, check_form, fingerprint, quantized_product, row_scores_at
 from hire.kernels import scores as score_kernel
 from hire.topk import TopK, best_winners, bucket_keys, bucket_winners, bucketed_indices, check_count, exact_top_k
@@ -27,6 +29,8 @@ def nominate(scores: Scores, candidates: int, per_bucket: int = PER_BUCKET) -> I
 
 def foremost(x: Queries, estimator: Estimator, candidates: int, form: str = "auto") -> Indices:
     """`nominate` by the estimator's scores of queries (b, d); of a quantized copy a kernel takes both (see `by_form`)."""
+    if isinstance(estimator, Cascade):
+        return estimator.stages(x, candidates, form)[-1][0]
     rows, buckets = estimator.shape[0], buckets_of(estimator.shape[0])
 
     def plain() -> Array:
@@ -45,6 +49,61 @@ def foremost(x: Queries, estimator: Estimator, candidates: int, form: str = "aut
         return jnp.asarray(best_winners(list(winners), candidates, -(-rows // buckets)))
 
     return by_form(form, plain, kernel)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Cascade:
+    """Estimators of the same rows, each better and dearer than the one before: the i-th nominates its kept[i] best to the next.
+
+    An Estimator itself, so that every search takes it. Our choice: the paper names low rank and quantization, not one after the
+    other. Raises ValueError unless there is one number kept for each but the last, falling, and all are of the same rows.
+    """
+
+    estimators: tuple[Estimator, ...]
+    kept: tuple[int, ...] = field(metadata=dict(static=True))
+
+    def __post_init__(self):
+        if not 0 < len(self.kept) == len(self.estimators) - 1 or list(self.kept) != sorted(self.kept, reverse=True):
+            raise ValueError(f"kept = {self.kept} of {len(self.estimators)} estimators: expected falling numbers, one less")
+        shapes = {tuple(each.shape) for each in self.estimators if hasattr(each, "shape")}  # jax also puts placeholders in
+        if len(shapes) > 1:
+            raise ValueError(f"estimators of rows {', '.join(map(str, sorted(shapes)))}: expected all to be of the same")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.estimators[0].shape
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in self.estimators)
+
+    @property
+    def fingerprint(self) -> UInt32[Array, ""]:
+        return self.estimators[0].fingerprint
+
+    def bytes_read(self, candidates: int) -> int:
+        later = (count * each.nbytes // self.shape[0] for count, each in zip(self.kept, self.estimators[1:], strict=True))
+        return self.estimators[0].bytes_read(self.kept[0]) + sum(later)
+
+    def stages(self, x: Queries, candidates: int, form: str = "auto") -> list[tuple[Indices, Float[Array, "b c"]]]:
+        """What each estimator but the first passes on, and its scores of it: the last its `candidates` best."""
+        chosen, passed = foremost(x, self.estimators[0], self.kept[0], form), []
+        for each, count in zip(self.estimators[1:], (*self.kept[1:], candidates), strict=True):
+            best = exact_top_k(each.scores_at(x, chosen), count)
+            chosen = jnp.take_along_axis(chosen, best.indices, axis=1)
+            passed.append((chosen, best.values))
+        return passed
+
+    def scores(self, x: Queries) -> Float[Array, "b m"]:
+        """Of each row by the last estimator that sees it."""
+        scores = self.estimators[0].scores(x)
+        for chosen, better in self.stages(x, self.kept[-1]):
+            scores = scores.at[jnp.arange(len(x))[:, None], chosen].set(better)
+        return scores
+
+    def scores_at(self, x: Queries, indices: Indices) -> Float[Array, "b c"]:
+        return self.estimators[-1].scores_at(x, indices)
 
 
 def buckets_of(rows: int) -> int:

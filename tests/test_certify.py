@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hire
-from hire.certify import Margin, certified_top_k
+from hire.certify import certified_top_k, margins, nominated
 
 
 def search(x, rows, copy, k, candidates, **how):
-    return jax.jit(lambda *parts: certified_top_k(*parts, k=k, candidates=candidates, **how))(x, rows, copy, Margin.of(rows, copy))
+    return jax.jit(lambda *parts: certified_top_k(*parts, k=k, candidates=candidates, **how))(x, rows, copy, margins(rows, copy))
 
 
 def true_scores(x, rows) -> np.ndarray:
@@ -30,8 +30,7 @@ def holds(found, x, rows, k) -> np.ndarray:
 def test_by_hand():
     rows = jnp.asarray([[4.0, 0.0], [3.0, 1.0], [1.0, 2.6], [0.0, 1.0]])
     copy = hire.Quantized.fit(rows, 4)  # steps of 1/7 of a row's largest: (3, 1) is kept as 3, 6/7 and (1, 2.6) as 7.8/7, 2.6
-    margin = Margin.of(rows, copy)
-    np.testing.assert_allclose(margin.estimate, [0, 1 / 7, 0.8 / 7, 0], atol=1e-4)
+    np.testing.assert_allclose(margins(rows, copy), [0, 1 / 7, 0.8 / 7, 0], atol=1e-4)
     found = search(jnp.asarray([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), rows, copy, 1, 1)
     # 4 against 3 + 1/7; 2.6 against 1; 4, 4 and 3.6: a tie that the estimates cannot settle
     assert found.proved.tolist() == [True, True, False]
@@ -54,6 +53,21 @@ def test_a_certificate_is_never_wrong(seed, trap, kind):
     x = jnp.asarray(rng.normal(size=(16, d)), jnp.float32)
     found = search(x, rows, copy, k, 32)
     assert np.all(holds(found, x, rows, k) | ~np.asarray(found.proved))
+
+
+@given(st.integers(1, 700), st.integers(1, 700), st.sampled_from(["normal", "equal", "infinite"]), st.integers(0, 10**6))
+def test_no_other_row_reaches_above_what_is_said(m, candidates, kind, seed):
+    """Of whichever rows are nominated, in whatever buckets they lie; with every row nominated there is no other."""
+    candidates = min(m, candidates)
+    reached = np.random.default_rng(seed).normal(size=(3, m)).astype(np.float32)
+    if kind != "normal":
+        reached[:, ::2] = 1.0 if kind == "equal" else -np.inf
+    chosen, others = map(np.asarray, nominated(jnp.asarray(reached), candidates))
+    assert all(len(set(row)) == candidates for row in chosen.tolist())
+    np.put_along_axis(reached, chosen, -np.inf, 1)
+    assert (reached.max(1) <= others).all()
+    if candidates == m:
+        assert (others == -np.inf).all()
 
 
 def test_most_are_granted_where_scores_lie_apart(rng):

@@ -19,6 +19,7 @@ from hire.ffn import HireFFN
 from hire.lab.paths import ROOT
 from hire.lab.schedules import sent
 from hire.models import Decoder, preset
+from hire.topk import expected_recall
 
 FULL = math.inf
 
@@ -89,7 +90,7 @@ def test_a_share_each_finds_what_a_fair_deal_expects():
             axis = Axis("chips", slack)
             assert axis.share(k, m) == sent
             found = hire.recall(alone.sharded(axis)(x).indices, x @ rows.T, k)
-            told = hire.expected_recall(m, k, buckets=4, per_bucket=sent)
+            told = expected_recall(m, k, buckets=4, per_bucket=sent)
             assert abs(found.mean() - told) < 4 * found.std() / queries**0.5 + 1e-3, (found.mean(), told)
 
 

@@ -60,12 +60,16 @@ def test_bytes_by_hand():
 
 
 @given(st.sampled_from([1, 40]), st.sampled_from([1, 2, 33]), st.sampled_from([4, 8]), st.integers(0, 2**31))
-def test_quantized_is_within_half_a_step(m, d, bits, seed):
+def test_quantized_errs_no_more_than_rounding(m, d, bits, seed):
     rng = np.random.default_rng(seed)
     rows = jnp.asarray(rng.normal(size=(m, d)) * np.exp(rng.normal(size=(m, 1))), jnp.float32)
     copy = hire.Quantized.fit(rows, bits)
     restored = unpack(copy.codes, bits, d) * copy.scale[:, None]
-    assert np.all(np.abs(restored - rows) <= 0.5001 * copy.scale[:, None])
+    if bits == 8:
+        assert np.all(np.abs(restored - rows) <= 0.5001 * copy.scale[:, None])
+    else:  # its steps may end below the largest entry, where the others gain by it
+        step = np.maximum(np.abs(rows).max(1, keepdims=True), 1e-30) / 7
+        assert np.all(np.sum((restored - rows) ** 2, 1) <= 1.001 * np.sum((np.round(rows / step) * step - rows) ** 2, 1) + 1e-12)
     assert copy.shape == (m, d)
 
 
@@ -116,6 +120,37 @@ def test_fitting_lowers_the_error_of_scores_and_is_the_best_of_its_rank(rng):
     assert fitted == pytest.approx(np.sum(singular[6:] ** 2) / exact.size, rel=1e-2)
 
 
+def test_a_row_with_a_large_entry_keeps_the_others_at_4_bits(rng):
+    rows = jnp.asarray(rng.normal(size=(80, 64)), jnp.float32).at[:, 0].set(8.0)
+    queries = jnp.asarray(rng.normal(size=(100, 64)), jnp.float32).at[:, 0].set(0.0)  # which never ask for it
+
+    def error(copy):
+        return float(np.mean((np.asarray(copy.scores(queries)) - np.asarray(queries @ rows.T)) ** 2))
+
+    plain = jnp.round(rows / (8 / 7)) * (8 / 7)
+    turned = error(hire.LowRank.fit(rows, 64, bits=4, directions="random"))
+    assert turned < 0.5 * np.mean((np.asarray(queries @ (rows - plain).T)) ** 2)
+    assert error(hire.LowRank.fit(rows, 64, bits=4)) < 0.5 * np.mean((np.asarray(queries @ (rows - plain).T)) ** 2)
+
+
+def test_other_directions_by_hand(rng):
+    rows, queries = correlated(rng)
+    first = hire.LowRank.fit(rows, 5, directions="first")
+    np.testing.assert_allclose(first.scores(queries), queries[:, :5] @ rows[:, :5].T, atol=1e-4)
+    # Of two entries that are always equal the second is known by the first: its share of the row is counted with it.
+    pair = jnp.asarray([[1.0, 2.0], [3.0, -1.0]])
+    known = hire.LowRank.fit(pair, 1, calibration=jnp.asarray([[1.0, 1.0], [-2.0, -2.0]]), directions="first", ridge=1e-9)
+    np.testing.assert_allclose(known.scores(jnp.asarray([[1.0, 1.0]])), [[3.0, 2.0]], atol=1e-4)
+
+
+def test_leading_directions_err_least(rng):
+    rows, queries = correlated(rng)
+    exact = np.asarray(queries @ rows.T)
+    copies = {way: hire.LowRank.fit(rows, 8, calibration=queries, directions=way) for way in ("leading", "first", "random")}
+    errors = {way: float(np.mean((np.asarray(copy.scores(queries)) - exact) ** 2)) for way, copy in copies.items()}
+    assert errors["leading"] < min(errors["first"], errors["random"])
+
+
 def test_calibration_may_come_in_batches(rng):
     rows, queries = correlated(rng)
     whole = hire.LowRank.fit(rows, 6, calibration=queries)
@@ -130,6 +165,7 @@ def test_calibration_may_come_in_batches(rng):
         (lambda rows: hire.LowRank.fit(rows, 0), "rank = 0: expected a whole number from 1 to 24"),
         (lambda rows: hire.LowRank.fit(rows, 25), "rank = 25"),
         (lambda rows: hire.LowRank.fit(rows, 4, bits=16), "bits = 16"),
+        (lambda rows: hire.LowRank.fit(rows, 4, directions="last"), "directions = 'last': expected leading, first or random"),
         (lambda rows: hire.LowRank.fit(rows, 4, calibration=rows[:, :5]), r"calibration of shape \(400, 5\): expected \(n, 24\)"),
         (lambda rows: hire.LowRank.fit(rows, 4, calibration=[]), "calibration has 0 queries"),
         (lambda rows: hire.LowRank.fit(rows, 4, calibration=rows * jnp.nan), "not finite"),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hire
-from hire.choose import candidates_needed, mean_bound, true_top_k
+from hire.choose import candidates_needed, documents_needed, fresh_bound, mean_bound, true_top_k
 from hire.search import nominate, pool
 
 
@@ -114,12 +114,30 @@ def test_candidates_needed_is_the_recall_of_the_search_at_every_depth(rng):
 
 def test_choice_is_the_smallest_that_reaches_its_bound(rng):
     rows, queries = problem(rng, n=500)
-    copy = hire.LowRank.fit(rows, 12)
-    choice = hire.choose_candidates(rows, copy, queries, k=5, recall=0.9)
+    copy, documents = hire.LowRank.fit(rows, 12), np.arange(500) // 5
+    choice = hire.choose_candidates(rows, copy, queries, k=5, recall=0.9, documents=documents)
     needed = candidates_needed(copy, queries, true_top_k(rows, queries, 5).indices)
-    assert mean_bound(np.mean(needed <= choice.candidates, axis=1)) >= 0.9
-    assert mean_bound(np.mean(needed <= choice.candidates - 1, axis=1)) < 0.9
-    assert choice.recall == pytest.approx(np.mean(needed <= choice.candidates))
+
+    def found(candidates):
+        return np.mean(needed <= candidates, axis=1).reshape(100, 5).mean(1)
+
+    assert fresh_bound(found(choice.candidates), 0.95) == pytest.approx(choice.bound) and choice.bound >= 0.9
+    assert fresh_bound(found(choice.candidates - 1), 0.95) < 0.9
+    assert choice.recall == pytest.approx(found(choice.candidates).mean())
+    assert (choice.queries, choice.documents) == (500, 100)
+
+
+def test_tuning_takes_the_cheapest_of_those_that_promise(rng):
+    rows, queries = problem(rng, n=500)
+    copies = {"LR": hire.LowRank.fit(rows, 12), "Q8": hire.Quantized.fit(rows, 8), "Q4": hire.Quantized.fit(rows, 4)}
+    tuned = hire.tune(rows, copies, queries, k=5, recall=0.9)
+    costs = {name: copies[name].bytes_read(1) + 4 * 16 * choice.candidates for name, (choice, _) in tuned.every.items()}
+    assert {name: cost for name, (_, cost) in tuned.every.items()} == costs
+    assert tuned.name == min(costs, key=lambda name: costs[name]) and tuned.estimator is copies[tuned.name]
+    alone = hire.choose_candidates(rows, copies["LR"], queries, k=5, recall=0.9)
+    assert tuned.every["LR"][0].candidates >= alone.candidates  # three bounds must hold together
+    dearest = hire.tune(rows, copies, queries, k=5, recall=0.9, cost=lambda copy, candidates: -copy.bytes_read(candidates))
+    assert dearest.name == "LR"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +147,8 @@ def test_choice_is_the_smallest_that_reaches_its_bound(rng):
         (dict(confidence=0), "confidence = 0"),
         (dict(k=0), "k = 0"),
         (dict(queries=jnp.ones((3, 9))), r"queries of shape \(3, 9\)"),
-        (dict(recall=0.999), "500 queries: too few"),
+        (dict(recall=0.999), "500 queries of 500 documents: too few .* expected at least 36[0-9][0-9] documents"),
+        (dict(documents=np.arange(500) // 250), "500 queries of 2 documents: too few"),
         (dict(documents=[1, 2]), "2 document labels: expected one for each of the 500"),
     ],
 )
@@ -138,6 +157,28 @@ def test_a_choice_that_cannot_be_made_is_refused(unchecked, rng, changes, messag
     good = dict(rows=rows, estimator=hire.LowRank.fit(rows, 12), queries=queries, k=5, recall=0.9)
     with pytest.raises(ValueError, match=message):
         hire.choose_candidates(**(good | changes))
+
+
+def test_fresh_bound_by_hand():
+    # All n bets on a mean of 0.5 win: 1.5^n, 1.8^n and 1.98^n for the three; 10.3 on average after 4 of them, 19.0 after 5.
+    assert fresh_bound(np.ones(4), 0.94) < 0.5 < fresh_bound(np.ones(5), 0.94)  # which asks for 16.7
+    assert documents_needed(0.5, 0.94) == 5
+    # One all wrong among 6: 0.5 * 1.5^5, 0.2 * 1.8^5 and 0.02 * 1.98^5 are 2.7 on average, which a confidence of 0.63 asks for.
+    assert fresh_bound(np.asarray([0.0, 1, 1, 1, 1, 1]), 0.63) > 0.5 > fresh_bound(np.asarray([0.0, 1, 1, 1, 1, 1]), 0.64)
+    assert (
+        fresh_bound(np.ones(documents_needed(0.99, 0.95)), 0.95)
+        >= 0.99
+        > fresh_bound(np.ones(documents_needed(0.99, 0.95) - 1), 0.95)
+    )
+    assert fresh_bound(np.zeros(10), 0.95) == 0
+
+
+def test_fresh_bound_holds_as_often_as_it_says_whatever_the_distribution(rng):
+    """Also where nearly all documents are right and a rare one is all wrong."""
+    draws = {"rare": lambda: (rng.random(80) > 0.02).astype(float), "spread": lambda: rng.beta(9, 1, 80)}
+    for name, mean in (("rare", 0.98), ("spread", 0.9)):
+        below = [fresh_bound(draws[name](), 0.9) <= mean for _ in range(300)]
+        assert np.mean(below) >= 0.9
 
 
 def test_mean_bound_by_hand():
@@ -165,3 +206,33 @@ def test_mean_bound_covers_at_least_as_often_as_it_says(rng):
         values = rng.random((60, 20)) < skill[:, None]
         below += mean_bound(values.reshape(-1).astype(float), np.repeat(np.arange(60), 20)) <= 20 / 22
     assert below / 400 >= 0.92
+
+
+@given(st.integers(0, 10**6), st.sampled_from([(4096, 256, 32), (700, 700, 700)]))
+def test_a_cascade_is_its_stages_one_after_the_other(seed, sizes):
+    m, first, last = sizes
+    rows, queries = problem(np.random.default_rng(seed), m=m, n=4)
+    stages = hire.LowRank.fit(rows, 6, bits=8), hire.Quantized.fit(rows, 8)
+    cascade = hire.Cascade(stages, (first,))
+    found = jax.jit(lambda x, rows, cascade: hire.high_recall_top_k(x, rows, cascade, k=4, candidates=last))(queries, rows, cascade)
+    chosen = np.asarray(nominate(stages[0].scores(queries), first))
+    guessed = np.take_along_axis(np.asarray(stages[1].scores(queries)), chosen, 1)
+    kept = np.take_along_axis(chosen, np.argsort(-guessed, 1)[:, :last], 1)
+    exact = np.take_along_axis(np.asarray(queries @ rows.T), kept, 1)
+    expected = np.take_along_axis(kept, np.argsort(-exact, 1)[:, :4], 1)
+    np.testing.assert_array_equal(np.sort(found.indices, 1), np.sort(expected, 1))
+    assert isinstance(cascade, hire.Estimator)
+    scores = np.asarray(cascade.scores(queries))  # of what the second saw its own
+    np.testing.assert_allclose(np.take_along_axis(scores, chosen, 1), guessed, rtol=1e-5, atol=1e-5)
+    assert hire.HireSoftmax(rows, cascade, 4, last)(queries).indices.shape == (4, 4)
+
+
+def test_bytes_of_a_cascade_by_hand(rng):
+    rows, _ = problem(rng, m=1000)  # of width 16
+    cascade = hire.Cascade((hire.Quantized.fit(rows, 4), hire.Quantized.fit(rows, 8)), (100,))
+    assert cascade.nbytes == 1000 * (8 + 4) + 1000 * (16 + 4)
+    assert cascade.bytes_read(10) == 1000 * (8 + 4) + 100 * (16 + 4)
+    with pytest.raises(ValueError, match=r"kept = \(\) of 2 estimators: expected falling numbers"):
+        hire.Cascade(cascade.estimators, ())
+    with pytest.raises(ValueError, match="expected all to be of the same"):
+        hire.Cascade((cascade, hire.Quantized.fit(rows[:500], 8)), (100,))

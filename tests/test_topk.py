@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hire
-from hire.topk import at_most, expected_recall_top1
+from hire.topk import at_most, expected_recall, expected_recall_top1
 
 
 def test_a_share_is_never_exceeded():
@@ -75,8 +75,8 @@ def test_recall_takes_any_of_equal_scores_but_no_more_than_the_top_k_holds():
 
 def test_expected_recall_by_hand():
     # Four rows in two buckets of two: the second best shares the best one's bucket in 1 of 3 cases, and is lost.
-    assert hire.expected_recall(4, 2, buckets=2) == pytest.approx(1 - 1 / 6)
-    assert hire.expected_recall(4, 2, buckets=2, per_bucket=2) == 1.0
+    assert expected_recall(4, 2, buckets=2) == pytest.approx(1 - 1 / 6)
+    assert expected_recall(4, 2, buckets=2, per_bucket=2) == 1.0
     assert expected_recall_top1(2, buckets=2) == 0.5
 
 
@@ -86,7 +86,7 @@ def test_measured_recall_is_what_the_formula_expects(rng, per_bucket):
     top = hire.bucketed_top_k(scores, 32, buckets=64, per_bucket=per_bucket)
     measured = np.asarray(hire.recall(top.indices, scores, 32))
     error = 4 * measured.std() / np.sqrt(len(measured))
-    assert measured.mean() == pytest.approx(hire.expected_recall(1024, 32, buckets=64, per_bucket=per_bucket), abs=error)
+    assert measured.mean() == pytest.approx(expected_recall(1024, 32, buckets=64, per_bucket=per_bucket), abs=error)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_measured_recall_is_what_the_formula_expects(rng, per_bucket):
         (lambda s: hire.bucketed_top_k(s, 1, buckets=9), "buckets = 9"),
         (lambda s: hire.bucketed_top_k(s, 1, buckets=4, per_bucket=3), "per_bucket = 3"),
         (lambda s: hire.recall(jnp.asarray([0]), s, 9), "k = 9"),
-        (lambda s: hire.expected_recall(8, 1, buckets=3), "buckets = 3: expected a divisor of the 8 rows"),
+        (lambda s: expected_recall(8, 1, buckets=3), "buckets = 3: expected a divisor of the 8 rows"),
     ],
 )
 def test_bad_counts_are_named(call, message):

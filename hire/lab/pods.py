@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from hire import HireFFN, HireSoftmax, TopK, da_top_k, exact_top_k, expected_recall, high_recall_top_k
+from hire import HireFFN, HireSoftmax, TopK, da_top_k, exact_top_k, high_recall_top_k
 from hire.axes import Indices, Queries
 from hire.distributed import Axis, fair_share, merged
 from hire.estimators import row_scores
@@ -21,6 +21,7 @@ from hire.lab.programs import CANDIDATES, COPIES, KEPT, RANK, WORDS, Program, nb
 from hire.lab.timing import interleaved
 from hire.models import Decoder, convert
 from hire.search import best_of, nominate
+from hire.topk import expected_recall
 
 Form = Callable[[dict[str, Any], Queries], TopK]  # of a device's own rows and estimator, inside jax.shard_map
 
