@@ -58,7 +58,25 @@ def gallery() -> str:
             parts.append(f"## {entry['name']}\n\n{entry['question']}\n\n{picture(entry['name'], '../')}")
     marks = "Marks: A stated in the abstract, S in a summary, R in one line of a review, D derived by arithmetic from A and S."
     parts.append(f"## Scorecard\n\nThe paper's full text is not at hand. {marks}\n\n{scorecard_markdown()}")
+    parts.append(f"## Ten questions\n\nA summary of the paper ends with them. Numbers are read from the records.\n\n{answers()}")
     return "\n\n".join(parts) + "\n"
+
+
+def answers() -> str:
+    """The ten questions, each with its answer, whose numbers are read from the records, and the notebooks that measure it."""
+    known = {entry["id"]: entry for entry in records.read()}
+    names = {entry["name"][:2]: f"[{entry['name']}](../notebooks/{entry['name']}.ipynb)" for entry in ready()}
+
+    def number(match: re.Match) -> str:
+        record, field, form = match.groups()
+        return format(records.value(known[record], field), form) if record in known else "*not measured yet*"
+
+    lines = []
+    for place, entry in enumerate(load("questions")["questions"], 1):
+        answer = re.sub(r"\{([^|{}]+)\|([^|{}]+)\|([^|{}]+)\}", number, entry["answer"])
+        where = ", ".join(names.get(name, f"notebook {name}, not written yet") for name in entry["notebooks"])
+        lines.append(f"{place}. **{entry['question']}** {answer} ({where})")
+    return "\n".join(lines)
 
 
 def filled(text: str, name: str, content: str) -> str:

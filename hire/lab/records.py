@@ -12,6 +12,7 @@ import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -90,3 +91,14 @@ def read(folder: Path = RECORDS, topic: str = "*") -> list[dict]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number}: not a record ({error}); restore the file with git") from None
     return records
+
+
+def value(record: dict, field: str) -> Any:
+    """What a record has at a field such as results.recall.low or, in a list, results.seconds.0. Raises ValueError for another."""
+    part: Any = record
+    for key in field.split("."):
+        try:
+            part = part[int(key)] if isinstance(part, list) else part[key]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise ValueError(f"record {record['id']!r} has no {field!r} ({key!r} is missing)") from None
+    return part
