@@ -51,9 +51,8 @@ need-python = @test -n "$(FLOOR_PYTHON)" || { \
 	$(FLOOR) -m hire.lab compiler
 	@touch $@
 
-floor: .venv-floor/.ready  ## the unit tests and notebook 03 on the oldest versions that are supported, those of Colab's TPU runtime
+floor: .venv-floor/.ready  ## the unit tests on the oldest versions that are supported, those of Colab's TPU runtime
 	$(FLOOR) -m pytest $(WORKERS)
-	$(FLOOR) -m hire.lab figures --profile smoke --only 03 --fresh
 
 .venv-colab/.ready: constraints-colab.txt
 	$(call need-python,colab)
