@@ -205,7 +205,7 @@ def test_answers_take_their_numbers_from_records(monkeypatch):
     where = f"[{name}](../notebooks/{name}.ipynb), notebook 99, not written yet"
     assert pages.answers() == f"1. **How much?** Of 25.0%, not *not measured yet*. ({where})"
     question["answer"] = "{r|results.x.7|.1f}"
-    with pytest.raises(ValueError, match=r"record 'r' has no 'results.x.7' \('7' is missing\)"):
+    with pytest.raises(ValueError, match="record 'r' has no 'results.x.7'"):
         pages.answers()
 
 

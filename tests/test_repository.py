@@ -101,8 +101,11 @@ def test_imports_point_one_way():
 
 def test_the_public_names_are_few_and_there():
     assert len(hire.__all__) <= 20
-    for name in hire.__all__:
-        assert getattr(hire, name).__doc__, name
+    page = (ROOT / "docs/API.md").read_text()
+    for name in [*hire.__all__, *hire.models.__all__]:
+        assert getattr(hire, name, None) or getattr(hire.models, name), name
+        entry = rf"^### {name}\n\n```python\n[^`]+\n```\n\n\S"
+        assert len(re.findall(entry, page, re.M)) == 1, f"{name}: expected once in docs/API.md, with a docstring"
 
 
 def test_environments_agree():

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import subprocess
+from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,7 @@ def read(folder: Path = RECORDS, topic: str = "*") -> list[dict]:
 
 def value(record: dict, field: str) -> Any:
     """What a record has at a field such as results.recall.low or, in a list, results.seconds.0. Raises ValueError for another."""
-    part: Any = record
-    for key in field.split("."):
-        try:
-            part = part[int(key)] if isinstance(part, list) else part[key]
-        except (KeyError, IndexError, TypeError, ValueError):
-            raise ValueError(f"record {record['id']!r} has no {field!r} ({key!r} is missing)") from None
-    return part
+    try:
+        return reduce(lambda part, key: part[int(key) if isinstance(part, list) else key], field.split("."), record)
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise ValueError(f"record {record['id']!r} has no {field!r}; name a field that it has") from None
