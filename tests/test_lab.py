@@ -340,4 +340,6 @@ def test_evidence_in_the_repository_is_whole():
     for path in figures.Path(register.FIGURES).glob("*_*.json"):
         shown = json.loads(path.read_text())
         assert shown["profile"] != "smoke" and shown["series"] and shown["finding"]
+        pixels = figures.plt.imread(path.with_suffix(".png"))
+        assert pixels.shape[1] >= 900 and (pixels[..., 3:] == 1).all(), f"{path.stem}: expected README width, opaque for dark mode"
     assert yaml.safe_load((register.FIGURES / "targets.yaml").read_text())["targets"]
