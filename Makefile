@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 # with AVX-512 `make bench XLA_FLAGS=--xla_cpu_prefer_vector_width=512` is faster, here it slows the dense product by a third.
 export XLA_FLAGS ?=
 
-.PHONY: help env figures test floor demo bench distributed questions train v5e verify pages checks lint format lock budgets clean
+.PHONY: help env figures test floor colab demo bench distributed questions train v5e verify pages checks lint format lock budgets clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -41,17 +41,27 @@ test: $(STAMP)  ## the notebooks' check cells, then the unit tests, on two cores
 FLOOR_PYTHON ?= $(shell for v in "" $$(pyenv versions --bare 2>/dev/null | grep '^3\.12'); do \
 	PYENV_VERSION=$$v python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null && break; done)
 FLOOR := .venv-floor/bin/python
+need-python = @test -n "$(FLOOR_PYTHON)" || { \
+	echo "error: no python3.12 found: install one, or name it with make $(1) FLOOR_PYTHON=…"; exit 1; }
 
 .venv-floor/.ready: pyproject.toml constraints-floor.txt
-	@test -n "$(FLOOR_PYTHON)" || { echo "error: no python3.12 found: install one, or name it with make floor FLOOR_PYTHON=…"; exit 1; }
+	$(call need-python,floor)
 	$(FLOOR_PYTHON) -m venv .venv-floor
 	.venv-floor/bin/pip install -q -c constraints-floor.txt -e '.[all]'
 	$(FLOOR) -m hire.lab compiler
 	@touch $@
 
-floor: .venv-floor/.ready  ## the unit tests and notebook 03 on the oldest versions that are supported, those of Colab's TPU runtime
+floor: .venv-floor/.ready  ## the unit tests on the oldest versions that are supported, those of Colab's TPU runtime
 	$(FLOOR) -m pytest $(WORKERS)
-	$(FLOOR) -m hire.lab figures --profile smoke --only 03 --fresh
+
+.venv-colab/.ready: constraints-colab.txt
+	$(call need-python,colab)
+	$(FLOOR_PYTHON) -m venv .venv-colab
+	.venv-colab/bin/pip install -q -r constraints-colab.txt
+	@touch $@
+
+colab: $(STAMP) .venv-colab/.ready  ## every notebook, or ONLY="03 05", of the last commit at smoke, as on a fresh Colab TPU runtime
+	COLAB=1 ONLY="$(ONLY)" $(PY) -m pytest tests/test_colab.py -n 2
 
 demo: $(STAMP)  ## the first minute: one table, dense against HiRE on a real softmax
 	@$(LAB) demo
@@ -103,4 +113,4 @@ budgets: $(STAMP)  ## time the targets that have a budget, as records
 	$(LAB) budget figures FRESH=1
 
 clean:  ## remove what runs leave behind, the environment included
-	rm -rf .venv .venv-floor out build *.egg-info
+	rm -rf .venv .venv-floor .venv-colab out build *.egg-info

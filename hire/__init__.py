@@ -50,5 +50,8 @@ def __getattr__(name: str):
     if name in ("convert", "generate"):
         import importlib
 
-        return getattr(importlib.import_module("hire.models"), name)
+        try:
+            return getattr(importlib.import_module("hire.models"), name)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"hire.{name} needs {error.name}: pip install 'hire[models]'", name=error.name) from None
     raise AttributeError(f"module 'hire' has no attribute {name!r}")

@@ -35,7 +35,8 @@ def activate(up: Float[Array, "*b f"], gate: Float[Array, "*b f"] | None = None)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class HireFFN:
-    """A feed-forward layer over `up`, `down` and perhaps `gate`, each (f, d), that keeps k of its groups of `group_size` neurons.
+    """HiRE-FFN: a feed-forward layer over `up`, `down` and perhaps `gate`, each (f, d), that keeps k of its groups of `group_size`
+    neurons (PAPER claims ffn-speedup, group-sparsity and overlap; how groups are scored and selections shared is our choice).
 
     The first `common` groups are the common path (static overlap): always computed, never predicted. Of the others the estimator
     nominates `candidates` (k'), their exact activations are computed, the k - common best are kept, and `down` is read for those.

@@ -27,7 +27,8 @@ class Words(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class HireSoftmax:
-    """Top-k logits of the words whose embeddings are `rows` (v, d), tied or not: the rows are held, never copied.
+    """HiRE-Softmax (PAPER claim softmax-speedup): top-k logits of the words whose embeddings are `rows` (v, d), tied or not.
+    The rows are held, never copied.
 
     Rows may also be Quantized ones: "exact" then means the logits that those give.
 
@@ -37,7 +38,7 @@ class HireSoftmax:
     already; inside another compiled function pass it as an argument, since jax.jit(softmax) would bake the rows into the
     program as constants. With an `axis`, whose mesh jax.set_mesh has set, the rows lie over several devices, as `sharded` puts
     them, and DA-TOP-k searches; all else reads the same. Raises ValueError when built with 1 <= k <= candidates <= v not
-    holding, or with an estimator of other rows.
+    holding, with an estimator of other rows or for another form, and when called with hidden states of another width.
     """
 
     rows: Rows | Blocks | Quantized
@@ -75,7 +76,7 @@ class HireSoftmax:
 
     @jax.jit
     def words(self, hidden: Queries) -> Words:
-        """The k best words of hidden states (b, d), and the log of the sum over the whole vocabulary, estimated.
+        """The k best words of hidden states (b, d), and the log, in nats, of the sum over the whole vocabulary, estimated.
 
         The candidates count with their exact logits, the tail with the estimator's times a correction, since errors that cancel in
         a logit do not in a sum of exponentials. The lower half of the candidates, which the estimator picked like any row of the

@@ -11,7 +11,7 @@ from hire.kernels.keys import EMPTY, keys, mask, ordered
 
 
 class TopK(NamedTuple):
-    """The k best scores of each query, best first, and the rows that they belong to."""
+    """The k best scores of each query, float32 (*b, k), best first, and the numbers of their rows, int32 (*b, k)."""
 
     values: Float[AnyArray, "*b k"]
     indices: Int[AnyArray, "*b k"]
@@ -96,9 +96,10 @@ def bucket_winners(keys: Int[Array, "*b depth buckets"], per_bucket: int) -> lis
 
 
 def group_scores(activations: Float[AnyArray, "*b f"], group_size: int, reduce: str = "sum") -> Float[Array, "*b m"]:
-    """Score of every group of `group_size` consecutive neurons: the sum (or the "max") of their activations' magnitudes.
+    """Score (*b, m) of every group of `group_size` consecutive neurons: the sum (or the "max") of their activations' magnitudes.
 
-    The one definition, for exact activations (*b, f) and for estimated ones, in training and at inference. The paper names none.
+    The one definition, for exact activations (*b, f) and for estimated ones, in training and at inference. Our choice: the paper
+    has groups (PAPER claim group-sparsity) but, as far as we know it, names no score of them.
     Raises ValueError when group_size does not divide f, or for another reduction.
     """
     neurons = activations.shape[-1]
@@ -143,7 +144,7 @@ def expected_recall(rows: int, k: int, *, buckets: int, per_bucket: int = 1) -> 
     """Expected recall of `bucketed_top_k` when the true top-k lie in random buckets of equal size, from 0 to 1.
 
     arXiv 2506.04165: 1 - (B/K) sum over r > K' of (r - K') C(K, r) C(N-K, N/B-r) / C(N, N/B), with N rows, B buckets,
-    K' per bucket. Raises ValueError when the buckets do not divide the rows.
+    K' per bucket. Raises ValueError when k is not in 1..rows or the buckets do not divide the rows.
     """
     check_count("k", k, 1, rows, "the number of rows")
     if rows % buckets:
@@ -173,7 +174,7 @@ def recall(indices: Indices, scores: Scores, k: int) -> Float[Array, "*b"]:
     """Share, 0 to 1, of the true top-k of the exact scores (*b, m) that is among indices (*b, c).
 
     Ties count by value: among rows equal to the k-th score any will do, but no more of them than the top-k holds.
-    An index given twice counts once. Raises ValueError when k is not in 1..m.
+    An index given twice counts once. The result is (*b,). Raises ValueError when k is not in 1..m.
     """
     check_count("k", k, 1, scores.shape[-1], "the number of rows")
     ordered = jnp.sort(indices, axis=-1)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from hire.lab import decode, evaluation, figures, notebooks, records, register, roofline, run, scorecard, timing
+from hire.lab import decode, evaluation, figures, notebooks, pages, records, register, roofline, run, scorecard, timing
 from hire.lab.__main__ import main
 from hire.lab.budgets import code_lines
 from hire.lab.text import KINDS, SPLITS, documents
@@ -197,6 +197,27 @@ def test_a_target_is_met_missed_or_without_a_record(monkeypatch):
     assert scorecard.verify()[1]
 
 
+def test_answers_take_their_numbers_from_records(monkeypatch):
+    question = dict(question="How much?", answer="Of {r|results.x.1|.1%}, not {none|results.y|.2f}.", notebooks=["01", "99"])
+    monkeypatch.setattr(pages, "load", lambda name: {"questions": [question]})
+    monkeypatch.setattr(records, "read", lambda: [dict(id="r", results=dict(x=[1, 0.25]))])
+    name = register.ready()[0]["name"]
+    where = f"[{name}](../notebooks/{name}.ipynb), notebook 99, not written yet"
+    assert pages.answers() == f"1. **How much?** Of 25.0%, not *not measured yet*. ({where})"
+    question["answer"] = "{r|results.x.7|.1f}"
+    with pytest.raises(ValueError, match="record 'r' has no 'results.x.7'"):
+        pages.answers()
+
+
+def test_the_ten_questions_are_answered_in_two_sentences_from_notebooks_of_the_register():
+    questions = register.load("questions")["questions"]
+    assert len(questions) == 10
+    for entry in questions:
+        assert set(entry["notebooks"]) <= {figure["name"][:2] for figure in register.load("register")["figures"]}
+        assert len(figures.re.findall(r"\.(?= |$)", entry["answer"])) == 2, entry["question"]
+        assert "|" in entry["answer"]
+
+
 @pytest.fixture
 def workshop(tmp_path, monkeypatch):
     """A register of two toy notebooks, the second of which can be made to fail."""
@@ -319,4 +340,6 @@ def test_evidence_in_the_repository_is_whole():
     for path in figures.Path(register.FIGURES).glob("*_*.json"):
         shown = json.loads(path.read_text())
         assert shown["profile"] != "smoke" and shown["series"] and shown["finding"]
+        pixels = figures.plt.imread(path.with_suffix(".png"))
+        assert pixels.shape[1] >= 900 and (pixels[..., 3:] == 1).all(), f"{path.stem}: expected README width, opaque for dark mode"
     assert yaml.safe_load((register.FIGURES / "targets.yaml").read_text())["targets"]

@@ -3,18 +3,24 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import hire
-from hire.lab import pages
+import hire.models
+from hire.lab import pages, run
+from hire.lab.budgets import code_lines
 from hire.lab.paths import NOTEBOOKS, ROOT
 from hire.lab.register import load, ready
 
@@ -33,6 +39,26 @@ def test_the_ten_lines_of_the_readme_run(rng):
     assert given["top"].indices.shape == (100, 32)
     exact = given["hidden"] @ np.asarray(given["embedding"]).T
     assert float(hire.recall(given["top"].indices, exact, 32).mean()) > 0.97
+
+
+def test_the_examples_of_contributing_run_and_are_short(rng, tmp_path, monkeypatch):
+    estimator, figure, model = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    assert all(code_lines(code) < 20 for code in (estimator, figure, model))
+    given = dict(hire=hire, profile="smoke", bits=4, prompt=np.full((1, 3), 7, np.int32))
+    given |= dict(rows=rng.normal(size=(500, 24)).astype(np.float32), queries=rng.normal(size=(20, 24)).astype(np.float32))
+    exec(estimator, given)
+    copy = given["FirstColumns"].fit(given["rows"], 16)
+    assert isinstance(copy, hire.Estimator)
+    top = hire.HireSoftmax(given["rows"], copy, k=8, candidates=400)(given["queries"])
+    assert 0.9 < float(hire.recall(top.indices, given["queries"] @ given["rows"].T, 8).mean()) <= 1
+    monkeypatch.setattr(run, "OUT", tmp_path)
+    monkeypatch.setattr(run, "register", lambda number: dict(name=f"{number}_mine"))
+    exec(figure, given)
+    made = {path.relative_to(tmp_path / "smoke").as_posix() for path in tmp_path.rglob("*.*")}
+    assert made == {"figures/12_mine.png", "figures/12_mine.json", "records/12_mine.jsonl"}
+    monkeypatch.setattr(hire.models.config, "PRESETS", dict(hire.models.config.PRESETS))
+    exec(model, given)
+    assert given["tokens"].shape == (1, 7)
 
 
 def test_generated_pages_are_up_to_date():
@@ -101,8 +127,11 @@ def test_imports_point_one_way():
 
 def test_the_public_names_are_few_and_there():
     assert len(hire.__all__) <= 20
-    for name in hire.__all__:
-        assert getattr(hire, name).__doc__, name
+    page = (ROOT / "docs/API.md").read_text()
+    for name in [*hire.__all__, *hire.models.__all__]:
+        assert getattr(hire, name, None) or getattr(hire.models, name), name
+        entry = rf"^### {name}\n\n```python\n[^`]+\n```\n\n\S"
+        assert len(re.findall(entry, page, re.M)) == 1, f"{name}: expected once in docs/API.md, with a docstring"
 
 
 def test_environments_agree():
@@ -116,9 +145,9 @@ def test_environments_agree():
         for requirement in project["dependencies"] + extras:
             name = re.split(r"[<>=\[]", requirement)[0].lower()
             assert name == "hire" or name in locked, f"{requirement}: not in {file}; run `make lock`"
-    floor = set((ROOT / "constraints-floor.txt").read_text().split())
-    pinned = {"jax==0.7.2", "flax==0.11.2", "numpy==2.1.3", "optax==0.2.8", "orbax-checkpoint==0.12.4"}
-    assert pinned <= floor, "constraints-floor.txt: expected what Colab's TPU runtime ships"
+    pinned = {"jax==0.7.2", "jaxlib==0.7.2", "flax==0.11.2", "numpy==2.1.3", "optax==0.2.8", "orbax-checkpoint==0.12.4"}
+    for file in ("constraints-floor.txt", "constraints-colab.txt"):
+        assert pinned <= set((ROOT / file).read_text().split()), f"{file}: expected what Colab's TPU runtime ships"
 
 
 def test_nothing_of_this_machine_is_in_the_repository():
@@ -135,3 +164,53 @@ def test_ready_notebooks_are_the_register():
     for name in written:
         cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
         assert [cell["id"] for cell in cells] == list(dict.fromkeys(cell["id"] for cell in cells))
+
+
+def needed(name: str) -> set[str]:
+    """A package and what it depends on without extras, as installed here."""
+    found, waiting = set(), [name]
+    while waiting:
+        package = waiting.pop()
+        if package not in found:
+            found.add(package)
+            asked = [Requirement(text) for text in metadata.requires(package) or []]
+            waiting += [each.name for each in asked if each.marker is None or each.marker.evaluate({"extra": ""})]
+    return found
+
+
+def test_the_installed_package_needs_its_base_dependencies_alone(tmp_path):
+    """A wheel as `pip install .` builds it, from what git would commit, beside nothing but those."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in tracked:
+        if name.startswith("hire/") or name in ("pyproject.toml", "README.md", "LICENSE"):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip"]
+    subprocess.run([*pip, "wheel", "-q", "--no-deps", "-w", tmp_path, source], check=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(site)
+        kinds = {Path(name).suffix for name in packed.namelist() if not name.split("/")[0].endswith(".dist-info")}
+        assert kinds == {".py"} and any(name.endswith("/licenses/LICENSE") for name in packed.namelist())
+    for package in set().union(*map(needed, ("jax", "numpy", "jaxtyping"))):
+        for part in {file.parts[0] for file in metadata.files(package) or [] if file.parts[0] not in ("..", "__pycache__")}:
+            (site / part).symlink_to(metadata.distribution(package).locate_file(part))
+    program = f"""
+import sys
+sys.path.append({str(site)!r})
+import numpy, hire
+rows = numpy.eye(8, 4, dtype="float32")
+print(hire.high_recall_top_k(rows[:1], rows, hire.Quantized.fit(rows, 8), k=1, candidates=2).indices)
+hire.generate"""
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "[[0]]\n"
+    assert done.stderr.endswith("ModuleNotFoundError: hire.generate needs flax: pip install 'hire[models]'\n")
+
+
+def test_the_citation_names_this_version_and_the_paper():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (cited["version"], cited["license"]) == (project["version"], project["license"])
+    paper = cited["preferred-citation"]
+    assert "2402.09360" in paper["url"] and len(paper["authors"]) == 7

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 from hire.lab import evaluation, training
 from hire.lab.ngram import baselines, kneser_ney
@@ -233,3 +234,9 @@ def test_baselines_take_each_document_by_itself():
     for order in ("1-gram", "5-gram"):
         assert together[order] == pytest.approx(np.average([found[order] for found in alone], weights=sizes))
     assert together["5-gram"] < together["1-gram"] < 8
+
+
+def test_a_model_that_lies_over_a_mesh_is_trained_and_kept():
+    # two key/value heads on four devices: XLA lays what is theirs over half of them
+    with jax.set_mesh(jax.make_mesh((4,), ("chips",), (AxisType.Auto,), devices=jax.devices()[:4])):
+        assert np.isfinite(training.train_toy("ladder").losses).all()

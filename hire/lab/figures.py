@@ -348,8 +348,8 @@ def save(figure: Figure, folder: Path, name: str, *, note: str, **facts) -> None
     (folder / f"{name}.json").write_text(json.dumps(dict(figure=name, **facts), indent=1) + "\n")
 
 
-def flat(tree: dict, name: str = "") -> dict:
-    """A tree of series as one dict, its names joined by blanks."""
+def flat(tree: object, name: str = "") -> dict:
+    """A tree of series as one dict, its names joined by blanks: dicts are branches, all else a series."""
     if not isinstance(tree, dict):
         return {name: tree}
     return {path: series for key, part in tree.items() for path, series in flat(part, f"{name} {key}".strip()).items()}

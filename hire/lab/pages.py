@@ -7,6 +7,7 @@ import tomllib
 import nbformat
 
 from hire.lab import records
+from hire.lab.api import api
 from hire.lab.paths import FIGURES, NOTEBOOKS, OUT, ROOT
 from hire.lab.register import load, ready
 from hire.lab.scorecard import scorecard_markdown, write_scorecard
@@ -58,7 +59,23 @@ def gallery() -> str:
             parts.append(f"## {entry['name']}\n\n{entry['question']}\n\n{picture(entry['name'], '../')}")
     marks = "Marks: A stated in the abstract, S in a summary, R in one line of a review, D derived by arithmetic from A and S."
     parts.append(f"## Scorecard\n\nThe paper's full text is not at hand. {marks}\n\n{scorecard_markdown()}")
+    parts.append(f"## Ten questions\n\nA summary of the paper ends with them. Numbers are read from the records.\n\n{answers()}")
     return "\n\n".join(parts) + "\n"
+
+
+def answers() -> str:
+    """The ten questions, each with its answer, whose numbers are read from the records, and the notebooks that measure it."""
+    known, lines = {entry["id"]: entry for entry in records.read()}, []
+    names = {entry["name"][:2]: f"[{entry['name']}](../notebooks/{entry['name']}.ipynb)" for entry in ready()}
+
+    def number(match: re.Match) -> str:
+        return format(records.value(known[match[1]], match[2]), match[3]) if match[1] in known else "*not measured yet*"
+
+    for place, entry in enumerate(load("questions")["questions"], 1):
+        answer = re.sub(r"\{([^|{}]+)\|([^|{}]+)\|([^|{}]+)\}", number, entry["answer"])
+        where = ", ".join(names.get(name, f"notebook {name}, not written yet") for name in entry["notebooks"])
+        lines.append(f"{place}. **{entry['question']}** {answer} ({where})")
+    return "\n".join(lines)
 
 
 def filled(text: str, name: str, content: str) -> str:
@@ -121,6 +138,7 @@ def keep_checks() -> None:
 def pages() -> dict:
     """Every generated page: path -> its text as it should be."""
     made = {FIGURES / "README.md": gallery(), ROOT / "README.md": readme((ROOT / "README.md").read_text())}
+    made[ROOT / "docs/API.md"] = api()
     for entry in ready():
         path = NOTEBOOKS / f"{entry['name']}.ipynb"
         made[path] = notebook(entry["name"], path.read_text())

@@ -10,8 +10,10 @@ import json
 import os
 import platform
 import subprocess
+from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -90,3 +92,11 @@ def read(folder: Path = RECORDS, topic: str = "*") -> list[dict]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number}: not a record ({error}); restore the file with git") from None
     return records
+
+
+def value(record: dict, field: str) -> Any:
+    """What a record has at a field such as results.recall.low or, in a list, results.seconds.0. Raises ValueError for another."""
+    try:
+        return reduce(lambda part, key: part[int(key) if isinstance(part, list) else key], field.split("."), record)
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise ValueError(f"record {record['id']!r} has no {field!r}; name a field that it has") from None

@@ -11,7 +11,7 @@ PROFILES = ("smoke", "cpu", "tpu")
 
 @functools.cache
 def load(name: str) -> dict:
-    """A YAML file of figures/: register, claims or targets."""
+    """A YAML file of figures/, such as register, claims or targets."""
     return yaml.safe_load((FIGURES / f"{name}.yaml").read_text())
 
 

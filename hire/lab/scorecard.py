@@ -1,7 +1,6 @@
 """The scorecard, claim by claim, and the targets of the work: both read from records, never typed."""
 
 import json
-from functools import reduce
 
 from hire.lab import records
 from hire.lab.paths import FIGURES
@@ -70,7 +69,7 @@ def verify() -> tuple[str, bool]:
     lines, good = [], True
     for target in load("targets")["targets"]:
         entry = evidence.get(target["record"])
-        value = None if entry is None else reduce(lambda part, key: part[key], target["field"].split("."), entry)
+        value = None if entry is None else records.value(entry, target["field"])
         at_least = "at_least" in target
         threshold = target["at_least" if at_least else "at_most"]
         met = value is not None and (value >= threshold if at_least else value <= threshold)

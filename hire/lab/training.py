@@ -323,6 +323,11 @@ def toy_results(variant: str) -> dict:
     return results(train_toy(variant), texts)
 
 
+def flattened(tree):
+    """The tree as one vector, and the way back. By way of the host: jax 0.7 flattens not all that XLA lays over a mesh."""
+    return ravel_pytree(jax.device_get(tree))
+
+
 class Resumable:
     """A folder of checkpoints of one run, the last two of them, in Orbax."""
 
@@ -338,13 +343,13 @@ class Resumable:
         step = self.manager.latest_step()
         if step is None:
             return 0, tree
-        flat, unravel = ravel_pytree(tree)
+        flat, unravel = flattened(tree)
         return step, unravel(self.manager.restore(step, args=self.ocp.args.StandardRestore({"flat": flat}))["flat"])
 
     def save(self, step: int, tree) -> None:
         """Write the tree as one vector: of many arrays Orbax would go on to write the others after one has failed."""
         try:
-            self.manager.save(step, args=self.ocp.args.StandardSave({"flat": ravel_pytree(tree)[0]}))
+            self.manager.save(step, args=self.ocp.args.StandardSave({"flat": flattened(tree)[0]}))
         except Exception as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             before = self.manager.latest_step()

@@ -34,7 +34,7 @@ def convert(
 
     In prefill every `together` consecutive tokens of a text are one call of a shared FFN, as when they are verified together. The
     other weights are the given model's, not copies. Raises ValueError when the softmax was fitted to other rows than this model's
-    embedding, or when the FFNs are not one a layer, of its width.
+    embedding, or when the FFNs are not one a layer, of its width; prefill does when a text is no multiple of `together` tokens.
     """
     converted = nnx.merge(*nnx.split(model))
     converted.softmax = None

@@ -49,7 +49,9 @@ class TiedSoftmax:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of every layer, and how many of its slots hold a token. A local layer keeps its window only, as a ring."""
+    """Keys and values (b, slots, n, e) of every layer, and how many slots hold a token. A local layer has slots for its
+    window only, as a ring.
+    """
 
     keys: tuple[Float[Array, "b _ n e"], ...]
     values: tuple[Float[Array, "b _ n e"], ...]
@@ -261,7 +263,8 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The language model. `Decoder(config, rngs=nnx.Rngs(0))` has random weights; hire.models.load_gemma has real ones.
+    """The language model, in Gemma 3's form. `Decoder(config, rngs=nnx.Rngs(0))` has random weights of type `dtype`, normal with
+    variance 1 / fan-in; hire.models.load_gemma has real ones.
 
     Under jax.set_mesh(mesh) the rows of every matrix lie over the mesh's devices (whose axes are Auto), drawn where they lie.
     """
@@ -323,7 +326,7 @@ class Decoder(nnx.Module):
         return self.config.vocabulary if self.softmax is None else self.softmax.k
 
     def best(self, hidden: Float[Array, "b d"], k: int) -> TopK:
-        """The k best words (b, k) after hidden states, by exact logits; a converted model searches for them."""
+        """The k best words (b, k), k at most `words_found`, by exact logits; a converted model searches for them."""
         if self.softmax is None:
             return exact_top_k(row_scores(hidden, self.embedding[...]), k)
         return TopK(*(part[:, :k] for part in self.softmax.over(self.embedding[...])(hidden)))
