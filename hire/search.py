@@ -22,29 +22,31 @@ def nominate(scores: Scores, candidates: int, per_bucket: int = PER_BUCKET) -> I
     bucket, and there is no top-k of all rows, which would take longer than their scores.
     """
     rows = scores.shape[-1]
-    if candidates <= most_pooled(rows):
+    if candidates <= most_pooled(rows, per_bucket):
         return bucketed_indices(scores, candidates, buckets_of(rows), per_bucket)
     return exact_top_k(scores, candidates).indices
 
 
-def foremost(x: Queries, estimator: Estimator, candidates: int, form: str = "auto") -> Indices:
+def foremost(x: Queries, estimator: Estimator, candidates: int, form: str = "auto", per_bucket: int = PER_BUCKET) -> Indices:
     """`nominate` by the estimator's scores of queries (b, d); of a quantized copy a kernel takes both (see `by_form`)."""
     if isinstance(estimator, Cascade):
         return estimator.stages(x, candidates, form)[-1][0]
     rows, buckets = estimator.shape[0], buckets_of(estimator.shape[0])
 
     def plain() -> Array:
-        return jnp.asarray(nominate(estimator.scores(x), candidates))
+        return jnp.asarray(nominate(estimator.scores(x), candidates, per_bucket))
 
     fused = quantized_product(x, estimator)
-    if fused is None or candidates > most_pooled(rows) or not score_kernel.takes(buckets):
+    if fused is None or candidates > most_pooled(rows, per_bucket) or not score_kernel.takes(buckets):
         if form == "kernel":
-            raise ValueError(f"form = 'kernel': expected a quantized copy, k' up to {most_pooled(rows)} and whole tiles of buckets")
+            raise ValueError(
+                f"form = 'kernel': expected a quantized copy, k' up to {most_pooled(rows, per_bucket)} and whole tiles of buckets"
+            )
         return plain()
     inner, copy = fused
 
     def kernel() -> Array:
-        how = dict(bits=copy.bits, buckets=buckets, per_bucket=PER_BUCKET)
+        how = dict(bits=copy.bits, buckets=buckets, per_bucket=per_bucket)
         winners = score_kernel.winners(inner, copy.codes, copy.scale, **how)
         return jnp.asarray(best_winners(list(winners), candidates, -(-rows // buckets)))
 
@@ -88,7 +90,10 @@ class Cascade:
 
     def stages(self, x: Queries, candidates: int, form: str = "auto") -> list[tuple[Indices, Float[Array, "b c"]]]:
         """What each estimator but the first passes on, and its scores of it: the last its `candidates` best."""
-        chosen, passed = foremost(x, self.estimators[0], self.kept[0], form), []
+        chosen, passed = (
+            foremost(x, self.estimators[0], self.kept[0], form, per_bucket=4),
+            [],
+        )  # since the next one tells them apart
         for each, count in zip(self.estimators[1:], (*self.kept[1:], candidates), strict=True):
             best = exact_top_k(each.scores_at(x, chosen), count)
             chosen = jnp.take_along_axis(chosen, best.indices, axis=1)
@@ -111,9 +116,9 @@ def buckets_of(rows: int) -> int:
     return -(-rows // DEPTH)
 
 
-def most_pooled(rows: int) -> int:
-    """The largest k' that `nominate` takes from the buckets."""
-    return rows // DEPTH
+def most_pooled(rows: int, per_bucket: int = PER_BUCKET) -> int:
+    """The largest k' that `nominate` takes from the buckets: half of what they keep."""
+    return rows // DEPTH * per_bucket // 2
 
 
 def pool(scores: Float[Array, "b m"]) -> Float[Array, "b m"]:

@@ -71,17 +71,23 @@ def bytes_axis(axis: Axes, lowest: float) -> None:
     axis.set_xlabel("bytes read, share of the float32 rows")
 
 
-def frontier(axis: Axes, curves: dict[str, dict], colors: dict) -> None:
-    """Recall against bytes read, a line for each curve of `evaluation.curve`; its name without the rank picks the colour."""
+def frontier(axis: Axes, curves: dict[str, dict], colors: dict, **titles) -> None:
+    """Recall against bytes read, a line for each curve of `evaluation.curve`; its name without the rank picks the colour. Given
+    titles, also a legend below.
+    """
     for name, curve in curves.items():
         family, rank = re.sub(r" \d+", "", name), re.search(r" (\d+)", name)
         gone = missed(curve["recall"])
         known = family in axis.get_legend_handles_labels()[1]
         axis.plot(curve["bytes"], gone, color=colors[family], label=None if known else family)
         if rank:
-            label(axis, curve["bytes"][-3], gone[-3], f"r={rank[1]}", colors[family])
+            place = max(0, len(gone) - 3)
+            label(axis, curve["bytes"][place], gone[place], f"r={rank[1]}", colors[family])
     bytes_axis(axis, min(min(curve["bytes"]) for curve in curves.values()))
     recall_axis(axis)
+    if titles:
+        axis.set(**titles)
+        axis.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
 
 def share_bars(axis: Axes, bars: dict[str, dict[str, float]], **titles) -> None:
@@ -320,12 +326,23 @@ def speed_map(axis: Axes, speed: Callable, placed: dict[str, tuple[float, float]
     label(axis, *told, "the paper's 1.22x, 1.16x and 1.47x,\nif its search read as little as ours", red, offset=(9, 0))
 
 
-def intervals(axis: Axes, rows: dict[str, dict[str, float]], **titles) -> None:
-    """Shares with their 95 % intervals (mean, low, high), one named line each, the first at the top, and a line at 0."""
+def speed_bars(axis: Axes, speeds: dict[str, float], **titles) -> None:
+    """Speed-ups over the fastest dense form, a labelled bar each, the first at the top."""
+    axis.barh(range(len(speeds)), list(speeds.values()), color=sns.color_palette("colorblind")[0])
+    for place, speed in enumerate(speeds.values()):
+        label(axis, speed, place, f"{speed:.1f}x", "0.2")
+    axis.axvline(1, color="0.6", lw=1)
+    axis.set(yticks=range(len(speeds)), yticklabels=speeds, xlabel="times as fast as the fastest dense form", **titles)
+    axis.tick_params(axis="y", labelsize=8)
+    axis.invert_yaxis()
+
+
+def intervals(axis: Axes, rows: dict[str, dict[str, float]], at: float = 0.0, **titles) -> None:
+    """Shares with their 95 % intervals (mean, low, high), one named line each, the first at the top, and a line to hold them to."""
     for place, (name, found) in enumerate(rows.items()):
         axis.plot([found["low"], found["high"]], [place, place], color=sns.color_palette("colorblind")[0])
         axis.plot(found["mean"], place, "o", ms=4, color=sns.color_palette("colorblind")[0])
-    axis.axvline(0, color="0.6", lw=1)
+    axis.axvline(at, color="0.6", lw=1)
     axis.set(yticks=range(len(rows)), yticklabels=rows, **titles)
     axis.tick_params(axis="y", labelsize=8)
     axis.invert_yaxis()

