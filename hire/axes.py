@@ -34,6 +34,7 @@ __all__ = [
     "Hidden",
     "Indices",
     "Int",
+    "Int8",
     "Key",
     "Queries",
     "Rows",

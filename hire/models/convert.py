@@ -1,6 +1,6 @@
 """A dense model in its HiRE form: the same weights, searched instead of read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from flax import nnx
@@ -10,6 +10,7 @@ from hire.distributed import Axis
 from hire.estimators import Quantized
 from hire.ffn import HireFFN
 from hire.models.decoder import Decoder, TiedSoftmax
+from hire.models.keys import KeySearch, SearchedAttention
 from hire.softmax import HireSoftmax
 
 
@@ -28,13 +29,20 @@ class SearchedFFN(nnx.Module):
 
 
 def convert(
-    model: Decoder, *, softmax: HireSoftmax | None = None, ffn: Sequence[HireFFN] | None = None, together: int = 1
+    model: Decoder,
+    *,
+    softmax: HireSoftmax | None = None,
+    ffn: Sequence[HireFFN] | None = None,
+    keys: Mapping[int, KeySearch] | None = None,
+    together: int = 1,
 ) -> Decoder:
-    """The model with its softmax searched by `softmax` (dense for None) and its FFNs, one a layer, by `ffn` (as is for None).
+    """The model with its softmax searched by `softmax` (dense for None), its FFNs, one a layer, by `ffn`, and in every step the keys
+    of the layers that `keys` names, which attend to the whole context (both as is for None).
 
     In prefill every `together` consecutive tokens of a text are one call of a shared FFN, as when they are verified together. The
     other weights are the given model's, not copies. Raises ValueError when the softmax was fitted to other rows than this model's
-    embedding, or when the FFNs are not one a layer, of its width; prefill does when a text is no multiple of `together` tokens.
+    embedding, when the FFNs are not one a layer, of its width, or for a search of keys of another layer or width; prefill does when
+    a text is no multiple of `together` tokens.
     """
     converted = nnx.merge(*nnx.split(model))
     converted.softmax = None
@@ -52,4 +60,15 @@ def convert(
             raise ValueError(f"FFNs of widths {widths}: expected {model.config.layers}, one a layer, of width {model.config.width}")
         for block, searched in zip(converted.blocks, ffn, strict=True):
             block.ffn = SearchedFFN(searched, together)
+    for layer, search in (keys or {}).items():
+        known = [each for each in range(model.config.layers) if model.config.is_global(each)]
+        if layer not in known:
+            raise ValueError(f"keys of layer {layer}: expected one of {known}, the layers that attend to the whole context")
+        if search.width != model.config.head_width:
+            raise ValueError(
+                f"keys of width {search.width}: expected {model.config.head_width}, that of the model's heads; fit again"
+            )
+        block = converted.blocks[layer]
+        dense = block.attention.dense if isinstance(block.attention, SearchedAttention) else block.attention
+        block.attention = SearchedAttention(dense, search)
     return converted

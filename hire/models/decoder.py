@@ -7,6 +7,7 @@ has one contiguous row in every matrix of the FFN. Norms, positions and softmax 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from hire.topk import TopK, exact_top_k, group_scores, keep_groups
 module_list = getattr(nnx, "List", list)  # flax before 0.12 tracks plain lists and has no nnx.List
 
 KeysOrValues = Float[Array, "b s n e"]
+BLOCK = 512  # queries of a long text that attend at a time
 
 
 @jax.tree_util.register_dataclass
@@ -50,10 +52,10 @@ class TiedSoftmax:
 @dataclass(frozen=True)
 class Cache:
     """Keys and values (b, slots, n, e) of every layer, and how many slots hold a token. A local layer has slots for its
-    window only, as a ring.
+    window only, as a ring; one that is searched keeps its keys as hire.models.keys.Keys.
     """
 
-    keys: tuple[Float[Array, "b _ n e"], ...]
+    keys: tuple[Any, ...]
     values: tuple[Float[Array, "b _ n e"], ...]
     length: Int[Array, ""] | int  # a plain int between steps, so that no check has to wait for the device
     slots: int = field(metadata=dict(static=True))
@@ -183,11 +185,32 @@ class Attention(nnx.Module):
     def whole(self, x: Hidden, slots: int):
         """Attention within a text that starts at position 0; also keys and values as a cache of so many slots holds them."""
         b, t, _ = x.shape
-        positions = jnp.arange(t)
-        queries, keys, values = self.project(x, positions)
-        age = positions[:, None] - positions[None, :]
-        mixed = attend(queries, (keys, values, (age >= 0) & (age < self.window)))
+        queries, keys, values = self.project(x, jnp.arange(t))
+        mixed = self.causal(queries, keys, values)
         return mix(mixed.reshape(b, t, -1), self.output), self.stored(keys, slots), self.stored(values, slots)
+
+    def causal(
+        self, queries: Float[Array, "b t h e"], keys: Float[Array, "b t n e"], values: Float[Array, "b t n e"]
+    ) -> Float[Array, "b t h e"]:
+        """Every position attends to its window. Queries of a long text go block by block, each over the span of keys that it can
+        see: the scores of all, 1 GB for 4 heads of 8K tokens, are never held.
+        """
+        b, t, *each = queries.shape
+        size = min(t, BLOCK)
+        span = min(t, size + self.window)
+
+        def block(start: Int[Array, ""], queries: Float[Array, "b _ h e"]) -> Float[Array, "b _ h e"]:
+            first = jnp.clip(start + size - span, 0, t - span)
+            near = [jax.lax.dynamic_slice_in_dim(part, first, span, axis=1) for part in (keys, values)]
+            positions = jnp.minimum(start + jnp.arange(size), t - 1)  # what fills the last block up sees what the last token does
+            age = positions[:, None] - (first + jnp.arange(span))[None]
+            return attend(queries, (near[0], near[1], (age >= 0) & (age < self.window)))
+
+        if size == t:
+            return block(jnp.asarray(0), queries)
+        blocks = jnp.pad(queries, ((0, 0), (0, -t % size), (0, 0), (0, 0))).reshape(b, -1, size, *each).swapaxes(0, 1)
+        mixed = jax.lax.map(lambda part: block(*part), (jnp.arange(0, t, size), blocks))
+        return mixed.swapaxes(0, 1).reshape(b, -1, *each)[:, :t]
 
     def stored(self, entries: Float[Array, "b t n e"], slots: int) -> KeysOrValues:
         """Position p in slot p mod `slots`; only the last `slots` positions are kept."""
@@ -202,17 +225,24 @@ class Attention(nnx.Module):
         It attends to what the cache held and to itself as two parts: XLA copies a cache that is read after writing.
         """
         queries, key, value = self.project(x[:, None], length[None])
-        slots = keys.shape[1]
-        slot = length % slots
-        held = length - 1 - (slot - 1 - jnp.arange(slots)) % slots  # the position that each slot holds, negative if none yet
-        seen = ((held >= 0) & (length - held < self.window))[None]
-        mixed = attend(queries, (keys, values, seen), (key, value, jnp.ones((1, 1), bool)))
-        # What is written depends on what was read, so that XLA sees the reading end before the writing begins, and copies nothing.
-        after = 0 * mixed.reshape(-1)[0]
-        key, value = key + after, value + after
-        keys = jax.lax.dynamic_update_slice_in_dim(keys, key, slot, axis=1)
-        values = jax.lax.dynamic_update_slice_in_dim(values, value, slot, axis=1)
-        return mix(mixed.reshape(x.shape[0], -1), self.output), keys, values
+        mixed = attend(queries, (keys, values, self.seen(keys.shape[1], length)), (key, value, jnp.ones((1, 1), bool)))
+        key, value = after(mixed, key), after(mixed, value)
+        return mix(mixed.reshape(x.shape[0], -1), self.output), written(keys, key, length), written(values, value, length)
+
+    def seen(self, slots: int, length: Int[Array, ""]) -> Bool[Array, "1 s"]:
+        """Which of so many slots hold a position that the token at position `length` attends to."""
+        held = length - 1 - (length % slots - 1 - jnp.arange(slots)) % slots  # the position in each slot, negative if none yet
+        return ((held >= 0) & (length - held < self.window))[None]
+
+
+def after(read: Array, entry: Float[Array, "b 1 n e"]) -> Float[Array, "b 1 n e"]:
+    """An entry that depends on what was read, so that XLA sees the reading end before it is written, and copies nothing."""
+    return entry + 0 * read.reshape(-1)[0]
+
+
+def written(cache: Array, entry: Array, length: Int[Array, ""]) -> Array:
+    """A cache (b, s, …) with the entry (b, 1, …) of position `length` in its slot."""
+    return jax.lax.dynamic_update_slice_in_dim(cache, entry, length % cache.shape[1], axis=1)
 
 
 class FFN(nnx.Module):
@@ -247,8 +277,8 @@ class Block(nnx.Module):
     """Attention, then FFN, each between two norms and added to its input."""
 
     def __init__(self, config: DecoderConfig, layer: int, dtype, rngs: nnx.Rngs):
-        self.attention = Attention(config, layer, dtype, rngs)
-        # convert puts a search in its place, and the lab what it wants to look at
+        # convert puts a search in their place, and the lab what it wants to look at
+        self.attention: Any = Attention(config, layer, dtype, rngs)
         self.ffn: Callable[[jax.Array], jax.Array] = FFN(config, layer, dtype, rngs) if config.ffn_width else jnp.zeros_like
         self.attention_norm = RMSNorm(config.width, dtype)
         self.post_attention_norm = RMSNorm(config.width, dtype)

@@ -1,0 +1,167 @@
+"""Attention that searches its keys: by hand, against dense attention, while the cache grows, and on the lab's path."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hire
+from hire.models import Decoder, decoder, preset
+from hire.models.decoder import Attention
+from hire.models.generation import Split, compiled_step, prefill, step
+from hire.models.keys import Keys, KeySearch, SearchedAttention
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def fitted(candidates, rank=16, width=16):
+    return KeySearch.fit(normal(90, width), normal(60, width, seed=1), rank, candidates=candidates)
+
+
+def texts(rng, batch, length):
+    return jnp.asarray(rng.integers(3, 300, (batch, length)), jnp.int32)
+
+
+@functools.cache
+def toy(kv_heads=2):
+    return Decoder(preset("tiny", vocabulary=300, layers=2, global_every=2, kv_heads=kv_heads), rngs=nnx.Rngs(0))
+
+
+def test_two_keys_by_hand():
+    # Keys (1, 0) and (0, 1), one candidate. Weights: 3 of the candidate, 1 of the token itself, 1 of the other key, which stands at
+    # the mean of both values: (3 (1, 0) + 1 (0, 0) + 1 (1/2, 1/2)) / 5. The third slot holds none, whatever is in it.
+    search = KeySearch(jnp.eye(2), jnp.eye(2), candidates=1)
+    rows, values = jnp.asarray([[1.0, 0.0], [0.0, 1.0], [9.0, 9.0]]), jnp.asarray([[1.0, 0.0], [0.0, 1.0], [7.0, 7.0]])
+    codes = jnp.asarray([[127, 0], [0, 127], [127, 127]], jnp.int8)
+    keys = Keys(rows, codes, jnp.asarray([1.0, 1.0, 9.0]) / 127, jnp.asarray([[1.0, 1.0]]))
+    x = jnp.asarray([[2**0.5 * np.log(3), 0.0]], jnp.float32)
+    nothing = jnp.zeros(2)
+    chosen, others = search.found(x, keys, jnp.asarray(2))
+    assert chosen.tolist() == [0]
+    assert jnp.exp(others) == pytest.approx(1.0, abs=1e-6)
+    np.testing.assert_allclose(search.attend(x, keys, values, nothing, nothing, jnp.asarray(2)), [[0.7, 0.1]], atol=1e-6)
+
+
+def test_a_full_rank_estimate_is_the_score_and_a_lower_one_spends_its_rank_on_the_queries():
+    keys, queries = normal(90, 16), normal(60, 16, seed=1) * jnp.asarray([10.0] * 4 + [0.1] * 12)[None]
+    off = []
+    for rank in (4, 16):
+        search = KeySearch.fit(keys, queries, rank, candidates=1)
+        estimated = (queries @ search.projection.T) @ (keys @ search.mixing).T
+        off.append(float(jnp.abs(estimated - queries @ keys.T).mean() / jnp.abs(queries @ keys.T).mean()))
+    assert off[0] < 0.05 and off[1] < 1e-5
+
+
+@functools.cache
+def steps(heads, kv_heads, slots=24):
+    """One step by dense and by searched attention, every slot a candidate, after `length` of the tokens x."""
+    config = preset("tiny", layers=1, global_every=1, heads=heads, kv_heads=kv_heads)
+    dense = Attention(config, 0, jnp.float32, nnx.Rngs(0))
+    searched = SearchedAttention(dense, fitted(slots, rank=5))
+
+    @jax.jit
+    def both(x, token, length):
+        _, keys, values = dense.whole(x, slots)  # what the slots from `length` on hold counts for nothing
+        held = jnp.where((jnp.arange(slots) < length)[None, :, None, None], values, 0)
+        theirs, ours = (
+            dense.step(token, keys, values, length),
+            searched.step(token, searched.search.copied(keys, held), values, length),
+        )
+        return (*theirs, ours[0], ours[1].rows, ours[2])
+
+    return both
+
+
+@given(st.sampled_from([(1, 1), (4, 1), (4, 2)]), st.integers(1, 23), st.integers(0, 99))
+def test_with_every_key_a_candidate_a_step_is_dense_attention(heads, length, seed):
+    parts = steps(*heads)(normal(2, 24, 64, seed=seed), normal(2, 64, seed=seed + 1), jnp.asarray(length))
+    for ours, theirs in zip(parts[3:], parts[:3], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_cache_that_grows_is_that_of_the_whole_text(rng):
+    model = Split.of(hire.convert(toy(), keys={1: fitted(24)}))
+    tokens = texts(rng, 2, 24)
+    _, whole = prefill(model, tokens, 32, 4)
+    _, cache = prefill(model, tokens[:, :18], 32, 4)
+    for position in range(18, 24):  # no more keys than candidates: exact
+        _, cache = step(model, tokens[:, position], cache, 4)
+    for ours, theirs in zip(jax.tree.leaves(cache.keys[1]), jax.tree.leaves(whole.keys[1]), strict=True):
+        np.testing.assert_allclose(ours.astype(jnp.float32), theirs.astype(jnp.float32), atol=1 if ours.dtype == jnp.int8 else 1e-4)
+
+
+def test_generation_is_dense_while_all_keys_are_candidates(rng):
+    tokens = texts(rng, 2, 30)
+    model = hire.convert(toy(), keys={1: fitted(64)})
+    assert (hire.generate(model, tokens, new_tokens=8) == hire.generate(toy(), tokens, new_tokens=8)).all()
+    again = hire.convert(model, keys={1: fitted(24)}).blocks[1].attention  # in place of the other search
+    assert isinstance(again.dense, Attention) and again.search.candidates == 24
+
+
+def test_a_step_is_given_its_cache_to_keep(unchecked, rng):
+    model = hire.convert(toy(1), keys={1: fitted(16)})
+    parts = Split.of(model)
+    _, cache = prefill(parts, texts(rng, 1, 8), 400, 4)
+    compiled = compiled_step.lower(parts, jnp.zeros((1,), jnp.int32), cache, 4).compile()
+    assert compiled.memory_analysis().alias_size_in_bytes >= sum(
+        leaf.nbytes for leaf in jax.tree.leaves((cache.keys, cache.values))
+    )
+    program = compiled.as_text()
+    entry = program[program.index("ENTRY") :]
+    copied = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", entry)]
+    assert max(copied, default=0) < 400 * 16
+
+
+def test_bytes_by_hand():
+    attention = hire.convert(toy(), keys={1: fitted(32, rank=8)}).blocks[1].attention
+    # Two heads of 100 keys: 8 codes and a scale each, the mean of the values, 32 keys and values; projection and mixing.
+    assert attention.bytes_read(100) == 2 * (100 * (8 + 4) + 16 * 4 + 2 * 32 * 16 * 4) + 2 * 8 * 16 * 4
+    assert attention.bytes_read(100, itemsize=2) == 2 * (100 * (8 + 4) + 16 * 4 + 2 * 32 * 16 * 2) + 2 * 8 * 16 * 4
+
+
+@pytest.mark.parametrize("length, window", [(8, 16), (37, 16), (37, 3), (48, 512)])
+def test_a_long_text_attends_block_by_block_as_at_once(monkeypatch, length, window):
+    attention = Attention(preset("tiny", window=window), 0, jnp.float32, nnx.Rngs(0))
+    parts = normal(2, length, 4, 16), normal(2, length, 2, 16, seed=1), normal(2, length, 2, 16, seed=2)
+    expected = attention.causal(*parts)
+    monkeypatch.setattr(decoder, "BLOCK", 8)
+    np.testing.assert_allclose(attention.causal(*parts), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: fitted(0), "candidates = 0: expected a whole number from 1"),
+        (lambda: fitted(4, rank=17), "rank = 17: expected a whole number from 1 to 16"),
+        (
+            lambda: KeySearch.fit(normal(20, 16), normal(9, 8), 4, candidates=4),
+            r"calibration of shape \(9, 8\): expected \(n, 16\)",
+        ),
+        (lambda: hire.convert(toy(), keys={0: fitted(4)}), r"keys of layer 0: expected one of \[1\]"),
+        (lambda: hire.convert(toy(), keys={1: fitted(4, 8, width=8)}), "keys of width 8: expected 16"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused(unchecked, call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_the_study_tells_what_a_search_and_the_latest_tokens_lose(rng):
+    from hire.lab.keys import study
+    from hire.models import TextModel
+    from hire.models.tokenizer import byte_tokenizer
+
+    windows, subject = np.asarray(texts(rng, 3, 120)), TextModel(toy(1), byte_tokenizer(), "random weights")
+    (told,) = study(subject, windows[:1], windows[1:], {120: [(16, 120), (16, 20)]}, 8).values()
+    whole, some = told["LR 16 k'=120"], told["LR 16 k'=20"]
+    assert abs(whole["lost"]["mean"]) < 1e-5 and whole["kept"] == pytest.approx(1.0, abs=1e-5) and whole["recall"] == 1.0
+    assert 0 < some["kept"] < 1 and some["recall"] < 1 and some["bytes"] < whole["bytes"]
+    assert told["latest"]["lost"]["n"] == 16
