@@ -148,5 +148,5 @@ def promises(rows: Rows, tuned: Tuned, copies: dict[str, Estimator], kinds: dict
     best, found = {kind: true_top_k(rows, states.hidden, k) for kind, states in kinds.items()}, {}
     for name, (choice, _) in tuned.every.items():
         softmax = HireSoftmax(rows, copies[name], k, choice.candidates)
-        found[name] = {kind: judge(softmax, states, best[kind], 1)["recall"] for kind, states in kinds.items()}
+        found[name] = {kind: judge(softmax, states, best[kind])["recall"] for kind, states in kinds.items()}
     return found

@@ -14,8 +14,8 @@ ROOMS = {  # room -> (files, lines)
     "algorithm": ("hire/*.py", 1200),
     "models": ("hire/models/*.py", 900),
     "kernels": ("hire/kernels/*.py", 700),
-    # 1,600 before training, the lab of TPU programs (550 lines), the ladder, several chips (270), quality (430) and what lies beyond
-    # the paper (270) came to it
+    # 1,600 before training, the lab of TPU programs (550 lines), the ladder, several chips (270), quality (430) and what lies
+    # beyond the paper (270) came to it
     "lab": ("hire/lab/*.py", 3450),
     "tests": ("tests/*.py", 4000),
 }

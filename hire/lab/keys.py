@@ -15,7 +15,7 @@ from hire.estimators import product, row_scores
 from hire.lab import records
 from hire.lab.evaluation import States, losses, points, windows
 from hire.lab.paths import RECORDS
-from hire.lab.text import KINDS, Document, documents
+from hire.lab.text import Document, documents
 from hire.models import Cache, Decoder, TextModel, load_gemma
 from hire.models.keys import Keys, KeySearch, SearchedAttention
 
@@ -43,11 +43,6 @@ def projections(graph: nnx.GraphDef, state: nnx.State, tokens: Tokens) -> list[t
     return seen
 
 
-def whole_layers(model: Decoder) -> list[int]:
-    """The layers that attend to the whole context."""
-    return [layer for layer in range(model.config.layers) if model.config.is_global(layer)]
-
-
 def seen_by(model: Decoder, windows: np.ndarray, layers: Sequence[int], parts: slice) -> list[tuple[np.ndarray, ...]]:
     """Some parts of the `projections` of some layers for windows (w, t), computed one after the other, in numpy."""
     every = []
@@ -59,7 +54,7 @@ def seen_by(model: Decoder, windows: np.ndarray, layers: Sequence[int], parts: s
 
 def fitted(model: Decoder, windows: np.ndarray) -> Callable[[int, int], dict[int, KeySearch]]:
     """rank, candidates -> the search of every layer of the whole context, fitted to what it projects of windows (w, t)."""
-    layers = whole_layers(model)
+    layers = model.config.global_layers
     seen = [[part.reshape(-1, part.shape[-1]) for part in layer] for layer in seen_by(model, windows, layers, slice(2))]
 
     def searches(rank: int, candidates: int) -> dict[int, KeySearch]:
@@ -153,9 +148,8 @@ def study(
                 keys[layer] = each.copied(keys[layer], cache.values[layer])
             ours, judged = nats(form, replace(cache, keys=tuple(keys)))
             recall, kept = np.mean(judged, axis=(0, 2, 3, 4, 5)).tolist()
-            told[f"LR {rank} k'={candidates}"] = (
-                against(ours, exact, owner) | shares(form, context) | dict(recall=recall, kept=kept)
-            )
+            judgement = shares(form, context) | dict(recall=recall, kept=kept)
+            told[f"LR {rank} k'={candidates}"] = against(ours, exact, owner) | judgement
         latest = int(context * next(part["bytes"] for part in told.values() if "bytes" in part))
         told["latest"] = against(nats(model, cache, latest - SINKS)[0], exact, owner) | dict(bytes=latest / context)
         print(*(f"{context} tokens, {name}: {part}" for name, part in told.items()), sep="\n", flush=True)
@@ -193,20 +187,12 @@ def prices(by_context: dict[str, dict]) -> dict[str, dict]:
 
 def judge_keys(length: int = 8192, each: int = 2, new: int = 128) -> None:
     """Gemma 3 270M, the keys of its three layers of the whole context searched, at contexts from 1K to 8K tokens, as a record."""
-    gemma, kinds = load_gemma(), [kind for kind in KINDS if not kind.startswith("scripture")]
+    gemma, kinds = load_gemma(), ["speech", "novel", "commentary"]
     fitted_to = long_windows(gemma, "calibration", ["speech", "commentary"], length, 1)
     settings = {context: [(96, context * 5 // 64)] for context in (length // 8, length // 4, length // 2, length)}
     settings[length] += [(64, length // 16), (96, length // 8)]
     found = study(gemma, fitted_to, long_windows(gemma, "evaluation", kinds, length, each), settings, new)
-    setting = dict(length=length, texts=each * len(kinds), new=new, k=K, sinks=SINKS, layers=whole_layers(gemma.model))
+    setting = dict(length=length, texts=each * len(kinds), new=new, k=K, sinks=SINKS, layers=gemma.model.config.global_layers)
     results = {f"{context} tokens": told for context, told in found.items()}
-    records.write(
-        RECORDS,
-        "keys",
-        "keys/contexts",
-        kind="measured",
-        weights=gemma.stored,
-        setting=setting,
-        results=results,
-        command="make keys",
-    )
+    facts: dict = dict(weights=gemma.stored, setting=setting, results=results, command="make keys")
+    records.write(RECORDS, "keys", "keys/contexts", kind="measured", **facts)

@@ -57,6 +57,11 @@ class DecoderConfig:
         return (layer + 1) % self.global_every == 0
 
     @property
+    def global_layers(self) -> list[int]:
+        """The layers that attend to the whole context."""
+        return [layer for layer in range(self.layers) if self.is_global(layer)]
+
+    @property
     def groups(self) -> int:
         """Groups of neurons in an FFN."""
         return self.ffn_width // self.group_size

@@ -36,7 +36,7 @@ def convert(
     keys: Mapping[int, KeySearch] | None = None,
     together: int = 1,
 ) -> Decoder:
-    """The model with its softmax searched by `softmax` (dense for None), its FFNs, one a layer, by `ffn`, and at every step the
+    """The model with its softmax searched by `softmax` (dense for None), its FFNs, one a layer, by `ffn`, and in every step the
     keys of the layers that `keys` names, which attend to the whole context (both as is for None).
 
     In prefill every `together` consecutive tokens of a text are one call of a shared FFN, as when they are verified together. The
@@ -61,9 +61,10 @@ def convert(
         for block, searched in zip(converted.blocks, ffn, strict=True):
             block.ffn = SearchedFFN(searched, together)
     for layer, search in (keys or {}).items():
-        known = [each for each in range(model.config.layers) if model.config.is_global(each)]
-        if layer not in known:
-            raise ValueError(f"keys of layer {layer}: expected one of {known}, the layers that attend to the whole context")
+        if layer not in model.config.global_layers:
+            raise ValueError(
+                f"keys of layer {layer}: expected one of {model.config.global_layers}, the layers that attend to the whole context"
+            )
         if search.width != model.config.head_width:
             raise ValueError(
                 f"keys of width {search.width}: expected {model.config.head_width}, that of the model's heads; fit again"

@@ -22,9 +22,7 @@ from hire.topk import check_count
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Keys:
-    """Cached keys (b, s, n, e) of a searched layer, or (s, e) of one text and head; the int8 factors of each; the sum of all
-    values.
-    """
+    """Cached keys (b, s, n, e) of a searched layer, or (s, e) of one text and head; the factors of each; the sum of all values."""
 
     rows: Float[Array, "*s e"]
     codes: Int8[Array, "*s r"]
