@@ -20,7 +20,7 @@ from hire.topk import TopK, best_winners, bucket_keys, bucket_winners, exact_top
 
 SAFE = 1 + 1e-4  # lengths are themselves computed in float32
 ORDER = 2.0**-24  # of one rounding
-DEPTH, PER_BUCKET = 256, 3  # where more of the best share a bucket a proof is lost, which is rare
+DEPTH, PER_BUCKET = 128, 4  # where more of the best share a bucket a proof is lost, which is rare
 
 
 class Certified(NamedTuple):
@@ -78,7 +78,7 @@ def scores_by_halves(x: Queries, rows: Float[Array, "b c d"]) -> Float[Array, "b
 def nominated(reached: Scores, candidates: int) -> tuple[Indices, Float[Array, " b"]]:
     """The rows (b, k') that reach highest, but for some that share a bucket, and what the others (b,) reach at most."""
     m = reached.shape[1]
-    depth = max(1, min(DEPTH, m * PER_BUCKET // candidates))
+    depth = max(1, min(DEPTH, m * PER_BUCKET // (candidates + 1)))
     buckets = -(-m // depth)
     keys, depth = bucket_keys(reached, buckets), -(-m // buckets)
     winners = bucket_winners(keys, PER_BUCKET + 1)

