@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("compiler", help="install the TPU compiler that goes with this jax")
     commands.add_parser("v5e", help="estimate the headline and the published programs for a TPU v5e, as records")
     commands.add_parser("questions", help="Gemma on multiple-choice sets and a cloze, exact and searched, as a record")
+    commands.add_parser("fits", help="recall of fitted copies by queries, ridge and kind of text, as a record")
     commands.add_parser("keys", help="Gemma at long contexts with its keys searched, as a record")
     commands.add_parser("size", help="lines of code by room against their budget")
     train = commands.add_parser("train", help="train a model and keep what came of it")
@@ -89,6 +90,10 @@ def run(chosen: argparse.Namespace) -> int:
         from hire.lab.tasks import judge_questions
 
         judge_questions()
+    elif chosen.command == "fits":
+        from hire.lab.beyond import judge_fits
+
+        judge_fits()
     elif chosen.command == "keys":
         from hire.lab.keys import judge_keys
 
