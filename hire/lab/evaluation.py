@@ -17,6 +17,7 @@ from hire.ffn import HireFFN
 from hire.lab.text import Document
 from hire.models import Decoder, TextModel, convert, generate
 from hire.sampling import sampling_probabilities
+from hire.search import Cascade
 from hire.softmax import HireSoftmax
 from hire.topk import TopK, bucketed_top_k, exact_top_k, expected_recall, expected_recall_top1, recall
 
@@ -301,6 +302,19 @@ def against(ours: Told, exact: Told, documents: np.ndarray) -> dict:
         variation=points(apart, np.zeros(len(apart)), documents),
         **{name: rate(np.asarray(values, np.float64), documents) for name, values in kept.items()},
     )
+
+
+def softmaxes_of(rows: Rows, seen: Queries, k: int, settings: Sequence[Sequence[int]]) -> dict[str, HireSoftmax]:
+    """Softmaxes by name: each by an int8 low-rank copy (its rank, k') that is fitted to the hidden states that were `seen`, or by a
+    cascade of one and int8 rows (rank, k', what it keeps for those).
+    """
+    found = {}
+    for rank, candidates, *kept in settings:
+        copy = LowRank.fit(rows, rank, calibration=seen, bits=8)
+        name = f"LR {rank} k'={candidates}" + "".join(f" of {most}" for most in kept)
+        estimator = Cascade((copy, Quantized.fit(rows, 8)), tuple(kept)) if kept else copy
+        found[name] = HireSoftmax(rows, estimator, k, candidates)
+    return found
 
 
 def in_every_form(rows: Rows, seen: Queries, rank: int, k: int, candidates: int) -> dict[str, HireSoftmax]:
