@@ -72,7 +72,7 @@ bench: $(STAMP)  ## latency of softmax and decode step, dense against HiRE: a ta
 distributed: $(STAMP)  ## DA-TOP-k on four processes of this machine against gathering all scores: one table
 	@$(LAB) distributed
 
-questions: $(STAMP)  ## Gemma on multiple-choice sets and a cloze, exact and searched, about 6 minutes, as a record
+questions: $(STAMP)  ## Gemma on multiple-choice sets and a cloze, exact and searched, about 10 minutes, as a record
 	@$(LAB) questions
 
 fits: $(STAMP)  ## how many queries a copy is fitted to, how, and to which text, as a record, about 4 minutes

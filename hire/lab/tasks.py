@@ -176,7 +176,7 @@ def pooled(ours: Sequence[dict], theirs: Sequence[dict]) -> dict:
     return points(right, before, np.asarray(owners))
 
 
-def judge_questions(limit: int = 300, k: int = 32, headline: Sequence[int] = (104, 64, 6144)) -> None:
+def judge_questions(limit: int = 1000, k: int = 32, headline: Sequence[int] = (104, 64, 6144)) -> None:
     """Gemma 3 270M, exact and by HiRE-Softmax, on more questions than notebook 10 has minutes for, as a record."""
     gemma = load_gemma()
     fitted_to = collect(gemma.model, *windows(gemma, documents("calibration")[::2], 128, 3), skip=4)
