@@ -188,10 +188,11 @@ def test_a_target_is_met_missed_or_without_a_record(monkeypatch):
         dict(id="c", what="w", record="none", field="results.x", at_most=1),
     ]
     monkeypatch.setattr(scorecard, "load", lambda name: {"targets": targets})
-    monkeypatch.setattr(records, "read", lambda: [dict(id="r", results=dict(x=dict(low=0.7)))])
+    monkeypatch.setattr(records, "read", lambda: [dict(id="r", commit="0000000", results=dict(x=dict(low=0.7)))])
     table, good = scorecard.verify()
     assert [line.split()[-1] for line in table.split("\n")[:1]] == ["met"] and not good
     assert "NOT MET: no reason stated" in table and "no record" in table
+    assert "1 records made at 0000000, such as r; changed since: not in this history" in table
     for target in targets:
         target["reason"] = "too slow here"
     assert scorecard.verify()[1]

@@ -6,6 +6,7 @@ use: it is ours.
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,11 @@ from hire.topk import check_count
 class Keys:
     """Cached keys (b, s, n, e) of a searched layer, or (s, e) of one text and head; the factors of each; the sum of all values."""
 
-    rows: Float[Array, "*s e"]
-    codes: Int8[Array, "*s r"]
-    scale: Float[Array, "*s"]
-    total: Float[Array, "*one e"]
+    # Any, since jax 0.7 builds it around placeholders when it maps over heads.
+    rows: Float[Array, "*s e"] | Any
+    codes: Int8[Array, "*s r"] | Any
+    scale: Float[Array, "*s"] | Any
+    total: Float[Array, "*one e"] | Any
 
 
 @jax.tree_util.register_dataclass
