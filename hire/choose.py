@@ -4,14 +4,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import NormalDist
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hire.axes import AnyArray, Array, Float, Int, Queries, Rows
 from hire.estimators import Estimator, row_nbytes, row_scores
-from hire.search import check_fitted, check_search, most_pooled, pool
+from hire.search import Cascade, check_fitted, check_search, most_pooled, pool
 from hire.topk import TopK, exact_top_k
 
 BATCH = 256  # queries scored at once: 256 x 262,144 float32 scores are 268 MB
@@ -104,7 +104,11 @@ def tune(
         def found(candidates: int) -> np.ndarray:
             return means(np.mean(depths <= candidates, axis=1), documents)
 
-        low, high = k, rows.shape[0]  # the recall seen grows with k', so a bisection finds the smallest
+        most = estimator.kept[-1] if isinstance(estimator, Cascade) else rows.shape[0]
+        if fresh_bound(found(most), each) < recall:
+            reached = fresh_bound(found(most), each)
+            raise ValueError(f"a cascade that keeps {most}: promises a recall of {reached:.4f} at most, not {recall}; keep more")
+        low, high = k, most  # the recall seen grows with k', so a bisection finds the smallest
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if fresh_bound(found(middle), each) >= recall else (middle + 1, high)
@@ -178,7 +182,11 @@ def true_top_k(rows: Rows, queries: Queries, k: int) -> TopK:
 
 @jax.jit
 def estimated_scores(estimator: Estimator, x: Queries) -> tuple[Float[Array, "b m"], Float[Array, "b m"]]:
-    """Estimated scores of every row, and of the pool alone."""
+    """Estimated scores of every row that can be nominated, and of those that the search by buckets sees alone."""
+    if isinstance(estimator, Cascade):  # which takes no buckets of what its last one sees
+        *_, (chosen, better) = estimator.levels(x)
+        scores = jnp.full((len(x), estimator.shape[0]), -jnp.inf).at[jnp.arange(len(x))[:, None], chosen].set(better)
+        return scores, scores
     scores = estimator.scores(x)
     return scores, pool(scores)
 
@@ -208,27 +216,3 @@ def depths(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def batches(queries, size: int = BATCH):
     """Slices of at most `size` queries."""
     return [queries[start : start + size] for start in range(0, len(queries), size)]
-
-
-def mean_bound(values: np.ndarray, documents: Sequence | np.ndarray | None = None, confidence: float = 0.95) -> float:
-    """One-sided lower confidence bound of the mean of values (n,) in [0, 1].
-
-    Wilson's score bound at the effective number of values: p (1 - p) over the squared standard error, which is
-    taken over documents when they are given (n labels), so that it counts how alike the values of one document are. When every
-    value is 1, as when none is, the effective number is n, the limit of ever rarer, unrelated misses. Approximate (it rests on the
-    normal distribution of a mean over documents), so give it dozens of documents.
-
-    Raises ValueError when documents are not one label a value, or are fewer than two.
-    """
-    values = np.asarray(values, np.float64)
-    _, group = labelled(values, documents)
-    groups, n, mean = group.max() + 1, len(values), values.mean()
-    if groups < 2:
-        raise ValueError(f"{n} values of 1 document: expected at least 2 documents, whose differences give the bound")
-    residuals = np.bincount(group, values - mean)
-    variance = groups / (groups - 1) * np.sum(residuals**2) / n**2
-    effective = min(n, mean * (1 - mean) / variance) if variance > 0 else n
-    z = NormalDist().inv_cdf(confidence)
-    centre = mean + z**2 / (2 * effective)
-    spread = z * np.sqrt(mean * (1 - mean) / effective + z**2 / (4 * effective**2))
-    return float((centre - spread) / (1 + z**2 / effective))

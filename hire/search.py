@@ -1,6 +1,7 @@
 """The algorithm of HiRE: predict with a small copy, then compute exactly what was predicted."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import jax
@@ -13,6 +14,7 @@ from hire.kernels import scores as score_kernel
 from hire.topk import TopK, best_winners, bucket_keys, bucket_winners, bucketed_indices, check_count, exact_top_k
 
 DEPTH, PER_BUCKET = 64, 2  # the best two of every 64 rows are the pool of a k' that is at most half of it
+PER_BUCKET_OF_MANY = 4  # where a better copy still tells them apart
 
 
 def nominate(scores: Scores, candidates: int, per_bucket: int = PER_BUCKET) -> Indices:
@@ -30,7 +32,8 @@ def nominate(scores: Scores, candidates: int, per_bucket: int = PER_BUCKET) -> I
 def foremost(x: Queries, estimator: Estimator, candidates: int, form: str = "auto", per_bucket: int = PER_BUCKET) -> Indices:
     """`nominate` by the estimator's scores of queries (b, d); of a quantized copy a kernel takes both (see `by_form`)."""
     if isinstance(estimator, Cascade):
-        return estimator.stages(x, candidates, form)[-1][0]
+        *_, (chosen, better) = estimator.levels(x, form)
+        return jnp.take_along_axis(chosen, exact_top_k(better, candidates).indices, axis=1)
     rows, buckets = estimator.shape[0], buckets_of(estimator.shape[0])
 
     def plain() -> Array:
@@ -59,7 +62,7 @@ class Cascade:
     """Estimators of the same rows, each better and dearer than the one before: the i-th nominates its kept[i] best to the next.
 
     An Estimator itself, so that every search takes it. Our choice: the paper names low rank and quantization, not one after the
-    other. Raises ValueError unless there is one number kept for each but the last, falling, and all are of the same rows.
+    other. Raises ValueError unless there is one number kept for each but the last, falling, and all are of the same rows, as many.
     """
 
     estimators: tuple[Estimator, ...]
@@ -71,6 +74,8 @@ class Cascade:
         shapes = {tuple(each.shape) for each in self.estimators if hasattr(each, "shape")}  # jax also puts placeholders in
         if len(shapes) > 1:
             raise ValueError(f"estimators of rows {', '.join(map(str, sorted(shapes)))}: expected all to be of the same")
+        for m, _ in shapes:
+            check_count("kept", self.kept[0], 1, m, "the number of rows")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -88,27 +93,36 @@ class Cascade:
         later = (count * each.nbytes // self.shape[0] for count, each in zip(self.kept, self.estimators[1:], strict=True))
         return self.estimators[0].bytes_read(self.kept[0]) + sum(later)
 
-    def stages(self, x: Queries, candidates: int, form: str = "auto") -> list[tuple[Indices, Float[Array, "b c"]]]:
-        """What each estimator but the first passes on, and its scores of it: the last its `candidates` best."""
-        chosen, passed = (
-            foremost(x, self.estimators[0], self.kept[0], form, per_bucket=4),
-            [],
-        )  # since the next one tells them apart
-        for each, count in zip(self.estimators[1:], (*self.kept[1:], candidates), strict=True):
-            best = exact_top_k(each.scores_at(x, chosen), count)
-            chosen = jnp.take_along_axis(chosen, best.indices, axis=1)
-            passed.append((chosen, best.values))
-        return passed
+    def levels(self, x: Queries, form: str = "auto") -> Iterator[tuple[Indices, Float[Array, "b c"]]]:
+        """What each estimator but the first is handed, best first by the one before, and its own scores of that."""
+        chosen = foremost(x, self.estimators[0], self.kept[0], form, PER_BUCKET_OF_MANY)
+        for each, count in zip(self.estimators[1:], (*self.kept[1:], None), strict=True):
+            better = each.scores_at(x, chosen)
+            yield chosen, better
+            if count is not None:
+                chosen = jnp.take_along_axis(chosen, exact_top_k(better, count).indices, axis=1)
 
     def scores(self, x: Queries) -> Float[Array, "b m"]:
-        """Of each row by the last estimator that sees it."""
+        """Of each row by the last estimator that sees it. The rows that one does not see are moved together, by what the lower half
+        of those that it sees lacked before in the sum of their exponentials: as HireSoftmax.words corrects a tail.
+        """
         scores = self.estimators[0].scores(x)
-        for chosen, better in self.stages(x, self.kept[-1]):
-            scores = scores.at[jnp.arange(len(x))[:, None], chosen].set(better)
+        for chosen, better in self.levels(x):
+            half, guessed = chosen.shape[1] // 2, jnp.take_along_axis(scores, chosen, axis=1)
+            lacked, _ = log_ratio(better[:, half:], guessed[:, half:])
+            scores = (scores + lacked[:, None]).at[jnp.arange(len(x))[:, None], chosen].set(better)
         return scores
 
     def scores_at(self, x: Queries, indices: Indices) -> Float[Array, "b c"]:
         return self.estimators[-1].scores_at(x, indices)
+
+
+def log_ratio(exact: Float[Array, "b c"], guessed: Float[Array, "b c"]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+    """Log of the sum of exp(exact) over that of exp(guessed), and its sampling error, the rows being a weighted sample."""
+    weights = jax.nn.softmax(guessed, axis=1)
+    ratio = jax.nn.logsumexp(exact, axis=1) - jax.nn.logsumexp(guessed, axis=1)
+    apart = jnp.expm1(exact - guessed - ratio[:, None])
+    return ratio, jnp.sqrt(jnp.sum((weights * apart) ** 2, axis=1))
 
 
 def buckets_of(rows: int) -> int:
@@ -172,6 +186,8 @@ def check_search(rows: Rows | Blocks | Quantized, estimator: Estimator, k: int, 
         raise ValueError(f"estimator of rows {tuple(estimator.shape)}: expected {tuple(rows.shape)}, as the rows are")
     check_count("k", k, 1, rows.shape[0], "the number of rows")
     check_count("candidates", candidates, k, rows.shape[0], "from k to the number of rows")
+    if isinstance(estimator, Cascade):
+        check_count("candidates", candidates, k, estimator.kept[-1], "from k to what the last of the cascade sees")
 
 
 def check_fitted(rows: Rows | Blocks | Quantized, estimator: Estimator) -> None:

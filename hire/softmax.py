@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from hire.axes import AnyArray, Array, Blocks, Float, Int, Queries, Rows
 from hire.distributed import Axis, da_top_k, merged, told_again
 from hire.estimators import Estimator, Quantized, check_form, row_nbytes, row_scores_at
-from hire.search import best_of, check_fitted, check_queries, check_search, high_recall_top_k, nominate
+from hire.search import best_of, check_fitted, check_queries, check_search, high_recall_top_k, log_ratio, nominate
 from hire.topk import TopK
 
 
@@ -142,11 +142,3 @@ class HireSoftmax:
         """Bytes that so many read together, which share the estimator; on all devices of an axis."""
         exact = self.candidates * row_nbytes(self.rows, self.estimator.shape[1])
         return self.estimator.bytes_read(self.candidates) + queries * exact
-
-
-def log_ratio(exact: Float[Array, "b c"], guessed: Float[Array, "b c"]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-    """Log of the sum of exp(exact) over that of exp(guessed), and its sampling error, the rows being a weighted sample."""
-    weights = jax.nn.softmax(guessed, axis=1)
-    ratio = jax.nn.logsumexp(exact, axis=1) - jax.nn.logsumexp(guessed, axis=1)
-    apart = jnp.expm1(exact - guessed - ratio[:, None])
-    return ratio, jnp.sqrt(jnp.sum((weights * apart) ** 2, axis=1))

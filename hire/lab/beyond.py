@@ -74,8 +74,8 @@ def words_as_queries(words: Sequence[str], values: np.ndarray, texts: Sequence[D
     return States(every, np.zeros(len(every), np.int32), np.asarray(names))
 
 
-def copies_of(rows: Rows, fitted_to: Queries, ranks: Sequence[int], cascades: dict[str, Sequence[int]]) -> dict[str, Estimator]:
-    """Copies of rows of every kind, by name; of a cascade to int8 rows its rank and what it keeps for them are given."""
+def copies_of(rows: Rows, fitted_to: Queries, ranks: Sequence[int]) -> dict[str, Estimator]:
+    """Copies of rows of every kind, by name."""
     made: dict[str, Estimator] = {}
     for bits in (8, 4):
         made |= {f"LR {r} int{bits}": hire.LowRank.fit(rows, r, calibration=fitted_to, bits=bits) for r in ranks}
@@ -83,20 +83,19 @@ def copies_of(rows: Rows, fitted_to: Queries, ranks: Sequence[int], cascades: di
     for name, way in dict(SVD="leading", first="first", random="random").items():
         made[f"{name} {middle} int8"] = hire.LowRank.fit(rows, middle, bits=8, directions=way)
     made |= {f"Q int{bits}": hire.Quantized.fit(rows, bits) for bits in (8, 4)}
-    made["Q turned int4"] = hire.LowRank.fit(rows, rows.shape[1], bits=4, directions="random")
-    for name, (rank, kept, *_) in cascades.items():
-        first = hire.LowRank.fit(rows, rank, calibration=fitted_to, bits=8)
-        made[name] = hire.Cascade((first, made["Q int8"]), (kept,))
-    return made
+    return made | {"Q turned int4": hire.LowRank.fit(rows, rows.shape[1], bits=4, directions="random")}
 
 
-def at_recall(rows: Rows, copies: dict, curves: dict, candidates: Sequence[int], k: int, recall: float) -> dict[str, HireSoftmax]:
-    """The search by every copy whose curve reaches a recall, at the smallest k' that does, by name."""
-    enough = {
-        name: [c for c, found in zip(candidates, curve["recall"], strict=False) if found >= recall]
-        for name, curve in curves.items()
-    }
-    return {f"{name} k'={counts[0]}": HireSoftmax(rows, copies[name], k, counts[0]) for name, counts in enough.items() if counts}
+def at_recall(
+    rows: Rows, copies: dict, curves: dict, candidates: Sequence[int], k: int, recall: float
+) -> tuple[dict[str, HireSoftmax], dict[str, float]]:
+    """The search by every copy whose curve reaches a recall, at the smallest k' that does, and the recall there, by name."""
+    searches, found = {}, {}
+    for name, curve in curves.items():
+        for count, reached in [pair for pair in zip(candidates, curve["recall"], strict=True) if pair[1] >= recall][:1]:
+            searches[f"{name} k'={count}"] = HireSoftmax(rows, copies[name], k, count)
+            found[f"{name} k'={count}"] = reached
+    return searches, found
 
 
 @partial(jax.jit, static_argnames=("k", "candidates"))
@@ -132,10 +131,9 @@ def reaching(rows: Rows, hidden: Queries, best: Float[AnyArray, "b k"], bits: in
     """How many rows may reach the last of the true scores `best` (n, k) of each query, were rows kept in so many bits an entry,
     turned at random first or not. A proof must look at all of them. Simulated: copies here pack 4 or 8.
     """
-    turn = jnp.asarray(orthonormal(rows.shape[1], rows.shape[1]), jnp.float32)
-    rows, x, steps = (
-        (rows @ turn, hidden @ turn, 2 ** (bits - 1) - 1) if turned else (rows, jnp.asarray(hidden), 2 ** (bits - 1) - 1)
-    )
+    d, steps = rows.shape[1], 2 ** (bits - 1) - 1
+    turn = jnp.asarray(orthonormal(d, d) if turned else np.eye(d), jnp.float32)
+    rows, x = rows @ turn, hidden @ turn
     scale = jnp.max(jnp.abs(rows), axis=1, keepdims=True) / steps
     kept = jnp.round(rows / scale) * scale
     margin, size = jnp.linalg.norm(rows - kept, axis=1), jnp.linalg.norm(x, axis=1, keepdims=True)
@@ -143,11 +141,11 @@ def reaching(rows: Rows, hidden: Queries, best: Float[AnyArray, "b k"], bits: in
 
 
 def promises(rows: Rows, tuned: Tuned, copies: dict[str, Estimator], kinds: dict[str, States], k: int) -> dict[str, dict]:
-    """The recall of every estimator on every kind of text, at the k' that was chosen for it: name -> kind -> rate."""
+    """The recall of every estimator on every kind of text, at the k' that was chosen for it: "name, kind" -> rate."""
     best, found = {kind: true_top_k(rows, states.hidden, k) for kind, states in kinds.items()}, {}
     for name, (choice, _) in tuned.every.items():
         softmax = HireSoftmax(rows, copies[name], k, choice.candidates)
-        found[name] = {kind: judge(softmax, states, best[kind])["recall"] for kind, states in kinds.items()}
+        found |= {f"{name}, {kind}": judge(softmax, states, best[kind])["recall"] for kind, states in kinds.items()}
     return found
 
 
@@ -179,7 +177,6 @@ def judge_fits(rank: int = 112, candidates: int = 2048, k: int = 32) -> None:
         results[f"fitted to {kind}"] = {other: recall(seen, other) for other in judged} | dict(queries=len(seen))
         print(kind, results[f"fitted to {kind}"], flush=True)
     setting = dict(rank=rank, candidates=candidates, k=k, bits=8, judged={kind: len(hidden) for kind, hidden in judged.items()})
-    print(results["by_count"], results["by_ridge"])
     records.write(
         RECORDS, "fits", "fits", kind="measured", weights=gemma.stored, setting=setting, results=results, command="make fits"
     )

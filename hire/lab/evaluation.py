@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from statistics import NormalDist
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from hire.axes import AnyArray, Array, Bool, Float, Hidden, Int, Queries, Rows, Tokens
-from hire.choose import batches, candidates_needed, mean_bound
+from hire.choose import batches, candidates_needed, labelled
 from hire.estimators import Estimator, LowRank, Quantized, row_scores
 from hire.ffn import HireFFN
 from hire.lab.text import Document
@@ -351,6 +352,30 @@ def compared(
                 ours = told(rows if softmax is None else softmax, states, k)
                 found[f"{layers}, {words}"] = against(ours, exact, own.documents)
     return scores_of(exact, own, texts).summary(), found
+
+
+def mean_bound(values: np.ndarray, documents: Sequence | np.ndarray | None = None, confidence: float = 0.95) -> float:
+    """One-sided lower confidence bound of the mean of values (n,) in [0, 1].
+
+    Wilson's score bound at the effective number of values: p (1 - p) over the squared standard error, which is
+    taken over documents when they are given (n labels), so that it counts how alike the values of one document are. When every
+    value is 1, as when none is, the effective number is n, the limit of ever rarer, unrelated misses. Approximate (it rests on the
+    normal distribution of a mean over documents), so give it dozens of documents.
+
+    Raises ValueError when documents are not one label a value, or are fewer than two.
+    """
+    values = np.asarray(values, np.float64)
+    _, group = labelled(values, documents)
+    groups, n, mean = group.max() + 1, len(values), values.mean()
+    if groups < 2:
+        raise ValueError(f"{n} values of 1 document: expected at least 2 documents, whose differences give the bound")
+    residuals = np.bincount(group, values - mean)
+    variance = groups / (groups - 1) * np.sum(residuals**2) / n**2
+    effective = min(n, mean * (1 - mean) / variance) if variance > 0 else n
+    z = NormalDist().inv_cdf(confidence)
+    centre = mean + z**2 / (2 * effective)
+    spread = z * np.sqrt(mean * (1 - mean) / effective + z**2 / (4 * effective**2))
+    return float((centre - spread) / (1 + z**2 / effective))
 
 
 def rate(values: np.ndarray, documents: np.ndarray) -> dict:

@@ -72,9 +72,10 @@ def bytes_axis(axis: Axes, lowest: float) -> None:
 
 
 def frontier(axis: Axes, curves: dict[str, dict], colors: dict | None = None, **titles) -> None:
-    """Recall against bytes read, a line for each curve of `evaluation.curve`; its name without the rank picks the colour, if none
-    is given in their order. Given titles, also a legend below.
+    """Recall against bytes read, a line for each curve of `evaluation.curve` that gets into sight; its name without the rank picks
+    the colour, if none is given in their order. Given titles, also a legend below.
     """
+    curves = {name: curve for name, curve in curves.items() if max(curve["recall"]) > 0.5}
     families = dict.fromkeys(re.sub(r" \d+", "", name) for name in curves)
     colors = colors or dict(zip(families, sns.color_palette("colorblind"), strict=False))
     for name, curve in curves.items():
@@ -154,17 +155,9 @@ def batch_axes(axis: Axes, batches: Sequence[int]) -> None:
 
 
 def share_lines(
-    axis: Axes,
-    lines: dict[str, tuple],
-    colors: dict | None = None,
-    *,
-    ticks: Sequence = (),
-    decimals: int = 0,
-    across: bool = False,
-    **titles,
+    axis: Axes, lines: dict[str, tuple], colors: dict, *, ticks: Sequence = (), decimals: int = 0, across: bool = False, **titles
 ) -> None:
     """Shares over x, name -> (x, shares), each line labelled at its end. With ticks x doubles; with `across` it is a share, too."""
-    colors = colors or dict(zip(lines, sns.color_palette("colorblind"), strict=False))
     for name, (x, shares) in lines.items():
         axis.plot(x, shares, "o-" if len(x) < 20 else "-", ms=4, color=colors[name])
     if ticks:
@@ -336,13 +329,14 @@ def speed_map(axis: Axes, speed: Callable, placed: dict[str, tuple[float, float]
     label(axis, *told, "the paper's 1.22x, 1.16x and 1.47x,\nif its search read as little as ours", red, offset=(9, 0))
 
 
-def speed_bars(axis: Axes, speeds: dict[str, float], **titles) -> None:
-    """Speed-ups over the fastest dense form, a labelled bar each, the first at the top."""
+def speed_bars(axis: Axes, speeds: dict[str, float], recalls: dict[str, float], **titles) -> None:
+    """Speed-ups over the fastest dense form, each a bar with its recall, the first at the top."""
     axis.barh(range(len(speeds)), list(speeds.values()), color=sns.color_palette("colorblind")[0])
-    for place, speed in enumerate(speeds.values()):
-        label(axis, speed, place, f"{speed:.1f}x", "0.2")
+    for place, (name, speed) in enumerate(speeds.items()):
+        label(axis, max(speed, 1), place, f"{speed:.1f}x, recall {recalls[name]:.4f}", "0.2")
     axis.axvline(1, color="0.6", lw=1)
     axis.set(yticks=range(len(speeds)), yticklabels=speeds, xlabel="times as fast as the fastest dense form", **titles)
+    axis.set_xlim(0, 1.6 * max(speeds.values()))
     axis.tick_params(axis="y", labelsize=8)
     axis.invert_yaxis()
 
