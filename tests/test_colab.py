@@ -26,9 +26,9 @@ def plain(name: str) -> str:
 
 
 def installed(python: Path) -> dict[str, str]:
-    """Version of every package that an interpreter finds; of two, the one that it imports."""
+    """Version of every package that an interpreter finds, wherever it is started; of two, the one that it imports."""
     program = "import importlib.metadata as m, json; print(json.dumps([(d.name, d.version) for d in m.distributions()]))"
-    found = json.loads(subprocess.run([python, "-c", program], capture_output=True, check=True).stdout)
+    found = json.loads(subprocess.run([python, "-I", "-c", program], capture_output=True, check=True).stdout)
     return {plain(name): version for name, version in reversed(found)}
 
 

@@ -15,7 +15,7 @@ import hire
 from hire.models import Decoder, decoder, preset
 from hire.models.decoder import Attention
 from hire.models.generation import Split, compiled_step, prefill, step
-from hire.models.keys import Keys, KeySearch, SearchedAttention
+from hire.models.keys import Growing, KeySearch, SearchedAttention
 
 
 def normal(*shape, seed=0):
@@ -23,7 +23,8 @@ def normal(*shape, seed=0):
 
 
 def fitted(candidates, rank=16, width=16):
-    return KeySearch.fit(normal(90, width), normal(60, width, seed=1), rank, candidates=candidates)
+    keys, values, queries = normal(90, width), normal(90, width, seed=2), normal(60, width, seed=1)
+    return KeySearch.fit(keys, values, queries, (rank, min(rank, width)), candidates=candidates)
 
 
 def texts(rng, batch, length):
@@ -36,26 +37,27 @@ def toy(kv_heads=2):
 
 
 def test_two_keys_by_hand():
-    # Keys (1, 0) and (0, 1), one candidate. Weights: 3 of the candidate, 1 of the token itself, 1 of the other key, which stands at
-    # the mean of both values: (3 (1, 0) + 1 (0, 0) + 1 (1/2, 1/2)) / 5. The third slot holds none, whatever is in it.
-    search = KeySearch(jnp.eye(2), jnp.eye(2), candidates=1)
-    rows, values = jnp.asarray([[1.0, 0.0], [0.0, 1.0], [9.0, 9.0]]), jnp.asarray([[1.0, 0.0], [0.0, 1.0], [7.0, 7.0]])
-    codes = jnp.asarray([[127, 0], [0, 127], [127, 127]], jnp.int8)
-    keys = Keys(rows, codes, jnp.asarray([1.0, 1.0, 9.0]) / 127, jnp.asarray([[1.0, 1.0]]))
-    x = jnp.asarray([[2**0.5 * np.log(3), 0.0]], jnp.float32)
+    # Weights 3 ** first * 2 ** second entry; the copy of the keys (1, 1) and (0, 1) sees the first entry alone, that of the values
+    # the second. One candidate: 6, where the copy says 3, so the other key's 1 becomes 2 (and that is its weight); the token itself
+    # has 1 and no value: (6 (1, 0) + 2 (0, 1)) / 9. The third slot holds none, whatever is in it.
+    first, second = (Growing(jnp.eye(2)[None, place], jnp.eye(2)[:, place, None]) for place in (0, 1))
+    search = KeySearch(first, second, 1)
+    rows, values = jnp.asarray([[1.0, 1.0], [0.0, 1.0], [9.0, 9.0]]), jnp.asarray([[1.0, 0.0], [4.0, 1.0], [7.0, 7.0]])
+    keys = jax.tree.map(lambda part: part[0, :, 0], search.copied(rows[None, :, None], values[None, :, None]))
+    x = 2**0.5 * jnp.log(jnp.asarray([[3.0, 2.0]]))
     nothing = jnp.zeros(2)
-    chosen, others = search.found(x, keys, jnp.asarray(2))
+    chosen, estimated = search.found(x, keys, jnp.asarray(2))
     assert chosen.tolist() == [0]
-    assert jnp.exp(others) == pytest.approx(1.0, abs=1e-6)
-    np.testing.assert_allclose(search.attend(x, keys, values, nothing, nothing, jnp.asarray(2)), [[0.7, 0.1]], atol=1e-6)
+    np.testing.assert_allclose(jnp.exp(estimated), [[3.0, 1.0, 0.0]], atol=1e-5)
+    np.testing.assert_allclose(search.attend(x, keys, values, nothing, nothing, jnp.asarray(2)), [[6 / 9, 2 / 9]], atol=1e-6)
 
 
 def test_a_full_rank_estimate_is_the_score_and_a_lower_one_spends_its_rank_on_the_queries():
     keys, queries = normal(90, 16), normal(60, 16, seed=1) * jnp.asarray([10.0] * 4 + [0.1] * 12)[None]
     off = []
     for rank in (4, 16):
-        search = KeySearch.fit(keys, queries, rank, candidates=1)
-        estimated = (queries @ search.projection.T) @ (keys @ search.mixing).T
+        copy = Growing.fit(keys, rank, queries)
+        estimated = (queries @ copy.projection.T) @ (keys @ copy.mixing).T
         off.append(float(jnp.abs(estimated - queries @ keys.T).mean() / jnp.abs(queries @ keys.T).mean()))
     assert off[0] < 0.05 and off[1] < 1e-5
 
@@ -122,9 +124,9 @@ def test_a_step_is_given_its_cache_to_keep(unchecked, rng):
 
 def test_bytes_by_hand():
     attention = hire.convert(toy(), keys={1: fitted(32, rank=8)}).blocks[1].attention
-    # Two heads of 100 keys: 8 codes and a scale each, the mean of the values, 32 keys and values; projection and mixing.
-    assert attention.bytes_read(100) == 2 * (100 * (8 + 4) + 16 * 4 + 2 * 32 * 16 * 4) + 2 * 8 * 16 * 4
-    assert attention.bytes_read(100, itemsize=2) == 2 * (100 * (8 + 4) + 16 * 4 + 2 * 32 * 16 * 2) + 2 * 8 * 16 * 4
+    # Two heads of 100 keys and values: 8 codes and a scale each, 32 of them exactly; projections and mixings.
+    assert attention.bytes_read(100) == 2 * (2 * 100 * (8 + 4) + 2 * 32 * 16 * 4) + 2 * 2 * 8 * 16 * 4
+    assert attention.bytes_read(100, itemsize=2) == 2 * (2 * 100 * (8 + 4) + 2 * 32 * 16 * 2) + 2 * 2 * 8 * 16 * 4
 
 
 @pytest.mark.parametrize("length, window", [(8, 16), (37, 16), (37, 3), (48, 512)])
@@ -142,7 +144,7 @@ def test_a_long_text_attends_block_by_block_as_at_once(monkeypatch, length, wind
         (lambda: fitted(0), "candidates = 0: expected a whole number from 1"),
         (lambda: fitted(4, rank=17), "rank = 17: expected a whole number from 1 to 16"),
         (
-            lambda: KeySearch.fit(normal(20, 16), normal(9, 8), 4, candidates=4),
+            lambda: KeySearch.fit(normal(20, 16), normal(20, 16), normal(9, 8), (4, 4), candidates=4),
             r"calibration of shape \(9, 8\): expected \(n, 16\)",
         ),
         (lambda: hire.convert(toy(), keys={0: fitted(4)}), r"keys of layer 0: expected one of \[1\]"),
@@ -160,8 +162,8 @@ def test_the_study_tells_what_a_search_and_the_latest_tokens_lose(rng):
     from hire.models.tokenizer import byte_tokenizer
 
     windows, subject = np.asarray(texts(rng, 3, 120)), TextModel(toy(1), byte_tokenizer(), "random weights")
-    (told,) = study(subject, windows[:1], windows[1:], {120: [(16, 120), (16, 20)]}, 8).values()
-    whole, some = told["LR 16 k'=120"], told["LR 16 k'=20"]
+    (told,) = study(subject, windows[:1], windows[1:], {120: [(16, 8, 120), (16, 8, 20)]}, 8).values()
+    whole, some = told["LR 16, 8 k'=120"], told["LR 16, 8 k'=20"]
     assert abs(whole["lost"]["mean"]) < 1e-5 and whole["kept"] == pytest.approx(1.0, abs=1e-5) and whole["recall"] == 1.0
     assert 0 < some["kept"] < 1 and some["recall"] < 1 and some["bytes"] < whole["bytes"]
     assert told["latest"]["lost"]["n"] == 16

@@ -6,7 +6,7 @@ import json
 import re
 import tarfile
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -23,7 +23,7 @@ from hire.lab.bench import fastest_dense, rivals, slices
 from hire.lab.evaluation import States, collect, in_batches, judge, rate, windows
 from hire.lab.paths import RECORDS
 from hire.lab.text import Document, documents
-from hire.lab.timing import gains, interleaved
+from hire.lab.timing import dense_forms, gains, interleaved
 from hire.models import load_gemma
 from hire.models.weights import cache_folder
 from hire.softmax import HireSoftmax
@@ -138,6 +138,19 @@ def reaching(rows: Rows, hidden: Queries, best: Float[AnyArray, "b k"], bits: in
     kept = jnp.round(rows / scale) * scale
     margin, size = jnp.linalg.norm(rows - kept, axis=1), jnp.linalg.norm(x, axis=1, keepdims=True)
     return np.asarray(jnp.sum(x @ kept.T + size * margin[None] >= best[:, -1:], axis=1))
+
+
+def share_of_dense(rows: Rows, queries: Queries, k: int, repeats: int) -> Callable[[Estimator, int], float]:
+    """A cost that hire.tune can minimise: the time of a search at batch 1 as a share of the fastest dense form's, by medians of
+    `repeats` turns. It is measured whenever it is asked for, and the machine had better be idle.
+    """
+    dense, some = dense_forms(rows, k), slices(queries, 1, repeats)
+
+    def share(estimator: Estimator, candidates: int) -> float:
+        seconds = interleaved(dense | {"search": HireSoftmax(rows, estimator, k, candidates)}, some, repeats)
+        return 1 / gains(seconds, fastest_dense(seconds))["search"]
+
+    return share
 
 
 def promises(rows: Rows, tuned: Tuned, copies: dict[str, Estimator], kinds: dict[str, States], k: int) -> dict[str, dict]:

@@ -52,14 +52,14 @@ def seen_by(model: Decoder, windows: np.ndarray, layers: Sequence[int], parts: s
     return [tuple(map(np.concatenate, zip(*layer, strict=True))) for layer in zip(*every, strict=True)]
 
 
-def fitted(model: Decoder, windows: np.ndarray) -> Callable[[int, int], dict[int, KeySearch]]:
-    """rank, candidates -> the search of every layer of the whole context, fitted to what it projects of windows (w, t)."""
+def fitted(model: Decoder, windows: np.ndarray) -> Callable[..., dict[int, KeySearch]]:
+    """ranks, candidates -> the search of every layer of the whole context, fitted to what it projects of windows (w, t)."""
     layers = model.config.global_layers
-    seen = [[part.reshape(-1, part.shape[-1]) for part in layer] for layer in seen_by(model, windows, layers, slice(2))]
+    seen = [[part.reshape(-1, part.shape[-1]) for part in layer] for layer in seen_by(model, windows, layers, slice(3))]
 
-    def searches(rank: int, candidates: int) -> dict[int, KeySearch]:
-        pairs = zip(layers, seen, strict=True)
-        return {layer: KeySearch.fit(keys, queries, rank, candidates=candidates) for layer, (queries, keys) in pairs}
+    def searches(ranks: Sequence[int], candidates: int) -> dict[int, KeySearch]:
+        parts = zip(layers, seen, strict=True)
+        return {layer: KeySearch.fit(k, v, queries, ranks, candidates=candidates) for layer, (queries, k, v) in parts}
 
     return searches
 
@@ -122,10 +122,11 @@ def decoded(graph: nnx.GraphDef, state: nnx.State, cache: Cache, tokens: Tokens,
 
 
 def study(
-    subject: TextModel, fitted_to: np.ndarray, texts: np.ndarray, settings: Mapping[int, Sequence[tuple[int, int]]], new: int
+    subject: TextModel, fitted_to: np.ndarray, texts: np.ndarray, settings: Mapping[int, Sequence[Sequence[int]]], new: int
 ) -> dict[int, dict[str, dict]]:
-    """At every context of `settings`, what searches of its (rank, candidates), and the latest tokens alone at the bytes of the
-    first of them, lose in nats (see `points`) at the last `new` tokens of that context of texts (w, t), fed one a step.
+    """At every context of `settings`, what searches of its (rank of keys, of values, candidates), and the latest tokens alone at
+    the bytes of the first of them, lose in nats (see `points`) at the last `new` tokens of that context of texts (w, t), fed one a
+    step.
     """
     model, searches, found = subject.model, fitted(subject.model, fitted_to), {}
     seen = seen_by(model, texts[:, :-new], range(model.config.layers), slice(1, 3))
@@ -141,15 +142,15 @@ def study(
 
         exact, _ = nats(model, cache)
         told: dict[str, dict] = {"dense": dict(loss=float(exact.mean()))}
-        for rank, candidates in tried:
-            search, keys = searches(rank, candidates), list(cache.keys)
+        for *ranks, candidates in tried:
+            search, keys = searches(ranks, candidates), list(cache.keys)
             form = hire.convert(model, keys=search)
             for layer, each in search.items():
                 keys[layer] = each.copied(keys[layer], cache.values[layer])
             ours, judged = nats(form, replace(cache, keys=tuple(keys)))
             recall, kept = np.mean(judged, axis=(0, 2, 3, 4, 5)).tolist()
             judgement = shares(form, context) | dict(recall=recall, kept=kept)
-            told[f"LR {rank} k'={candidates}"] = against(ours, exact, owner) | judgement
+            told[f"LR {ranks[0]}, {ranks[1]} k'={candidates}"] = against(ours, exact, owner) | judgement
         latest = int(context * next(part["bytes"] for part in told.values() if "bytes" in part))
         told["latest"] = against(nats(model, cache, latest - SINKS)[0], exact, owner) | dict(bytes=latest / context)
         print(*(f"{context} tokens, {name}: {part}" for name, part in told.items()), sep="\n", flush=True)
@@ -173,7 +174,7 @@ def shares(model: Decoder, context: int) -> dict[str, float]:
 def toy(subject: TextModel) -> dict[str, dict]:
     """A `study` of a context of 64 tokens, by what is not fitted to anything else."""
     windows = long_windows(subject, "evaluation", ["novel"], 64, 2)
-    return {f"{context} tokens": told for context, told in study(subject, windows, windows, {64: [(8, 16)]}, 8).items()}
+    return {f"{context} tokens": told for context, told in study(subject, windows, windows, {64: [(8, 8, 16)]}, 8).items()}
 
 
 def prices(by_context: dict[str, dict]) -> dict[str, dict]:
@@ -185,12 +186,12 @@ def prices(by_context: dict[str, dict]) -> dict[str, dict]:
     return {name: each | dict(bytes=named[name]["bytes"]) for name, each in relative.items()}
 
 
-def judge_keys(length: int = 8192, each: int = 2, new: int = 128) -> None:
+def judge_keys(length: int = 8192, each: int = 4, new: int = 128) -> None:
     """Gemma 3 270M, the keys of its three layers of the whole context searched, at contexts from 1K to 8K tokens, as a record."""
     gemma, kinds = load_gemma(), ["speech", "novel", "commentary"]
     fitted_to = long_windows(gemma, "calibration", ["speech", "commentary"], length, 1)
-    settings = {context: [(96, context * 5 // 64)] for context in (length // 8, length // 4, length // 2, length)}
-    settings[length] += [(64, length // 16), (96, length // 8)]
+    settings = {context: [(96, 64, context * 3 // 64)] for context in (length // 8, length // 4, length // 2, length)}
+    settings[length] += [(64, 32, length // 16), (96, 64, length // 8)]
     found = study(gemma, fitted_to, long_windows(gemma, "evaluation", kinds, length, each), settings, new)
     setting = dict(length=length, texts=each * len(kinds), new=new, k=K, sinks=SINKS, layers=gemma.model.config.global_layers)
     results = {f"{context} tokens": told for context, told in found.items()}

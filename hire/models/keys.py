@@ -1,11 +1,13 @@
 """Attention that searches: the keys of a layer are the rows, and its cache grows by one a step.
 
 An int8 low-rank copy of the keys estimates what weight each has. The candidates, which the heads that share the keys choose
-together, are weighed exactly; all other keys keep their estimated weight, put on the mean of the values. The paper names no such
-use: it is ours.
+together, are weighed exactly; all other keys keep their estimated weight, put on an int8 low-rank copy of their values. The paper
+names no such use: it is ours.
 """
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,73 +15,102 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hire.axes import Array, Float, Hidden, Indices, Int, Int8, Queries, Rows
+from hire.axes import AnyArray, Array, Float, Hidden, Indices, Int, Int8, Queries, Rows
 from hire.estimators import LowRank, Quantized, product, rounded, row_scores, row_sums
 from hire.models.decoder import Attention, KeysOrValues, after, mix, written
-from hire.search import nominate
+from hire.search import log_ratio, nominate
 from hire.topk import check_count
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
-class Keys:
-    """Cached keys (b, s, n, e) of a searched layer, or (s, e) of one text and head; the factors of each; the sum of all values."""
+class Copied:
+    """Int8 factors of cached keys or values (b, s, n, r) and their scales, or (s, r) of one text and head."""
 
     # Any, since jax 0.7 builds it around placeholders when it maps over heads.
-    rows: Float[Array, "*s e"] | Any
     codes: Int8[Array, "*s r"] | Any
     scale: Float[Array, "*s"] | Any
-    total: Float[Array, "*one e"] | Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """Cached keys (b, s, n, e) of a searched layer, or (s, e) of one text and head; the copies of them and of their values."""
+
+    rows: Float[Array, "*s e"] | Any
+    keys: Copied
+    values: Copied
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Growing:
+    """A low-rank copy of rows that are still to come: a row is about (row @ mixing) @ projection."""
+
+    projection: Float[Array, "r e"]
+    mixing: Float[Array, "e r"]
+
+    @classmethod
+    def fit(cls, rows: Rows, rank: int, queries: Queries | None = None) -> "Growing":
+        """The copy of rows like `rows` (m, e), for queries like `queries` (n, e). Raises ValueError as LowRank.fit does."""
+        copy = LowRank.fit(rows, rank, calibration=queries)
+        # The factors are linear in the rows: what makes them of these makes them of rows to come.
+        mixing, *_ = np.linalg.lstsq(np.asarray(rows, np.float64), np.asarray(copy.factors, np.float64))
+        return cls(jnp.asarray(copy.projection), jnp.asarray(mixing, jnp.float32))
+
+    def copied(self, rows: KeysOrValues) -> Copied:
+        """The int8 factors of rows (b, s, n, e)."""
+        factors = product(rows.astype(jnp.float32), self.mixing, "bsne,er->bsnr")
+        codes, scale = rounded(factors.reshape(-1, factors.shape[-1]), 8)
+        return Copied(codes.reshape(factors.shape), scale.reshape(factors.shape[:-1]))
+
+    def copy(self, held: Copied) -> LowRank:
+        """The estimator of the rows (s, e) that one head holds."""
+        none = jnp.uint32(0)  # no fingerprint: the rows grow
+        return LowRank(self.projection, Quantized(held.codes, held.scale, none, 8, len(self.projection)), none)
+
+    def sums(self, weights: Float[AnyArray, "g s"], held: Copied) -> Float[Array, "g e"]:
+        """Sums of the rows (s, e), as the copy has them, times their weights."""
+        return row_sums(weights, self.copy(held).factors) @ self.projection
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class KeySearch:
-    """How a layer searches its keys: (x @ projection.T) @ (key @ mixing) estimates the score of a key for a query x.
+    """How a layer searches its keys. Raises ValueError when built with fewer than 1 candidates."""
 
-    Raises ValueError when built with fewer than 1 candidates.
-    """
-
-    projection: Float[Array, "r e"]
-    mixing: Float[Array, "e r"]
+    keys: Growing
+    values: Growing
     candidates: int = field(metadata=dict(static=True))
 
     def __post_init__(self):
         check_count("candidates", self.candidates, 1, 2**31 - 1, "keys of one layer")
 
     @classmethod
-    def fit(cls, keys: Rows, queries: Queries, rank: int, *, candidates: int) -> "KeySearch":
-        """The search of keys like `keys` (m, e) for queries like `queries` (n, e), both with their rotary positions.
+    def fit(cls, keys: Rows, values: Rows, queries: Queries, ranks: Sequence[int], *, candidates: int) -> "KeySearch":
+        """The search of keys and values like these (m, e) for queries like these (n, e), both with their rotary positions, by
+        copies of two ranks, of keys and of values.
 
-        Raises ValueError when rank is not in 1..min(m, e), when the queries do not fit the keys, or as when built.
+        Raises ValueError when a rank is not in 1..min(m, e), when the queries do not fit the keys, or as when built.
         """
-        copy = LowRank.fit(keys, rank, calibration=queries)
-        # The factors are linear in the keys: what makes them of these makes them of keys to come.
-        mixing, *_ = np.linalg.lstsq(np.asarray(keys, np.float64), np.asarray(copy.factors, np.float64))
-        return cls(jnp.asarray(copy.projection), jnp.asarray(mixing, jnp.float32), candidates)
+        return cls(Growing.fit(keys, ranks[0], queries), Growing.fit(values, ranks[1]), candidates)
 
     @property
     def width(self) -> int:
-        return self.mixing.shape[0]
+        return self.keys.mixing.shape[0]
 
     def copied(self, keys: KeysOrValues, values: KeysOrValues) -> Keys:
-        """Keys (b, s, n, e) with their copy, and the sum of their values."""
-        factors = product(keys.astype(jnp.float32), self.mixing, "bsne,er->bsnr")
-        codes, scale = rounded(factors.reshape(-1, factors.shape[-1]), 8)
-        total = jnp.sum(values.astype(jnp.float32), axis=1, keepdims=True)
-        return Keys(keys, codes.reshape(factors.shape), scale.reshape(factors.shape[:-1]), total)
+        """Keys (b, s, n, e) with the copies of them and of their values."""
+        return Keys(keys, self.keys.copied(keys), self.values.copied(values))
 
-    def found(self, x: Queries, keys: Keys, length: Int[Array, ""]) -> tuple[Indices, Float[Array, "g 1"]]:
+    def found(self, x: Queries, keys: Keys, length: Int[Array, ""]) -> tuple[Indices, Float[Array, "g s"]]:
         """The candidates (c,) among the first `length` keys of one head for the queries (g, e) that share it: those that get most
-        weight from all of them. And the logarithm of the weight (g, 1) that all other keys get together.
+        weight from all of them. And the logarithms of the weights (g, s) that all keys are estimated to have.
         """
-        none = jnp.uint32(0)  # no fingerprint: the rows grow
-        copy = LowRank(self.projection, Quantized(keys.codes, keys.scale, none, 8, len(self.projection)), none)
         held = jnp.arange(len(keys.rows))[None] < length
-        estimated = jnp.where(held, copy.scores(x) * self.width**-0.5, -jnp.inf)
+        estimated = jnp.where(held, self.keys.copy(keys.keys).scores(x) * self.width**-0.5, -jnp.inf)
         together = jax.nn.logsumexp(jax.nn.log_softmax(estimated, axis=1), axis=0)
-        chosen = nominate(together, min(self.candidates, len(keys.rows)))
-        return chosen, jax.nn.logsumexp(estimated.at[:, chosen].set(-jnp.inf), axis=1, keepdims=True)
+        return nominate(together, min(self.candidates, len(keys.rows))), estimated
 
     def exact(self, x: Queries, keys: Keys, chosen: Indices, length: Int[Array, ""]) -> Float[Array, "g c"]:
         """The logarithms of the weights of the keys that are chosen; -inf for slots that hold none."""
@@ -89,11 +120,15 @@ class KeySearch:
         self, x: Queries, keys: Keys, values: Rows, key: Float[Array, " e"], value: Float[Array, " e"], length: Int[Array, ""]
     ) -> Float[Array, "g e"]:
         """Attention (g, e) of queries (g, e) to the keys of one head, and to their own token's."""
-        chosen, others = self.found(x, keys, length)
-        own = row_scores(x, key[None]) * self.width**-0.5
-        weights = jax.nn.softmax(jnp.concatenate([self.exact(x, keys, chosen, length), own, others], axis=1), axis=1)
-        beside = jnp.concatenate([value.astype(jnp.float32)[None], keys.total / length.astype(jnp.float32)])
-        return row_sums(weights[:, :-2].astype(values.dtype), values[chosen]) + weights[:, -2:] @ beside
+        chosen, estimated = self.found(x, keys, length)
+        exact, own, half = self.exact(x, keys, chosen, length), row_scores(x, key[None]) * self.width**-0.5, len(chosen) // 2
+        # Errors of scores do not cancel in a sum of weights. What they make of it is told by the candidates nearest to the others.
+        lacked, _ = log_ratio(exact[:, half:], estimated[:, chosen[half:]])
+        others = estimated.at[:, chosen].set(-jnp.inf) + jnp.nan_to_num(lacked)[:, None]
+        logits = jnp.concatenate([exact, own, others], axis=1)
+        read, its, told = jnp.split(jax.nn.softmax(logits, axis=1), [len(chosen), len(chosen) + 1], axis=1)
+        known = row_sums(read.astype(values.dtype), values[chosen]) + its * value.astype(jnp.float32)[None]
+        return known + self.values.sums(told, keys.values)
 
 
 class SearchedAttention(nnx.Module):
@@ -116,9 +151,7 @@ class SearchedAttention(nnx.Module):
         heads = jax.vmap(jax.vmap(self.search.attend, (0, 1, 1, 0, 0, None)), (0, 0, 0, 0, 0, None))
         mixed = heads(self.grouped(queries), keys, values, key[:, 0], value[:, 0], length).astype(x.dtype)
         key, value = after(mixed, key), after(mixed, value)
-        new = self.search.copied(key, value)
-        rows, codes, scale = (written(getattr(keys, part), getattr(new, part), length) for part in ("rows", "codes", "scale"))
-        grown = replace(keys, rows=rows, codes=codes, scale=scale, total=keys.total + new.total)
+        grown = jax.tree.map(partial(written, length=length), keys, self.search.copied(key, value))
         return mix(mixed.reshape(x.shape[0], -1), self.dense.output), grown, written(values, value, length)
 
     def grouped(self, queries: Float[Array, "b 1 h e"]) -> Float[Array, "b n g e"]:
@@ -128,5 +161,7 @@ class SearchedAttention(nnx.Module):
     def bytes_read(self, length: int, itemsize: int = 4) -> int:
         """Bytes that a step of one text reads for its keys and values, of so many bytes an entry, when `length` are cached."""
         search, n, entry = self.search, self.dense.kv_heads, self.dense.head_width * itemsize
-        copy = length * n * (len(search.projection) + 4) + search.projection.nbytes + search.mixing.nbytes  # a float32 scale a key
-        return copy + 4 * n * search.width + 2 * n * min(search.candidates, length) * entry
+        copies = 0
+        for part in (search.keys, search.values):  # a float32 scale a key, and a value
+            copies += length * n * (len(part.projection) + 4) + part.projection.nbytes + part.mixing.nbytes
+        return copies + 2 * n * min(search.candidates, length) * entry
