@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import partial, reduce
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -70,12 +70,11 @@ class Scores:
         return each | dict(bits_per_byte=nats / np.log(2) / size, tokens=int(tokens))
 
 
-@partial(jax.jit, static_argnames="graph")
-def window_scores(graph: nnx.GraphDef, state: nnx.State, tokens: Tokens) -> tuple[Float[Array, "b _"], Float[Array, "b _"]]:
-    """-log p of every token of windows (b, t) but the first, and whether it was the likeliest, each (b, t - 1)."""
-    model = nnx.merge(graph, state)
-    logits = model.logits(model.prefill(tokens[:, :-1])[0])
-    return surprise(logits, tokens[:, 1:]), (jnp.argmax(logits, axis=-1) == tokens[:, 1:]).astype(jnp.float32)
+@jax.jit
+def window_scores(rows: Rows, hidden: Hidden, targets: Tokens) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """-log p of every target (b, t) after hidden states (b, t, d), and whether it was the likeliest, each (b, t)."""
+    logits = row_scores(hidden.reshape(-1, hidden.shape[-1]), rows).reshape(*targets.shape, -1)
+    return surprise(logits, targets), (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
 
 
 def score_documents(subject: TextModel, texts: Sequence[Document], length: int = 256, batch: int = 16) -> Scores:
@@ -84,7 +83,7 @@ def score_documents(subject: TextModel, texts: Sequence[Document], length: int =
     Beginnings come first, so that windows of one batch are of different documents; a last window is filled up with its own tokens
     again, which count for nothing.
     """
-    graph, state = nnx.split(subject.model)
+    prefill, rows = hidden_states(subject.model), subject.model.embedding[...]
     encoded = [ids.ids for ids in subject.tokenizer.encode_batch([text.text for text in texts], add_special_tokens=False)]
     starts = sorted((start, index) for index, ids in enumerate(encoded) for start in range(0, len(ids), length))
     spans = [(index, encoded[index][start : start + length]) for start, index in starts]
@@ -93,7 +92,7 @@ def score_documents(subject: TextModel, texts: Sequence[Document], length: int =
     for window, (_, ids) in zip(windows, spans, strict=True):
         window[1:] = np.resize(ids, length)
     real = np.arange(length)[None] < np.asarray([len(ids) for _, ids in spans])[:, None]
-    scored = in_batches(partial(window_scores, graph, state), windows, batch)
+    scored = in_batches(lambda tokens: window_scores(rows, prefill(tokens[:, :-1]), tokens[:, 1:]), windows, batch)
     owner = [index for index, _ in spans]
     nats, hits = (np.bincount(owner, np.where(real, part, 0).sum(1, dtype=np.float64), len(texts)) for part in scored)
     return Scores(nats, hits, np.asarray(list(map(len, encoded))), np.asarray([len(text.text.encode()) for text in texts]))
@@ -132,15 +131,25 @@ def in_batches(function: Callable, values: AnyArray, batch: int, *more: AnyArray
 
 
 @partial(jax.jit, static_argnames="graph")
-def hidden_states(graph: nnx.GraphDef, state: nnx.State, tokens: Tokens) -> Hidden:
-    """Hidden states (b, t, d) of texts (b, t)."""
-    return nnx.merge(graph, state).prefill(tokens)[0]
+def passed(graph: nnx.GraphDef, state: nnx.State, x: Hidden) -> Hidden:
+    """What a block makes of texts (b, t, d)."""
+    block = nnx.merge(graph, state)
+    return block(x, block.attention.whole, x.shape[1])[0]
+
+
+def hidden_states(model: Decoder) -> Callable[[AnyArray], Hidden]:
+    """Texts (b, t) -> hidden states (b, t, d), as Decoder.prefill. It goes block by block, so that one of each kind is compiled."""
+    blocks = [nnx.split(block) for block in model.blocks]
+
+    def prefilled(tokens: AnyArray) -> Hidden:
+        return model.norm(reduce(lambda x, block: passed(*block, x), blocks, model.embed(tokens)))
+
+    return prefilled
 
 
 def collect(model: Decoder, tokens: np.ndarray, names: np.ndarray, *, skip: int = 1, batch: int = 16) -> States:
     """Hidden states of windows (w, t) from position `skip` on, all but the last position, whose next token is not known."""
-    graph, state = nnx.split(model)
-    hidden = in_batches(partial(hidden_states, graph, state), tokens, batch)[:, skip:-1]
+    hidden = in_batches(hidden_states(model), tokens, batch)[:, skip:-1]
     count = hidden.shape[1]
     return States(hidden.reshape(-1, hidden.shape[-1]), tokens[:, skip + 1 :].reshape(-1), np.repeat(names, count))
 
@@ -212,8 +221,7 @@ def states_of(model: Decoder, asked: Sequence[Asked], budget: int = 1024) -> Sta
 
     Raises ValueError, naming the place, when there is nothing to predict or more text than the model's context.
     """
-    graph, state = nnx.split(model)
-    context, hidden = model.config.context, {}
+    prefill, context, hidden = hidden_states(model), model.config.context, {}
     for place, (tokens, wanted) in enumerate(asked):
         if not 1 <= wanted < len(tokens) <= context + 1:
             raise ValueError(
@@ -229,7 +237,7 @@ def states_of(model: Decoder, asked: Sequence[Asked], budget: int = 1024) -> Sta
         window = np.zeros((size, length), np.int32)
         for row, place in zip(window, some, strict=False):
             row[: fed[place]] = asked[place].tokens[:-1]
-        for row, place in zip(np.asarray(hidden_states(graph, state, window)), some, strict=False):
+        for row, place in zip(np.asarray(prefill(window)), some, strict=False):
             hidden[place] = row[fed[place] - asked[place].wanted : fed[place]]
     targets, counts = [tokens[-wanted:] for tokens, wanted in asked], [wanted for _, wanted in asked]
     every = np.concatenate([hidden[place] for place in range(len(asked))])
