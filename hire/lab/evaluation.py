@@ -71,9 +71,8 @@ class Scores:
 
 
 @jax.jit
-def window_scores(rows: Rows, hidden: Hidden, targets: Tokens) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
-    """-log p of every target (b, t) after hidden states (b, t, d), and whether it was the likeliest, each (b, t)."""
-    logits = row_scores(hidden.reshape(-1, hidden.shape[-1]), rows).reshape(*targets.shape, -1)
+def guessed(logits: Float[Array, "b t v"], targets: Tokens) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """-log p of every target (b, t), and whether it was the likeliest, each (b, t)."""
     return surprise(logits, targets), (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
 
 
@@ -83,7 +82,7 @@ def score_documents(subject: TextModel, texts: Sequence[Document], length: int =
     Beginnings come first, so that windows of one batch are of different documents; a last window is filled up with its own tokens
     again, which count for nothing.
     """
-    prefill, rows = hidden_states(subject.model), subject.model.embedding[...]
+    model, prefill = subject.model, hidden_states(subject.model)
     encoded = [ids.ids for ids in subject.tokenizer.encode_batch([text.text for text in texts], add_special_tokens=False)]
     starts = sorted((start, index) for index, ids in enumerate(encoded) for start in range(0, len(ids), length))
     spans = [(index, encoded[index][start : start + length]) for start, index in starts]
@@ -92,7 +91,7 @@ def score_documents(subject: TextModel, texts: Sequence[Document], length: int =
     for window, (_, ids) in zip(windows, spans, strict=True):
         window[1:] = np.resize(ids, length)
     real = np.arange(length)[None] < np.asarray([len(ids) for _, ids in spans])[:, None]
-    scored = in_batches(lambda tokens: window_scores(rows, prefill(tokens[:, :-1]), tokens[:, 1:]), windows, batch)
+    scored = in_batches(lambda tokens: guessed(model.logits(prefill(tokens[:, :-1])), tokens[:, 1:]), windows, batch)
     owner = [index for index, _ in spans]
     nats, hits = (np.bincount(owner, np.where(real, part, 0).sum(1, dtype=np.float64), len(texts)) for part in scored)
     return Scores(nats, hits, np.asarray(list(map(len, encoded))), np.asarray([len(text.text.encode()) for text in texts]))
