@@ -65,7 +65,7 @@ def test_windows_start_with_bos_and_states_keep_their_documents():
     tokens, names = evaluation.windows(subject, texts, 32, each=2)
     assert tokens.shape == (6, 32) and (tokens[:, 0] == 2).all()
     assert subject.tokenizer.decode(tokens[0, 1:].tolist()) == texts[0].text[:31]
-    states = evaluation.collect(subject.model, tokens, names, skip=4, batch=4)
+    states = evaluation.collect(subject.model, tokens, names, skip=4)
     assert states.hidden.shape == (6 * 27, 64)
     hidden = subject.model.prefill(tokens)[0]
     np.testing.assert_allclose(states.hidden.reshape(6, 27, 64), hidden[:, 4:-1], atol=1e-5)
@@ -92,12 +92,14 @@ def test_a_step_is_timed_whole_and_in_parts():
     assert top.indices.shape == (3, 1) and len(set(top.values[:, 0].tolist())) == 3  # each text goes on with a word of its own
 
 
-def test_forms_are_timed_in_turn_each_with_a_new_query():
+def test_forms_are_timed_in_turn_each_with_a_new_query_and_cold_caches(monkeypatch):
     calls = []
+    monkeypatch.setattr(timing, "stream_form", lambda nbytes: (lambda _: calls.append(nbytes), nbytes))
     forms = {name: lambda query, name=name: calls.append((name, query)) for name in "ab"}
     durations = timing.interleaved(forms, [1, 2, 3], 3)
-    # a first call of each, then turns in which no two forms take the same query
-    assert calls == [("a", 1), ("b", 1)] + [("a", 1), ("b", 2), ("a", 2), ("b", 3), ("a", 3), ("b", 1)]
+    # a first call of each, then turns in which no two forms take the same query and something else is read before each
+    assert calls[:2] == [("a", 1), ("b", 1)] and calls[2::2] == [timing.COLD] * 6
+    assert calls[3::2] == [("a", 1), ("b", 2), ("a", 2), ("b", 3), ("a", 3), ("b", 1)]
     assert all(len(seconds) == 3 for seconds in durations.values())
 
 

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 import hire
-from hire.lab import ladder, programs, sparsity
+from hire.choose import true_top_k
+from hire.lab import evaluation, ladder, programs, sparsity
 from hire.lab.text import beginnings, documents
 from hire.models import Decoder, TextModel, preset, weights
 from hire.models.tokenizer import byte_tokenizer
@@ -72,13 +73,18 @@ def test_what_a_rung_says_of_text(model):
     texts = beginnings(documents("evaluation", ["novel"])[:2], 400)
     windows = np.stack([subject.tokens(text.text, 32) for text in texts])
     names = np.asarray(["one", "two"])
-    own = ladder.quality(subject, windows, names, 4)
+
+    def states_and_best(model):
+        states = evaluation.collect(model, windows, names)
+        return states, true_top_k(model.embedding[...], states.hidden, 4)
+
+    own = ladder.quality(subject, *states_and_best(model))
     assert own["recall"] == own["top1"] == 1.0 and own["n"] == 60 and len(own["nats"]) == 2
     exact = -jax.nn.log_softmax(model.logits(model.prefill(windows)[0])[:, 1:-1])
     nats = np.take_along_axis(np.asarray(exact), windows[:, 2:, None], axis=2).sum((1, 2))
     np.testing.assert_allclose(own["nats"], nats, rtol=1e-5)
     rung = parts(common=0.0).rungs(model)["+ sparse FFN"]
-    searched = ladder.quality(TextModel(rung, subject.tokenizer, ""), windows, names, 4, own["nats"])
+    searched = ladder.quality(TextModel(rung, subject.tokenizer, ""), *states_and_best(rung), own["nats"])
     assert searched["recall"] == 1.0 and searched["accuracy"] == own["accuracy"]
     assert searched["over"]["mean"] == pytest.approx(0.0, abs=1e-5)
     subject_rungs = parts(common=0.0, nominated=0.5).fitted(model, windows, together=2)

@@ -108,12 +108,12 @@ def test_every_timed_layer_is_the_same_layer(rng, batch):
 
 def test_a_gated_model_is_searched_by_its_gate(tiny):
     subject, texts = TextModel(tiny, byte_tokenizer(), "random weights"), beginnings(documents("evaluation", ["novel"])[:1], 300)
-    own = evaluation.score_documents(subject, texts, batch=4).nats
+    own = evaluation.score_documents(subject, texts).nats
     for both in (None, int8):
         whole = sparsity.searched(subject.model, int8, kept=1.0, candidates=1.0, group_size=8, up_copy=both)
-        np.testing.assert_allclose(sparsity.scores_with(subject, texts, whole, batch=4).nats, own, rtol=1e-5)
+        np.testing.assert_allclose(sparsity.scores_with(subject, texts, whole).nats, own, rtol=1e-5)
     some = sparsity.searched(subject.model, int8, kept=0.25, candidates=0.5, group_size=8)
-    assert np.abs(sparsity.scores_with(subject, texts, some, batch=4).nats / own - 1).max() > 1e-4
+    assert np.abs(sparsity.scores_with(subject, texts, some).nats / own - 1).max() > 1e-4
 
 
 def trained(name):

@@ -196,7 +196,7 @@ def test_every_token_of_a_document_is_scored_once(saved):
     subject = TextModel(model, byte_tokenizer(), "random weights")
     texts = documents("evaluation", ["speech"])[:2]
     short = [replace(text, text=text.text[:length]) for text, length in zip(texts, (70, 32), strict=True)]
-    scores = evaluation.score_documents(subject, short, length=32, batch=4)
+    scores = evaluation.score_documents(subject, short, length=32)
     assert scores.tokens.tolist() == [70, 32] and scores.bytes.tolist() == [70, 32]
     ids = np.asarray(byte_tokenizer().encode(short[0].text).ids)
     expected = 0.0

@@ -96,7 +96,7 @@ def random_ffns(count: int, neurons: int, width: int, rank: int, shares: dict[st
         copies = {}
         for name, (*parts, shared) in shares.items():
             k, candidates, common = (at_most(part, groups) for part in parts)
-            copies[common] = copies.get(common) or hire.LowRank.fit(up[8 * common :], rank, bits=8)
+            copies[common] = copies.get(common) or hire.LowRank.fit(up[8 * common :], rank, bits=8, directions="random")
             ffn = HireFFN(up, down, copies[common], k=k, candidates=candidates, common=common, shared=shared)
             searched[name].append(ffn)
     return searched

@@ -1,7 +1,6 @@
 """One decode step taken apart: the whole of it and its parts as forms to be timed, over batches."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 
 from hire.lab.timing import interleaved
 from hire.models import Cache, Decoder
-from hire.models.generation import Split, prefill, step
+from hire.models.generation import Split, step
 
 
 def softmax(model: Decoder, x, cache: Cache):
@@ -29,17 +28,26 @@ def attention(model: Decoder, x, cache: Cache):
 
 
 class StepForms:
-    """Forms of one decode step at batch 1, each called with hidden states (1, d), on a cache half full of random words.
+    """Forms of one decode step at batch 1, each called with hidden states (1, d), on a cache that counts as half full.
 
-    A step ends in the k best words. Forms of one model can share what is `held` of a text.
+    A step ends in the k best words. Forms of one model can share what is `held` of a text: zeros, read like anything else.
     """
 
     def __init__(self, model: Decoder, slots: int, k: int = 1, held: Cache | None = None):
         self.model = Split.of(model)
         self.k, self.words = k, model.config.vocabulary
-        # What follows the few words is empty, and read too.
-        words = jnp.asarray(np.random.default_rng(0).integers(3, self.words, (1, min(slots // 2, 16))), jnp.int32)
-        self.held = held or replace(prefill(self.model, words, slots, k)[1], length=slots // 2)
+        self.held = held or self.empty(slots)
+
+    def empty(self, slots: int) -> Cache:
+        """A cache for one text, whose first half counts as filled: nothing is compiled to make it."""
+
+        def text(model: Split, word: jax.Array) -> tuple:
+            cache = model.merge().prefill(word, slots)[1]
+            return cache.keys, cache.values
+
+        shapes = jax.eval_shape(text, self.model, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+        keys, values = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), shapes)
+        return Cache(keys, values, slots // 2, slots)
 
     def part(self, function: Callable) -> Callable:
         """softmax, ffn or attention alone, with the model's own weights."""

@@ -76,8 +76,17 @@ def guessed(logits: Float[Array, "b t v"], targets: Tokens) -> tuple[Float[Array
     return surprise(logits, targets), (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
 
 
-def score_documents(subject: TextModel, texts: Sequence[Document], length: int = 256, batch: int = 16) -> Scores:
-    """Every token of every document, predicted once: windows of `length` tokens side by side, each after <bos> alone.
+TOGETHER = 1024  # tokens of texts that are computed at once: with more the activations of a layer leave a CPU's caches
+
+
+def at_once(windows: int, length: int) -> int:
+    """How many of so many windows of `length` tokens are computed at once."""
+    return min(windows, max(1, TOGETHER // length))
+
+
+def score_documents(subject: TextModel, texts: Sequence[Document], length: int = 256, batch: int | None = None) -> Scores:
+    """Every token of every document, predicted once: windows of `length` tokens side by side (`batch` at once), each after <bos>
+    alone.
 
     Beginnings come first, so that windows of one batch are of different documents; a last window is filled up with its own tokens
     again, which count for nothing.
@@ -91,7 +100,8 @@ def score_documents(subject: TextModel, texts: Sequence[Document], length: int =
     for window, (_, ids) in zip(windows, spans, strict=True):
         window[1:] = np.resize(ids, length)
     real = np.arange(length)[None] < np.asarray([len(ids) for _, ids in spans])[:, None]
-    scored = in_batches(lambda tokens: guessed(model.logits(prefill(tokens[:, :-1])), tokens[:, 1:]), windows, batch)
+    size = batch or at_once(len(windows), length)
+    scored = in_batches(lambda tokens: guessed(model.logits(prefill(tokens[:, :-1])), tokens[:, 1:]), windows, size)
     owner = [index for index, _ in spans]
     nats, hits = (np.bincount(owner, np.where(real, part, 0).sum(1, dtype=np.float64), len(texts)) for part in scored)
     return Scores(nats, hits, np.asarray(list(map(len, encoded))), np.asarray([len(text.text.encode()) for text in texts]))
@@ -146,9 +156,9 @@ def hidden_states(model: Decoder) -> Callable[[AnyArray], Hidden]:
     return prefilled
 
 
-def collect(model: Decoder, tokens: np.ndarray, names: np.ndarray, *, skip: int = 1, batch: int = 16) -> States:
+def collect(model: Decoder, tokens: np.ndarray, names: np.ndarray, *, skip: int = 1) -> States:
     """Hidden states of windows (w, t) from position `skip` on, all but the last position, whose next token is not known."""
-    hidden = in_batches(hidden_states(model), tokens, batch)[:, skip:-1]
+    hidden = in_batches(hidden_states(model), tokens, at_once(*tokens.shape))[:, skip:-1]
     count = hidden.shape[1]
     return States(hidden.reshape(-1, hidden.shape[-1]), tokens[:, skip + 1 :].reshape(-1), np.repeat(names, count))
 
@@ -166,9 +176,7 @@ def surprise(logits: Float[Array, "*b v"], targets: Int[AnyArray, "*b"]) -> Floa
 
 def losses(model: Decoder, states: States) -> np.ndarray:
     """-log p (n,) of the token that followed each state, in nats, from exact logits."""
-    rows = model.embedding[...]
-    pairs = zip(batches(states.hidden), batches(states.targets), strict=True)
-    return np.concatenate([np.asarray(loss(rows, *pair)) for pair in pairs])
+    return in_batches(partial(loss, model.embedding[...]), states.hidden, min(256, len(states.hidden)), states.targets)
 
 
 def total_variation(one: TopK, other: TopK, **sampling) -> np.ndarray:
@@ -214,9 +222,9 @@ def filled_length(count: int, context: int) -> int:
     return min(context, power * 3 // 4 if count <= power * 3 // 4 else power)
 
 
-def states_of(model: Decoder, asked: Sequence[Asked], budget: int = 1024) -> States:
+def states_of(model: Decoder, asked: Sequence[Asked]) -> States:
     """The hidden states that the tokens asked for are predicted from, in their order; those tokens; and the place in `asked` that
-    each comes from. Texts of similar length are computed together, about `budget` tokens at once.
+    each comes from. Texts of similar length are computed together.
 
     Raises ValueError, naming the place, when there is nothing to predict or more text than the model's context.
     """
@@ -231,7 +239,7 @@ def states_of(model: Decoder, asked: Sequence[Asked], budget: int = 1024) -> Sta
     left = sorted(range(len(asked)), key=lambda place: -fed[place])
     while left:
         length = filled_length(fed[left[0]], context)
-        size = max(1, budget // length)
+        size = at_once(len(left), length)
         some, left = left[:size], left[size:]
         window = np.zeros((size, length), np.int32)
         for row, place in zip(window, some, strict=False):

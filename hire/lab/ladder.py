@@ -12,11 +12,11 @@ from flax import nnx
 
 import hire
 from hire.axes import Array, Float, Queries, Rows
-from hire.choose import batches, true_top_k
+from hire.choose import true_top_k
 from hire.estimators import Estimator, fingerprint, row_scores
 from hire.ffn import activate
 from hire.lab import decode
-from hire.lab.evaluation import States, collect, found_by, judge, losses, over
+from hire.lab.evaluation import States, collect, found_by, in_batches, judge, losses, over
 from hire.lab.register import load
 from hire.lab.roofline import step_work
 from hire.lab.sparsity import ffn_inputs, layers_of, most_used_first, searched, sets_kept
@@ -50,14 +50,16 @@ class Ladder:
     ) -> dict[str, Decoder]:
         """The model with one part more at each rung, the last one with one selection for so many tokens.
 
-        Copies are fitted to hidden states and to the layers' `inputs` where there are any. The common path are the first groups
-        (see sparsity.most_used_first).
+        Copies are fitted to hidden states and to the layers' `inputs`; without them, as for random weights, of which no direction
+        says more than another, they keep random ones. The common path are the first groups (see sparsity.most_used_first).
         """
-        rows = model.embedding[...]
+        rows, fit = model.embedding[...], hire.LowRank.fit
+        if hidden is None:
+            fit = functools.partial(fit, directions="random")
         copies = {
-            "LR softmax": lambda: hire.LowRank.fit(rows, self.rank),
+            "LR softmax": lambda: fit(rows, self.rank),
             "Q softmax": lambda: hire.Quantized.fit(rows, 8),
-            "LR fitted int8": lambda: hire.LowRank.fit(rows, self.rank, calibration=hidden, bits=8),
+            "LR fitted int8": lambda: fit(rows, self.rank, calibration=hidden, bits=8),
         }
         found = {"dense": model}
         softmax = None
@@ -71,7 +73,7 @@ class Ladder:
             up = layers_of(model)[layer].up[...]
             if layer not in fitted:
                 fitted_to = None if inputs is None else inputs[layer]
-                fitted[layer] = hire.LowRank.fit(up, self.ffn_rank, calibration=fitted_to, bits=8)
+                fitted[layer] = fit(up, self.ffn_rank, calibration=fitted_to, bits=8)
             whole = fitted[layer]
             return replace(whole, factors=whole.factors[len(up) - len(beyond) :], fingerprint=fingerprint(beyond))
 
@@ -109,15 +111,14 @@ def softmax_of(model: Decoder) -> hire.HireSoftmax | None:
     return None if model.softmax is None else model.softmax.over(model.embedding[...])
 
 
-def quality(subject: TextModel, windows: np.ndarray, names: np.ndarray, k: int, own: Sequence[float] | None = None) -> dict:
-    """What a model says of windows (w, t) of documents: recall of its k best words against its own exact ones, and top-1 kept;
+def quality(subject: TextModel, states: States, best: TopK, own: Sequence[float] | None = None) -> dict:
+    """What a model says of states of documents, of which it is given the exact k best words (n, k): recall of them, and top-1 kept;
     bits a byte, with the normaliser that its softmax estimates, and next words guessed; nats by document, over `own` (or itself).
     """
-    model = subject.model
-    states, softmax, rows = collect(model, windows, names), softmax_of(model), model.embedding[...]
-    best = true_top_k(rows, states.hidden, k)
-    rates, first, nats = {}, best.indices[:, 0], losses(model, states)
-    if softmax is not None:
+    softmax, rates, first = softmax_of(subject.model), {}, best.indices[:, 0]
+    if softmax is None:
+        nats = losses(subject.model, states)
+    else:
         rates = {name: found["mean"] for name, found in judge(softmax, states, best).items()}
         first, nats = found_by(softmax, states.hidden).indices[:, 0], estimated_losses(softmax, states)
     text = subject.tokenizer.decode(states.targets.tolist())
@@ -129,18 +130,22 @@ def quality(subject: TextModel, windows: np.ndarray, names: np.ndarray, k: int, 
 
 
 def judged(subject: TextModel, rungs: dict[str, Decoder], windows: np.ndarray, names: np.ndarray, k: int) -> dict[str, dict]:
-    """What every rung says of the windows (see quality), its losses over those of the first."""
-    told = {}
+    """What every rung says of windows (w, t) of text (see quality), its losses over those of the first, which is dense."""
+    told: dict[str, dict] = {}
+    known: dict[str, tuple[States, TopK]] = {}
     for name, rung in rungs.items():
+        key = name if ffns_of(rung) else "dense"  # a search for words changes no hidden state
+        if key not in known:
+            states = collect(rung, windows, names)
+            known[key] = states, true_top_k(rung.embedding[...], states.hidden, k)
         own = next(iter(told.values()))["nats"] if told else None
-        told[name] = quality(replace(subject, model=rung), windows, names, k, own)
+        told[name] = quality(replace(subject, model=rung), *known[key], own)
     return told
 
 
 def estimated_losses(softmax: hire.HireSoftmax, states: States) -> np.ndarray:
     """-log p (n,) of the token that followed each state, in nats, by exact logits and the estimated normaliser."""
-    pairs = zip(batches(states.hidden, 64), batches(states.targets[:, None], 64), strict=True)
-    return np.concatenate([-np.asarray(softmax.log_probabilities(*pair))[:, 0] for pair in pairs])
+    return -in_batches(softmax.log_probabilities, states.hidden, 64, states.targets[:, None])[:, 0]
 
 
 def step_bytes(model: Decoder, batch: int, cache: int) -> dict[str, float]:
@@ -177,9 +182,7 @@ def timed_rungs(
 def give_back() -> None:
     """Forget compiled programs, and return to the system what is free: of a step of one billion parameters half a gigabyte."""
     jax.clear_caches()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc, which keeps it otherwise
-    if trim is not None:
-        trim(0)
+    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # of glibc, which keeps it otherwise
 
 
 def points(

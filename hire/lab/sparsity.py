@@ -132,7 +132,7 @@ class Across(nnx.Module):
 
 
 def scores_with(
-    subject: TextModel, texts: Sequence[Document], ffns: Sequence[hire.HireFFN], together: int = 1, across: bool = False, **shape
+    subject: TextModel, texts: Sequence[Document], ffns: Sequence[hire.HireFFN], together: int = 1, across: bool = False
 ) -> Scores:
     """The model's scores on texts with its FFNs searched, every `together` tokens in one call: following ones or (across) of
     different texts.
@@ -140,21 +140,21 @@ def scores_with(
     model = hire.convert(subject.model, ffn=ffns, together=together)
     for block in model.blocks if across else ():
         block.ffn = Across(block.ffn)
-    return score_documents(replace(subject, model=model), texts, **shape)
+    return score_documents(replace(subject, model=model), texts, batch=2 * together if across else None)
 
 
 def untrained(subject: TextModel, texts: Sequence[Document], kept: Sequence[float]) -> dict[str, list[float]]:
     """Loss of a gated model that was not trained for it over its own, relative, at shares of its neurons kept: the best by exact
     activations, one by one or in groups of 8, and groups among twice as many candidates, by int8 copies of the gate or of both.
     """
-    own = score_documents(subject, texts, batch=4).nats
+    own = score_documents(subject, texts).nats
 
     def copy(layer: int, rows: Rows) -> Estimator:
         return hire.Quantized.fit(rows, 8)
 
     def lost(share: float, factor: float, **how) -> float:
         ffns = searched(subject.model, copy, kept=share, candidates=min(1.0, factor * share), **how)
-        return over(scores_with(subject, texts, ffns, batch=4).nats, own)["mean"]
+        return over(scores_with(subject, texts, ffns).nats, own)["mean"]
 
     every = 1 / min(kept)
     ways = {"best neurons": (every, dict(group_size=1)), "best groups of 8": (every, dict(group_size=8))}

@@ -12,17 +12,21 @@ from hire.axes import Array, Float, Queries, Rows
 from hire.estimators import layer_scores, row_scores
 from hire.topk import exact_top_k
 
+COLD = 2**28  # bytes that are read before a call is timed: several times the last cache of a CPU
+
 
 def interleaved(forms: dict[str, Callable], queries: Sequence, repeats: int) -> dict[str, list[float]]:
     """Seconds of each call of every form, taken in turn: form(query), a new query at every repetition.
 
     The forms are compiled by a first call that is not counted. Turns make a slow spell of the machine hit all forms alike, so
-    compare medians and trust ratios. Within a turn the forms take different queries, or one would find in the
-    cache the rows that the one before has gathered. Raises ValueError when there are fewer queries than repeats.
+    compare medians and trust ratios. Within a turn the forms take different queries, and before each call something else is read,
+    not timed: a form finds in no cache what the one before it has left there. Raises ValueError when there are fewer queries
+    than repeats.
     """
     if len(queries) < repeats:
         raise ValueError(f"{len(queries)} queries for {repeats} repeats: expected a new one at every repetition")
     durations = {name: [] for name in forms}
+    read_other, _ = stream_form(COLD)
     for form in forms.values():
         jax.block_until_ready(form(queries[0]))
     gc.disable()
@@ -30,6 +34,7 @@ def interleaved(forms: dict[str, Callable], queries: Sequence, repeats: int) -> 
         for turn in range(repeats):
             for place, (name, form) in enumerate(forms.items()):
                 query = queries[(turn + place) % repeats]
+                jax.block_until_ready(read_other(query))
                 start = time.perf_counter()
                 jax.block_until_ready(form(query))
                 durations[name].append(time.perf_counter() - start)
