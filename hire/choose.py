@@ -200,17 +200,16 @@ def candidates_needed(estimator: Estimator, queries: Queries, best: Int[AnyArray
     needed, most = [], most_pooled(estimator.shape[0])
     for batch, rows in zip(batches(queries), batches(best), strict=True):
         for scores, pooled, true in zip(*map(np.asarray, estimated_scores(estimator, batch)), rows, strict=True):
-            near, far = depths(pooled, true), depths(scores, true)
+            some = np.flatnonzero(scores >= scores[true].min())  # only they are to be sorted: a few hundred of 262,144
+            near = np.where(pooled[true] > -np.inf, depths(pooled[some], pooled[true]), len(scores))
+            far = depths(scores[some], scores[true])
             needed.append(np.where((near <= most) & (far <= most + 1), near, np.maximum(far, most + 1)))
     return np.stack(needed)
 
 
-def depths(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """How many scores (m,) are at least that of each of the rows (k,)."""
-    floors = scores[rows]
-    # Only what scores above the worst of the rows needs sorting: a few hundred of 262,144.
-    above = np.sort(scores[scores >= floors.min()])
-    return len(above) - np.searchsorted(above, floors)
+def depths(scores: np.ndarray, floors: np.ndarray) -> np.ndarray:
+    """How many scores (m,) are at least each of the floors (k,)."""
+    return len(scores) - np.searchsorted(np.sort(scores), floors)
 
 
 def batches(queries, size: int = BATCH):

@@ -118,11 +118,14 @@ def unpack(codes: Codes, bits: int, width: int) -> Float[Array, "... d"]:
     """Codes (..., width at 8 bits, half of it at 4) as float32 whole numbers (..., width)."""
     if bits == 8:
         return codes.astype(jnp.float32)
+    return jnp.concatenate(halves(codes), axis=-1)[..., :width].astype(jnp.float32)
+
+
+def halves(codes: Codes) -> tuple[Codes, Codes]:
+    """The two int8 numbers of every byte: column j shares one with column j + half, so that each half is one contiguous run."""
     signed = jax.lax.bitcast_convert_type(codes, jnp.int8)
     low = jax.lax.shift_right_arithmetic(jax.lax.shift_left(signed, jnp.int8(4)), jnp.int8(4))
-    high = jax.lax.shift_right_arithmetic(signed, jnp.int8(4))
-    # Column j shares a byte with column j + half, so that each half is one contiguous run.
-    return jnp.concatenate([low, high], axis=-1)[..., :width].astype(jnp.float32)
+    return low, jax.lax.shift_right_arithmetic(signed, jnp.int8(4))
 
 
 CLIPPED = tuple(1 - 0.05 * step for step in range(9))  # of a row's largest entry, what the highest of 15 steps may stand for
@@ -149,9 +152,8 @@ def rounded(rows: Rows, bits: int) -> tuple[Codes, Float[Array, " m"]]:
     codes = coded(scale).astype(jnp.int8)
     if bits == 8:
         return codes, scale
-    half = -(-width // 2)
-    padded = jnp.pad(codes, ((0, 0), (0, 2 * half - width)))
-    packed = (padded[:, :half] & jnp.int8(15)) | jax.lax.shift_left(padded[:, half:], jnp.int8(4))
+    low, high = jnp.split(jnp.pad(codes, ((0, 0), (0, width % 2))), 2, axis=1)
+    packed = (low & jnp.int8(15)) | jax.lax.shift_left(high, jnp.int8(4))
     return jax.lax.bitcast_convert_type(packed, jnp.uint8), scale
 
 
@@ -205,12 +207,20 @@ class Quantized:
         def whole(x: Queries) -> Float[Array, "_ m"]:
             return row_scores(x, unpack(self.codes, self.bits, d))
 
+        def one(x: Queries) -> Float[Array, "1 m"]:
+            """For one query XLA turns codes into floats as it reads, but not what it puts together of halves: it writes those."""
+            if self.bits == 8:
+                return whole(x)
+            both = zip(jnp.split(jnp.pad(x, ((0, 0), (0, d % 2))), 2, axis=1), halves(self.codes), strict=True)
+            low, high = jax.lax.optimization_barrier([product(part, codes.astype(jnp.float32).T) for part, codes in both])
+            return low + high
+
         def parts() -> Float[Array, "b m"]:
             if b > FEW:
                 return in_pieces(x, self.codes, lambda codes: unpack(codes, self.bits, d))
-            return jnp.concatenate([whole(x[i : i + 1]) for i in range(b)])  # for one query XLA turns codes into floats as it reads
+            return jnp.concatenate([one(x[i : i + 1]) for i in range(b)])
 
-        return (by_platform(parts, lambda: whole(x)) if 1 < b <= MANY else whole(x)) * self.scale[None]
+        return (by_platform(parts, lambda: whole(x)) if b <= MANY else whole(x)) * self.scale[None]
 
     def scores_at(self, x: Queries, indices: Indices) -> Candidates:
         return row_scores_at(x, self, indices)

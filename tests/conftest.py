@@ -19,7 +19,9 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-hypothesis.settings.register_profile("hire", deadline=None, max_examples=25, derandomize=True)
+# Every new shape is compiled anew, so few are drawn; `pytest --hypothesis-profile=thorough` draws others, and many.
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=200)
+hypothesis.settings.register_profile("hire", deadline=None, max_examples=12, derandomize=True)
 hypothesis.settings.load_profile("hire")
 
 
@@ -43,7 +45,7 @@ def tiny():
 
     from hire.models import Decoder, preset
 
-    return Decoder(preset("tiny", vocabulary=300, layers=2, global_every=2), rngs=nnx.Rngs(0))
+    return Decoder(preset("tiny", vocabulary=300), rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="session")

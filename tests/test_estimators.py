@@ -71,6 +71,8 @@ def test_quantized_errs_no_more_than_rounding(m, d, bits, seed):
         step = np.maximum(np.abs(rows).max(1, keepdims=True), 1e-30) / 7
         assert np.all(np.sum((restored - rows) ** 2, 1) <= 1.001 * np.sum((np.round(rows / step) * step - rows) ** 2, 1) + 1e-12)
     assert copy.shape == (m, d)
+    for x in rng.normal(size=(2, 1, d)), rng.normal(size=(1, 7, d)):  # one query and several take different ways
+        np.testing.assert_allclose(copy.scores(jnp.asarray(x[0], jnp.float32)), x[0] @ restored.T, rtol=1e-4, atol=1e-4)
 
 
 @given(st.sampled_from([(1,), (3,), (1, 1), (2, 1)]), st.sampled_from([1, 16, 48, 50]), st.integers(0, 2**31))

@@ -209,7 +209,7 @@ def test_shared_candidates_are_what_any_query_would_keep():
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_converted_model_steps_as_it_reads(rng, shared):
     """One text at a time a step has one query, and so has a call of prefill: shared or not, both are the trained model."""
-    config = preset("tiny", vocabulary=300, layers=2, gated=False, group_size=8, kept=0.25)
+    config = preset("tiny", vocabulary=300, gated=False, group_size=8, kept=0.25)
     model = Decoder(config, rngs=nnx.Rngs(0))
     ffns = []
     for block in model.blocks:

@@ -33,7 +33,7 @@ def texts(rng, batch, length):
 
 @functools.cache
 def toy(kv_heads=2):
-    return Decoder(preset("tiny", vocabulary=300, layers=2, global_every=2, kv_heads=kv_heads), rngs=nnx.Rngs(0))
+    return Decoder(preset("tiny", vocabulary=300, kv_heads=kv_heads), rngs=nnx.Rngs(0))
 
 
 def test_two_keys_by_hand():

@@ -18,7 +18,7 @@ WORDS, KEPT = 512, 0.25
 
 @pytest.fixture(scope="module")
 def model():
-    config = preset("tiny", vocabulary=WORDS, layers=2, gated=False, group_size=8, kept=KEPT, kv_heads=1)
+    config = preset("tiny", vocabulary=WORDS, gated=False, group_size=8, kept=KEPT, kv_heads=1)
     return Decoder(config, rngs=nnx.Rngs(0))
 
 

@@ -47,7 +47,7 @@ def test_the_reference_by_hand():
 
 @pytest.mark.parametrize("gated, start, batch, kv_heads", [(True, 1, 2, 2), (False, 9, 1, 1), (True, 30, 2, 1)])
 def test_decoding_a_word_at_a_time_is_the_prefill(rng, gated, start, batch, kv_heads):
-    configured = preset("tiny", vocabulary=300, layers=2, global_every=2, gated=gated, kv_heads=kv_heads)
+    configured = preset("tiny", vocabulary=300, gated=gated, kv_heads=kv_heads)
     model = Decoder(configured, rngs=nnx.Rngs(1))
     parts = Split.of(model)
     tokens = texts(rng, batch, 44)
@@ -65,7 +65,7 @@ def test_decoding_a_word_at_a_time_is_the_prefill(rng, gated, start, batch, kv_h
 
 @pytest.mark.parametrize("searched", [False, True])
 def test_a_step_copies_neither_weights_nor_cache(unchecked, rng, searched):
-    model = Decoder(preset("tiny", vocabulary=3000, layers=2, global_every=2, kv_heads=1, window=64), rngs=nnx.Rngs(0))
+    model = Decoder(preset("tiny", vocabulary=3000, kv_heads=1, window=64), rngs=nnx.Rngs(0))
     model = convert(model, softmax=softmax_of(model)) if searched else model
     parts = Split.of(model)
     _, cache = prefill(parts, texts(rng, 1, 8), 100, 4)
@@ -87,7 +87,7 @@ def softmax_of(model, candidates=1000, **more):
 
 
 def test_a_converted_model_writes_the_same_text_with_the_same_weights(rng):
-    dense = Decoder(preset("tiny", vocabulary=3000, layers=2), rngs=nnx.Rngs(0))
+    dense = Decoder(preset("tiny", vocabulary=3000), rngs=nnx.Rngs(0))
     fast = hire.convert(dense, softmax=softmax_of(dense))
     tokens = texts(rng, 2, 5)
     for sampling in (dict(), dict(temperature=0.7, top_k=8, seed=1), dict(temperature=1.0, top_k=8, top_p=0.5, seed=2)):
@@ -124,7 +124,7 @@ def test_sampling_draws_with_the_seed_among_the_best(tiny, rng):
 
 
 def test_bfloat16_runs_in_bfloat16_and_stays_near(rng):
-    configured = preset("tiny", vocabulary=300, layers=2, global_every=2)
+    configured = preset("tiny", vocabulary=300)
     half = Decoder(configured, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     graph, state = nnx.split(half)
     tokens = texts(rng, 1, 20)

@@ -181,13 +181,16 @@ def test_fresh_bound_holds_as_often_as_it_says_whatever_the_distribution(rng):
         assert np.mean(below) >= 0.9
 
 
+search = jax.jit(hire.high_recall_top_k, static_argnames=("k", "candidates"))
+
+
 @given(st.integers(0, 10**6), st.sampled_from([(4096, 256, 32), (700, 700, 700)]))
 def test_a_cascade_is_its_stages_one_after_the_other(seed, sizes):
     m, first, last = sizes
     rows, queries = problem(np.random.default_rng(seed), m=m, n=4)
     stages = hire.LowRank.fit(rows, 6, bits=8), hire.Quantized.fit(rows, 8)
     cascade = hire.Cascade(stages, (first,))
-    found = jax.jit(lambda x, rows, cascade: hire.high_recall_top_k(x, rows, cascade, k=4, candidates=last))(queries, rows, cascade)
+    found = search(queries, rows, cascade, k=4, candidates=last)
     chosen = np.asarray(nominate(stages[0].scores(queries), first))
     guessed = np.take_along_axis(np.asarray(stages[1].scores(queries)), chosen, 1)
     kept = np.take_along_axis(chosen, np.argsort(-guessed, 1)[:, :last], 1)

@@ -13,7 +13,7 @@ from hire.models.checkpoints import load_sharded, save_sharded
 from hire.models.decoder import drawing, spread
 from hire.models.weights import named_arrays
 
-CONFIG = preset("tiny", layers=2, vocabulary=512, heads=2, kv_heads=1, head_width=15 * 2)  # 30 rows of keys: not over 4 devices
+CONFIG = preset("tiny", vocabulary=512, heads=2, kv_heads=1, head_width=15 * 2)  # 30 rows of keys: not over 4 devices
 
 
 def mesh(*sizes: int):
@@ -86,7 +86,7 @@ def test_what_cannot_be_loaded_is_refused(alone, tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match="is there already; name a new folder"):
         save_sharded(folder, alone)
     with pytest.raises(ValueError, match="a model of another width; expected the configuration that was asked for"):
-        load_sharded(folder, preset("tiny", layers=2, heads=2, kv_heads=1, head_width=30, width=32))
+        load_sharded(folder, preset("tiny", heads=2, kv_heads=1, head_width=30, width=32))
     part = next(iter(sorted(folder.glob("weights/**/d/*"))))
     whole = part.read_bytes()
     for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):

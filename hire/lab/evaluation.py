@@ -292,7 +292,7 @@ def words_told(softmax: HireSoftmax | Rows, hidden: Queries, targets: Int[AnyArr
     return Told(nats, best.indices[:, 0] == targets, outside, TopK(best.values[:, :k], best.indices[:, :k]))
 
 
-def told(softmax: HireSoftmax | Rows, states: States, k: int = 1, batch: int = 32) -> Told:
+def told(softmax: HireSoftmax | Rows, states: States, k: int = 1, batch: int = 128) -> Told:
     """What a softmax, searched or dense over rows, says of the tokens that followed states, in numpy."""
     return in_batches(lambda *some: words_told(softmax, *some, k=k), states.hidden, batch, states.targets)
 
@@ -415,26 +415,25 @@ def curve(rows: Rows, estimator: Estimator, hidden: Queries, best: TopK, candida
     )
 
 
-def found_by(softmax: HireSoftmax, hidden: Queries, batch: int = 64) -> TopK:
+def found_by(softmax: HireSoftmax, hidden: Queries, batch: int = 128) -> TopK:
     """What the search returns for many queries (n, d), in numpy."""
     return in_batches(softmax, hidden, batch)
 
 
-def judge(softmax: HireSoftmax, states: States, best: TopK, batch: int = 64) -> dict[str, dict]:
-    """Rates of recall and of top-1 kept over states, on the indices that the search itself returns."""
-    found = found_by(softmax, states.hidden, batch).indices
-    hits = np.stack([np.isin(true, got) for true, got in zip(best.indices, found, strict=True)])
+def judge(search: HireSoftmax | TopK, states: States, best: TopK, batch: int = 128) -> dict[str, dict]:
+    """Rates of recall and of top-1 kept over states, on the indices that the search itself returns, or that it has returned."""
+    found = search if isinstance(search, TopK) else found_by(search, states.hidden, batch)
+    hits = np.stack([np.isin(true, got) for true, got in zip(best.indices, found.indices, strict=True)])
     return dict(recall=rate(hits.mean(1), states.documents), top1=rate(hits[:, 0], states.documents))
 
 
-def distribution(softmax: HireSoftmax, model: Decoder, states: States, best: TopK) -> dict[str, float]:
-    """What the search does to sampling and to perplexity over states, against exact logits.
+def distribution(softmax: HireSoftmax, found: TopK, model: Decoder, states: States, best: TopK) -> dict[str, float]:
+    """What the search, and what it has found, does to sampling and to perplexity over states, against exact logits.
 
     top-1 agreement; total variation between sampling from what is found and from the exact top-k, its mean and 99th percentile;
     exact perplexity, and how far the one with the estimated normaliser is from it (relative); the mean absolute error of a loss in
     nats, and the share of losses within two of the errors that the softmax states.
     """
-    found = found_by(softmax, states.hidden)
     apart = total_variation(found, best)
     exact, estimated, stated = losses(model, states), [], []
     for hidden, targets in zip(batches(states.hidden, 64), batches(states.targets[:, None], 64), strict=True):

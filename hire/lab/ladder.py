@@ -119,8 +119,9 @@ def quality(subject: TextModel, states: States, best: TopK, own: Sequence[float]
     if softmax is None:
         nats = losses(subject.model, states)
     else:
-        rates = {name: found["mean"] for name, found in judge(softmax, states, best).items()}
-        first, nats = found_by(softmax, states.hidden).indices[:, 0], estimated_losses(softmax, states)
+        found = found_by(softmax, states.hidden)
+        rates = {name: rate["mean"] for name, rate in judge(found, states, best).items()}
+        first, nats = found.indices[:, 0], estimated_losses(softmax, states)
     text = subject.tokenizer.decode(states.targets.tolist())
     _, document = np.unique(states.documents, return_inverse=True)
     by_document = np.bincount(document, nats)

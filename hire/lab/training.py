@@ -102,7 +102,7 @@ def plan_of(variant: str, *, toy: bool = False) -> Plan:
     config, seeded = MODELS[name], int(seed or 0)
     if toy:
         sparse = dict(group_size=config.group_size, kept=config.kept, routed=config.routed, ffn_width=config.ffn_width // 4)
-        config = preset("tiny", layers=2, gated=False, global_every=2, **sparse)
+        config = preset("tiny", gated=False, **sparse)
         return Plan(config=config, tokens=12 * 4 * 32, batch=4, length=32, documents=2, seed=seeded)
     easing = 0.5 if config.kept < 1 and not name.endswith("-abrupt") else 0.0
     tokens = SHORT if variant.startswith("short-") else LADDER if name == "ladder" else LONG

@@ -113,7 +113,16 @@ PRESETS = {
     ),
     # A toy in the same form, for tests and the smoke profile.
     "tiny": DecoderConfig(
-        vocabulary=512, width=64, layers=6, heads=4, kv_heads=2, head_width=16, ffn_width=128, window=16, context=512
+        vocabulary=512,
+        width=64,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_width=16,
+        ffn_width=128,
+        window=16,
+        global_every=2,
+        context=512,
     ),
 }
 
