@@ -188,7 +188,7 @@ def test_settings_that_cannot_be_are_refused(unchecked, rng, settings, message):
         (dict(group_size=7), "group_size = 7: expected a divisor of ffn_width = 128"),
         (dict(group_size=8, kept=0.01), "kept = 0.01: expected a share, at most 1, that leaves one of 16 groups or more"),
         (dict(kept=1.5), "kept = 1.5: expected a share"),
-        (dict(sparse_layers=(1, 9)), r"sparse_layers = \(1, 9\): expected layers from 0 to 5"),
+        (dict(sparse_layers=(1, 9)), r"sparse_layers = \(1, 9\): expected layers from 0 to 1"),
     ],
 )
 def test_a_sparse_model_that_cannot_be_is_refused(changes, message):
