@@ -9,8 +9,10 @@ from flax import nnx
 import hire
 from hire.choose import true_top_k
 from hire.lab import evaluation, ladder, programs, sparsity
+from hire.lab.evaluation import hidden_states
 from hire.lab.text import beginnings, documents
 from hire.models import Decoder, TextModel, preset, weights
+from hire.models.generation import Split
 from hire.models.tokenizer import byte_tokenizer
 
 WORDS, KEPT = 512, 0.25
@@ -30,22 +32,22 @@ def parts(**changes):
 def test_with_everything_a_candidate_every_rung_is_the_model(model, rng):
     tokens = jnp.asarray(rng.integers(3, WORDS, (2, 16)), jnp.int32)
     rungs = parts(common=0.0).rungs(model, together=4)
-    own = model.prefill(tokens)[0]
+    own = hidden_states(model)(tokens)
     best = model.best(own[:, -1], 4)
     assert list(rungs) == [
         "dense", "LR softmax", "Q softmax", "LR fitted int8", "+ sparse FFN", "+ common path", "+ shared selection",
     ]  # fmt: skip
     for name, rung in rungs.items():
-        np.testing.assert_allclose(rung.prefill(tokens)[0], own, atol=2e-4, err_msg=name)
+        np.testing.assert_allclose(hidden_states(rung)(tokens), own, atol=2e-4, err_msg=name)
         assert rung.best(own[:, -1], 4).indices.tolist() == best.indices.tolist(), name
-    apart = parts(nominated=0.25).rungs(model)["+ common path"].prefill(tokens)[0]
+    apart = hidden_states(parts(nominated=0.25).rungs(model)["+ common path"])(tokens)
     assert np.abs(apart - own).max() > 1e-3  # a path that is always computed takes the place of groups that would be kept
 
 
 def test_the_most_used_groups_come_first_and_change_nothing(model, rng):
     tokens, usage = jnp.asarray(rng.integers(3, WORDS, (1, 9)), jnp.int32), rng.uniform(size=(2, 16))
     ordered = sparsity.most_used_first(model, usage)
-    np.testing.assert_allclose(ordered.prefill(tokens)[0], model.prefill(tokens)[0], atol=2e-4)
+    np.testing.assert_allclose(hidden_states(ordered)(tokens), hidden_states(model)(tokens), atol=2e-4)
     first = int(np.argmax(usage[1]))
     assert (ordered.blocks[1].ffn.up[...][:8] == model.blocks[1].ffn.up[...][8 * first : 8 * first + 8]).all()
 
@@ -96,9 +98,14 @@ def test_what_a_rung_says_of_text(model):
 def test_what_a_user_would_pick_instead(model, rng):
     token, tokens = jnp.asarray([7], jnp.int32), jnp.asarray(rng.integers(3, WORDS, (1, 8)), jnp.int32)
 
-    def next_words(model):
+    @jax.jit
+    def compiled(split):
+        model = split.merge()
         hidden, _ = model.step(token, model.prefill(tokens, 12)[1])
         return hidden.astype(jnp.float32), model.best(hidden, 4)
+
+    def next_words(model):
+        return compiled(Split.of(model))
 
     dense = ladder.unselected(model)
     hidden, best = next_words(dense)
@@ -135,8 +142,8 @@ def test_other_shares_by_the_same_copies(model, rng):
     wide = ladder.with_shares(narrow, KEPT, 1.0)
     assert [(ffn.k, ffn.candidates) for ffn in ladder.ffns_of(wide)] == [(4, 16)] * 2  # of 16 groups
     assert ladder.ffns_of(wide)[0].estimator.nbytes == ladder.ffns_of(narrow)[0].estimator.nbytes
-    np.testing.assert_allclose(wide.prefill(tokens)[0], model.prefill(tokens)[0], atol=2e-4)
-    assert np.abs(narrow.prefill(tokens)[0] - model.prefill(tokens)[0]).max() > 1e-3
+    np.testing.assert_allclose(hidden_states(wide)(tokens), hidden_states(model)(tokens), atol=2e-4)
+    assert np.abs(hidden_states(narrow)(tokens) - hidden_states(model)(tokens)).max() > 1e-3
 
 
 def test_too_little_memory_offers_half_of_it(monkeypatch, capsys):

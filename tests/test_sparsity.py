@@ -49,7 +49,7 @@ def test_unions_and_lags_by_hand():
 
 def states(subject, windows, ffns=None, **together):
     model = subject.model if ffns is None else hire.convert(subject.model, ffn=ffns, **together)
-    return model.prefill(windows)[0]
+    return evaluation.hidden_states(model)(windows)
 
 
 def test_with_every_group_a_candidate_nothing_is_lost(studied, rng):
@@ -73,9 +73,9 @@ def test_different_texts_share_what_they_need_together(studied, rng):
     for block in across.blocks:
         block.ffn = sparsity.Across(block.ffn)
     same, other = np.repeat(one, 4, axis=0), np.concatenate([one, rng.integers(3, 500, (3, 16))]).astype(np.int32)
-    expected = alone.prefill(one)[0][0]  # four texts that are one want what one wants
-    np.testing.assert_allclose(across.prefill(same)[0], np.repeat(expected[None], 4, axis=0), atol=1e-4)
-    assert np.abs(across.prefill(other)[0][0] - expected).max() > 0.1
+    expected = evaluation.hidden_states(alone)(one)[0]  # four texts that are one want what one wants
+    np.testing.assert_allclose(evaluation.hidden_states(across)(same), np.repeat(expected[None], 4, axis=0), atol=1e-4)
+    assert np.abs(evaluation.hidden_states(across)(other)[0] - expected).max() > 0.1
     judged = studied.judged(shared, together=4, across=True)
     assert judged["mean"] != studied.judged(shared, together=4)["mean"]
 
