@@ -21,7 +21,7 @@ from hire.models.checkpoints import load_checkpoint, save_checkpoint
 from hire.models.tokenizer import byte_tokenizer
 
 PLAN = training.plan_of("groups8", toy=True)
-TOY = replace(PLAN, config=replace(PLAN.config, layers=1), easing=0.5)  # five programs are compiled, one a stage
+TOY = replace(PLAN, config=replace(PLAN.config, layers=1, kept=0.5), easing=0.5)  # each stage is a program to compile: two
 RUN = """
 import sys
 from dataclasses import replace
