@@ -19,9 +19,7 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Every new shape is compiled anew, so few are drawn; `pytest --hypothesis-profile=thorough` draws others, and many.
-hypothesis.settings.register_profile("thorough", deadline=None, max_examples=200)
-hypothesis.settings.register_profile("hire", deadline=None, max_examples=12, derandomize=True)
+hypothesis.settings.register_profile("hire", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("hire")
 
 

@@ -21,7 +21,7 @@ from hire.models.checkpoints import load_checkpoint, save_checkpoint
 from hire.models.tokenizer import byte_tokenizer
 
 PLAN = training.plan_of("groups8", toy=True)
-TOY = replace(PLAN, config=replace(PLAN.config, layers=1, kept=0.5), easing=0.5)  # each stage is a program to compile: two
+TOY = replace(PLAN, config=replace(PLAN.config, layers=1), easing=0.5)  # five programs are compiled, one a stage
 RUN = """
 import sys
 from dataclasses import replace
@@ -198,7 +198,7 @@ def test_every_token_of_a_document_is_scored_once(saved):
     expected = 0.0
     for at in range(0, 70, 32):
         part = ids[at : at + 32]
-        logits = model.logits(evaluation.hidden_states(model)(np.concatenate([[2], part[:-1]])[None].astype(np.int32)))[0]
+        logits = model.logits(model.prefill(np.concatenate([[2], part[:-1]])[None].astype(np.int32))[0])[0]
         expected -= float(np.sum(np.asarray(jax.nn.log_softmax(logits))[np.arange(len(part)), part]))
     assert scores.nats[0] == pytest.approx(expected, rel=1e-4)
     summary = scores.summary()

@@ -84,6 +84,21 @@ class DecoderConfig:
         }
 
 
+# Our choice: small enough to be trained on two cores, with 256 groups of 8 neurons a layer.
+SMALL = DecoderConfig(
+    vocabulary=4096,
+    width=256,
+    layers=4,
+    heads=4,
+    kv_heads=4,
+    head_width=64,
+    ffn_width=2048,
+    gated=False,
+    window=256,
+    global_every=2,
+    context=512,
+)
+
 PRESETS = {
     # Published by Google; sizes as in the weights' own metadata.
     "gemma3_270m": DecoderConfig(vocabulary=262144, width=640, layers=18, heads=4, kv_heads=1, head_width=256, ffn_width=2048),
@@ -97,33 +112,9 @@ PRESETS = {
     "paper_half": DecoderConfig(
         vocabulary=131072, width=1536, layers=12, heads=6, kv_heads=1, head_width=256, ffn_width=6144, gated=False
     ),
-    # Our choice: small enough to be trained on two cores, with 256 groups of 8 neurons a layer.
-    "small": DecoderConfig(
-        vocabulary=4096,
-        width=256,
-        layers=4,
-        heads=4,
-        kv_heads=4,
-        head_width=64,
-        ffn_width=2048,
-        gated=False,
-        window=256,
-        global_every=2,
-        context=512,
-    ),
+    "small": SMALL,
     # A toy in the same form, for tests and the smoke profile.
-    "tiny": DecoderConfig(
-        vocabulary=512,
-        width=64,
-        layers=2,
-        heads=4,
-        kv_heads=2,
-        head_width=16,
-        ffn_width=128,
-        window=16,
-        global_every=2,
-        context=512,
-    ),
+    "tiny": replace(SMALL, vocabulary=512, width=64, layers=2, kv_heads=2, head_width=16, ffn_width=128, gated=True, window=16),
 }
 
 
