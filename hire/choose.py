@@ -105,8 +105,7 @@ def tune(
             return means(np.mean(depths <= candidates, axis=1), documents)
 
         most = estimator.kept[-1] if isinstance(estimator, Cascade) else rows.shape[0]
-        if fresh_bound(found(most), each) < recall:
-            reached = fresh_bound(found(most), each)
+        if (reached := fresh_bound(found(most), each)) < recall:
             raise ValueError(f"a cascade that keeps {most}: promises a recall of {reached:.4f} at most, not {recall}; keep more")
         low, high = k, most  # the recall seen grows with k', so a bisection finds the smallest
         while low < high:

@@ -108,10 +108,12 @@ def check_bits(bits: int) -> None:
 @jax.jit
 def fingerprint(rows: Rows) -> UInt32[Array, ""]:
     """A checksum of rows (m, d) rounded to bfloat16, so that a copy of them in another precision is still taken for them."""
+    run = next(size for size in range(32, 0, -1) if rows.shape[-1] % size == 0)
+    rows = rows.reshape(*rows.shape[:-1], -1, run)  # summed in short runs first: of longer ones XLA writes out what it is to add
     bits = jax.lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
-    axes = range(rows.ndim)
-    place = sum(jax.lax.broadcasted_iota(jnp.uint32, rows.shape, axis) * math.prod(rows.shape[axis + 1 :]) for axis in axes)
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)  # whole numbers modulo 2^32: the same in any order of summation
+    place = jax.lax.iota(jnp.uint32, rows.size).reshape(rows.shape)
+    parts = jax.lax.optimization_barrier(jnp.sum(bits * (2 * place + 1), axis=-1, dtype=jnp.uint32))
+    return jnp.sum(parts, dtype=jnp.uint32)  # whole numbers modulo 2^32: the same in any order of summation
 
 
 def unpack(codes: Codes, bits: int, width: int) -> Float[Array, "... d"]:
@@ -136,20 +138,19 @@ def rounded(rows: Rows, bits: int) -> tuple[Codes, Float[Array, " m"]]:
     """The codes of rows (m, d) and their scales (m,): of several scales for 4 bits, the one with the least squared error."""
     steps, width = 2 ** (bits - 1) - 1, rows.shape[1]
     exact = rows.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(exact), axis=-1)
+    size = jnp.abs(exact)
+    largest = jnp.max(size, axis=-1)
     whole = jnp.where(largest > 0, largest, 1.0) / steps
 
-    def coded(scale: Float[Array, " m"]) -> Float[Array, "m d"]:
-        return jnp.clip(jnp.round(exact / scale[:, None]), -steps, steps)
-
     def error(scale: Float[Array, " m"]) -> Float[Array, " m"]:
-        return jnp.sum((exact - coded(scale) * scale[:, None]) ** 2, axis=-1)
+        rest = size - jnp.minimum(jnp.round(size / scale[:, None]), steps) * scale[:, None]  # without signs it is one pass on a CPU
+        return jnp.sum(rest**2, axis=-1)
 
     scale, least = whole, error(whole)
     for share in CLIPPED[1:] if bits == 4 else ():  # where a few large entries would leave the others one or two steps
         tried = error(share * whole)
         scale, least = jnp.where(tried < least, share * whole, scale), jnp.minimum(tried, least)
-    codes = coded(scale).astype(jnp.int8)
+    codes = jnp.clip(jnp.round(exact / scale[:, None]), -steps, steps).astype(jnp.int8)
     if bits == 8:
         return codes, scale
     low, high = jnp.split(jnp.pad(codes, ((0, 0), (0, width % 2))), 2, axis=1)
@@ -409,14 +410,10 @@ class LowRank:
             check_bits(bits)
         covariance = np.eye(d) if calibration is None else second_moment(calibration, d)
         covariance = covariance + ridge * np.trace(covariance) / d * np.eye(d)
-        if directions == "leading":
-            kept = leading_directions(rows, covariance, rank)
-        elif directions == "first":
-            kept = np.eye(rank, d)
-        elif directions == "random":
-            kept = orthonormal(d, rank).T
-        else:
+        ways = dict(leading=leading_directions, first=lambda *_: np.eye(rank, d), random=lambda *_: orthonormal(d, rank).T)
+        if directions not in ways:
             raise ValueError(f"directions = {directions!r}: expected leading, first or random")
+        kept = ways[directions](rows, covariance, rank)
         if bits == 4:
             kept = orthonormal(rank, rank).T @ kept  # turned over, or at full rank it would undo "random"
         # Of queries known by P x alone, E[x | P x] = C Pᵀ (P C Pᵀ)⁻¹ P x is the best guess, so these are the best factors for P.
@@ -449,9 +446,20 @@ def leading_directions(rows: Rows, covariance: np.ndarray, rank: int) -> np.ndar
     # The d x d problem in float64: with G = rowsᵀ rows, the right singular vectors of rows @ L are the
     # eigenvectors of Lᵀ G L, and the (m, d) matrix itself is only multiplied.
     lower = np.linalg.cholesky(covariance)
-    gram = product(rows, rows, "md,me->de", precision="highest")
-    _, vectors = np.linalg.eigh(lower.T @ np.asarray(gram, np.float64) @ lower)
+    _, vectors = np.linalg.eigh(lower.T @ gram(rows) @ lower)
     return np.linalg.solve(lower.T, vectors[:, ::-1][:, :rank]).T
+
+
+GRAMS: dict[tuple, np.ndarray] = {}  # of the rows that were fitted to last: rank, text and bits are tried one after the other
+
+
+def gram(rows: Rows) -> np.ndarray:
+    """rowsᵀ rows (d, d) in float64: most of what a fit takes."""
+    key = rows.shape, rows.dtype, int(fingerprint(rows))
+    if key not in GRAMS:
+        GRAMS.clear()
+        GRAMS[key] = np.asarray(product(rows, rows, "md,me->de", precision="highest"), np.float64)
+    return GRAMS[key]
 
 
 def orthonormal(d: int, rank: int) -> np.ndarray:

@@ -82,8 +82,8 @@ class HireFFN:
         groups = neurons // self.group_size
         check_count("k", self.k, 1, groups, "the number of groups")
         check_count("common", self.common, 0, self.k - 1, "less than k, the groups that are kept")
-        beyond = groups - self.common
-        check_count("candidates", self.candidates, self.k - self.common, beyond, "from k - common to the groups beyond common")
+        least, most = self.k - self.common, groups - self.common
+        check_count("candidates", self.candidates, least, most, "from k - common to the groups beyond common")
         if self.gate is None and self.up_estimator is not None:
             raise ValueError("up_estimator without a gate: expected one estimator, of up")
         check_form(self.form)
@@ -120,8 +120,7 @@ class HireFFN:
             layer = HireFFN(**parts, k=k + common, candidates=candidates, common=common, **how)
             return jax.lax.psum(method(layer, x), axis.name)
 
-        names = ("up", "down", "estimator", "gate", "up_estimator")
-        return axis.mapped(own, {name: getattr(self, name) for name in names}, x)
+        return axis.mapped(own, {name: getattr(self, name) for name in ("up", "down", "estimator", "gate", "up_estimator")}, x)
 
     @jax.jit
     def __call__(self, x: Queries) -> Float[Array, "b d"]:
@@ -172,10 +171,8 @@ class HireFFN:
         chosen = self.chosen(x)
         active = self.active(lambda rows: row_scores_at(x, rows, chosen, self.group_size))
         best = exact_top_k(group_scores(active, self.group_size), self.k - self.common).indices
-        kept, groups = (
-            jnp.take_along_axis(active, members(best, self.group_size), axis=1),
-            jnp.take_along_axis(chosen, best, axis=1),
-        )
+        kept = jnp.take_along_axis(active, members(best, self.group_size), axis=1)
+        groups = jnp.take_along_axis(chosen, best, axis=1)
         return row_sums_at(kept, self.down, groups, self.group_size) + self.common_path(x)
 
     def spread(self, x: Queries) -> Float[Array, "b d"]:

@@ -64,25 +64,28 @@ def test_the_tokenizer_is_sentencepiece_on_the_whole_corpus(gemma, file):
         assert [text.ids for text in encoded[compared]] == peer.encode(texts[compared])
 
 
-def test_the_readme_writes_text_with_the_searched_model(gemma, monkeypatch):
+@pytest.fixture(scope="module")
+def softmax(gemma):
+    """A search by a low-rank copy that is fitted to text, as in the README."""
+    rows = gemma.model.embedding[...]
+    seen = evaluation.collect(gemma.model, *evaluation.windows(gemma, documents("calibration")[:16], 96), skip=4)
+    return hire.HireSoftmax(rows, hire.LowRank.fit(rows, 160, calibration=seen.hidden, bits=8), k=32, candidates=2048)
+
+
+def test_the_readme_writes_text_with_the_searched_model(gemma, softmax, monkeypatch):
     _, code, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     monkeypatch.setattr("hire.models.load_gemma", lambda: gemma)
-    rows = gemma.model.embedding[...]
-    given = dict(hire=hire, softmax=hire.HireSoftmax(rows, hire.Quantized.fit(rows, 8), k=32, candidates=64))
+    given = dict(hire=hire, softmax=softmax)
     exec(code, given)
     dense = hire.generate(gemma.model, gemma.tokens("Call me Ishmael.")[None], new_tokens=40)
     assert (given["tokens"] == dense).all()
 
 
-def test_a_small_fitted_copy_finds_the_top_words(gemma):
-    rows = gemma.model.embedding[...]
-    fit = evaluation.collect(gemma.model, *evaluation.windows(gemma, documents("calibration")[:16], 96), skip=4)
+def test_a_small_fitted_copy_finds_the_top_words(gemma, softmax):
     unseen = evaluation.collect(gemma.model, *evaluation.windows(gemma, documents("evaluation", ["novel"])[:6], 32), skip=12)
-    best = true_top_k(rows, unseen.hidden, 32)
-    fitted = hire.LowRank.fit(rows, 160, calibration=fit.hidden, bits=8)
-    softmax = hire.HireSoftmax(rows, fitted, k=32, candidates=2048)
+    best = true_top_k(softmax.rows, unseen.hidden, 32)
     judged = evaluation.judge(softmax, unseen, best)
-    assert softmax.bytes_read <= 0.08 * rows.nbytes
+    assert softmax.bytes_read <= 0.08 * softmax.rows.nbytes
     assert judged["recall"]["mean"] >= 0.97 and judged["top1"]["mean"] >= 0.98
-    plain = candidates_needed(hire.LowRank.fit(rows, 160, bits=8), unseen.hidden, best.indices)
+    plain = candidates_needed(hire.LowRank.fit(softmax.rows, 160, bits=8), unseen.hidden, best.indices)
     assert np.mean(plain <= 2048) < judged["recall"]["mean"] - 0.02  # fitting is what makes low rank work

@@ -1,6 +1,7 @@
 """Latency of the softmax and of the whole decode step, dense and searched, side by side; `make bench` prints it as a table."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -192,15 +193,6 @@ def bench(k: int = 32, rank: int = 128, candidates: int = 2048) -> None:
             print(table(what, {batch: durations}), flush=True)
             speedup = speedups({batch: durations})[batch]
             results = dict(medians=medians(durations), speedup=speedup, dense=fastest_dense(durations), quality=quality)
-            records.write(
-                records.RECORDS,
-                "bench",
-                f"bench/{what}/{batch}",
-                kind="measured",
-                weights=gemma.stored,
-                append=True,
-                setting=setting | dict(batch=batch),
-                results=results,
-                durations=durations,
-                command="make bench",
-            )
+            facts: dict[str, Any] = dict(setting=setting | dict(batch=batch), results=results, durations=durations)
+            facts |= dict(kind="measured", weights=gemma.stored, append=True, command="make bench")
+            records.write(records.RECORDS, "bench", f"bench/{what}/{batch}", **facts)

@@ -1,6 +1,7 @@
 """One decode step taken apart: the whole of it and its parts as forms to be timed, over batches."""
 
 from collections.abc import Callable
+from threading import Lock
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import numpy as np
 from hire.lab.timing import interleaved
 from hire.models import Cache, Decoder
 from hire.models.generation import Split, step
+
+ALONE = Lock()  # forms that are compiled side by side may share a cache
 
 
 def softmax(model: Decoder, x, cache: Cache):
@@ -63,11 +66,14 @@ class StepForms:
         own, or one that forms share.
         """
         apart = 7919 * np.arange(batch)  # a prime: words all over the vocabulary, or a search would read the same rows for all
-        held = cache or self.cache(batch)
+        held, ready = cache or self.cache(batch), []
 
         def form(x):
-            words = 3 + (np.argmax(x) + apart) % (self.words - 3)
-            top, held[0] = step(self.model, words.astype(np.int32), held[0], self.k)
+            words = (3 + (np.argmax(x) + apart) % (self.words - 3)).astype(np.int32)
+            if not ready:  # compiled on a cache of its own: a form that shares this one may be compiled beside it
+                ready.append(jax.block_until_ready(step(self.model, words, self.cache(batch)[0], self.k)[0]))
+            with ALONE:
+                top, held[0] = step(self.model, words, held[0], self.k)
             return top
 
         return form

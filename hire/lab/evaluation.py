@@ -1,7 +1,7 @@
 """What a model makes of real text: hidden states by document, losses, and the quality of a search over them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import partial, reduce
 from statistics import NormalDist
 from typing import NamedTuple
@@ -23,8 +23,7 @@ from hire.softmax import HireSoftmax
 from hire.topk import TopK, bucketed_top_k, exact_top_k, expected_recall, expected_recall_top1, recall
 
 
-@dataclass(frozen=True)
-class States:
+class States(NamedTuple):
     """Hidden states (n, d), the token that followed each (n,), and the document that each comes from (n,)."""
 
     hidden: np.ndarray
@@ -50,8 +49,7 @@ def windows(subject: TextModel, texts: Sequence[Document], length: int, each: in
     return np.stack(tokens), np.asarray(names)
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     """Of each document (n,): the sum of -log p of its tokens in nats, tokens guessed right, all tokens, bytes."""
 
     nats: np.ndarray
@@ -61,11 +59,11 @@ class Scores:
 
     def of(self, chosen: np.ndarray) -> "Scores":
         """Those of some documents."""
-        return Scores(*(getattr(self, part.name)[chosen] for part in fields(self)))
+        return Scores(*(part[chosen] for part in self))
 
     def summary(self) -> dict[str, float]:
         """Loss in nats a token and perplexity, bits a byte, the share of tokens guessed right, over all documents as one text."""
-        nats, hits, tokens, size = (float(part.sum()) for part in (self.nats, self.hits, self.tokens, self.bytes))
+        nats, hits, tokens, size = (float(part.sum()) for part in self)
         each = dict(loss=nats / tokens, perplexity=float(np.exp(nats / tokens)), accuracy=hits / tokens)
         return each | dict(bits_per_byte=nats / np.log(2) / size, tokens=int(tokens))
 
@@ -264,7 +262,7 @@ def document_states(subject: TextModel, texts: Sequence[Document], length: int =
             raise ValueError(f"document {text.name!r}: expected text, it is empty")
         asked += [(place, each) for each in sliding(subject.tokens(text.text), length, stride)]
     states = states_of(subject.model, [each for _, each in asked])
-    return replace(states, documents=np.asarray([place for place, _ in asked])[states.documents])
+    return states._replace(documents=np.asarray([place for place, _ in asked])[states.documents])
 
 
 class Told(NamedTuple):

@@ -193,14 +193,5 @@ def judge_questions(limit: int = 1000, k: int = 32, headline: Sequence[int] = (1
     claim |= dict(setting=f"Gemma 3 270M, {form}", figure="10", supports=accuracy["mean"] >= -0.005)
     print(f"accuracy over exact: {stated}, {accuracy['n']} questions")
     print(*(f"{name}: {both}" for name, both in told.items()), *failed.values(), sep="\n")
-    records.write(
-        RECORDS,
-        "questions",
-        "quality/questions",
-        kind="measured",
-        weights=gemma.stored,
-        setting=setting,
-        results=results,
-        claims={"quality": claim},
-        command="make questions",
-    )
+    facts: dict[str, Any] = dict(kind="measured", weights=gemma.stored, setting=setting, results=results, claims={"quality": claim})
+    records.write(RECORDS, "questions", "quality/questions", command="make questions", **facts)

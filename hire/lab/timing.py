@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +19,18 @@ COLD = 2**28  # bytes that are read before a call is timed: several times the la
 def interleaved(forms: dict[str, Callable], queries: Sequence, repeats: int) -> dict[str, list[float]]:
     """Seconds of each call of every form, taken in turn: form(query), a new query at every repetition.
 
-    The forms are compiled by a first call that is not counted. Turns make a slow spell of the machine hit all forms alike, so
-    compare medians and trust ratios. Within a turn the forms take different queries, and before each call something else is read,
-    not timed: a form finds in no cache what the one before it has left there. Raises ValueError when there are fewer queries
-    than repeats.
+    The forms are compiled by a first call that is not counted, two at a time where they share no collectives. Turns make a slow
+    spell of the machine hit all forms alike, so compare medians and trust ratios. Within a turn the forms take different queries,
+    and before each call something else is read, not timed: a form finds in no cache what the one before it has left there. Raises
+    ValueError when there are fewer queries than repeats.
     """
     if len(queries) < repeats:
         raise ValueError(f"{len(queries)} queries for {repeats} repeats: expected a new one at every repetition")
     durations = {name: [] for name in forms}
     # Of several processes that call together one would wait, timed, for what another reads.
     read_other = stream_form(COLD)[0] if jax.process_count() == 1 else lambda _: None
-    for form in forms.values():
-        jax.block_until_ready(form(queries[0]))
+    with ThreadPoolExecutor(2 if jax.device_count() == 1 else 1) as pool:  # XLA compiles a program on one core
+        list(pool.map(lambda form: jax.block_until_ready(form(queries[0])), forms.values()))
     gc.disable()
     try:
         for turn in range(repeats):
