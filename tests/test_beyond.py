@@ -19,10 +19,10 @@ def test_rows_that_reach_by_hand():
     # In 4 bits with steps of 1 these rows are what they are: nothing is left out, so only better rows reach the second best score.
     rows = jnp.asarray([[7.0, 1.0], [7.0, 3.0], [-7.0, 0.0], [7.0, 2.0]])
     x = np.asarray([[1.0, 1.0]], np.float32)
-    assert beyond.reaching(rows, x, true_top_k(rows, x, 2).values, 4, False).tolist() == [2]
+    assert beyond.reaching(rows, x, true_top_k(rows, x, 2).values, [4])["4 bits"].tolist() == [2]
     # A row of 7 and 0.5 keeps 0 of its 0.5, times a query of length 2 ** 0.5: it reaches 7.7, a row of 7 and -0.2 just 7.3.
     rows = jnp.asarray([[7.0, 0.55], [7.0, 0.5], [7.0, -0.2], [1.0, 1.0]])
-    assert beyond.reaching(rows, x, true_top_k(rows, x, 1).values, 4, False).tolist() == [2]
+    assert beyond.reaching(rows, x, true_top_k(rows, x, 1).values, [4])["4 bits"].tolist() == [2]
 
 
 def test_proofs_are_counted_and_none_is_wrong(rng):

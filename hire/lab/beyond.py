@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import hire
-from hire.axes import AnyArray, Array, Float, Queries, Rows
+from hire.axes import AnyArray, Array, Float, Int, Queries, Rows
 from hire.certify import Certified, certified_top_k, margins
 from hire.choose import Tuned, candidates_needed, true_top_k
 from hire.estimators import Estimator, LowRank, Quantized, orthonormal
@@ -127,17 +127,22 @@ def proofs(rows: Rows, copy: LowRank | Quantized, states: States, k: int, candid
     return told | dict(speed=gains(seconds, fastest_dense(seconds)), seconds=seconds)
 
 
-def reaching(rows: Rows, hidden: Queries, best: Float[AnyArray, "b k"], bits: int, turned: bool) -> np.ndarray:
-    """How many rows may reach the last of the true scores `best` (n, k) of each query, were rows kept in so many bits an entry,
-    turned at random first or not. A proof must look at all of them. Simulated: copies here pack 4 or 8.
+def reaching(rows: Rows, hidden: Queries, best: Float[AnyArray, "b k"], bits: Sequence[int]) -> dict[str, np.ndarray]:
+    """How many rows may reach the last of the true scores `best` (n, k) of each query, were rows kept in so many bits an entry, as
+    they are or turned at random first, by name. A proof must look at all of them. Simulated: copies here pack 4 or 8.
     """
-    d, steps = rows.shape[1], 2 ** (bits - 1) - 1
-    turn = jnp.asarray(orthonormal(d, d) if turned else np.eye(d), jnp.float32)
-    rows, x = rows @ turn, hidden @ turn
-    scale = jnp.max(jnp.abs(rows), axis=1, keepdims=True) / steps
-    kept = jnp.round(rows / scale) * scale
-    margin, size = jnp.linalg.norm(rows - kept, axis=1), jnp.linalg.norm(x, axis=1, keepdims=True)
-    return np.asarray(jnp.sum(x @ kept.T + size * margin[None] >= best[:, -1:], axis=1))
+
+    @partial(jax.jit, static_argnames="steps")
+    def counted(rows: Rows, x: Queries, least: Float[AnyArray, "b 1"], steps: int) -> Int[Array, " b"]:
+        scale = jnp.max(jnp.abs(rows), axis=1, keepdims=True) / steps
+        kept = jnp.round(rows / scale) * scale
+        size = jnp.linalg.norm(x, axis=1, keepdims=True)
+        return jnp.sum(x @ kept.T + size * jnp.linalg.norm(rows - kept, axis=1)[None] >= least, axis=1)
+
+    turn = jnp.asarray(orthonormal(rows.shape[1], rows.shape[1]), jnp.float32)
+    forms = {"": (rows, hidden), " turned": (rows @ turn, hidden @ turn)}
+    names = {f"{each} bits{name}": (*form, each) for each in bits for name, form in forms.items()}
+    return {name: np.asarray(counted(*form, best[:, -1:], 2 ** (each - 1) - 1)) for name, (*form, each) in names.items()}
 
 
 def share_of_dense(rows: Rows, queries: Queries, k: int, repeats: int) -> Callable[[Estimator, int], float]:
