@@ -14,13 +14,11 @@ import jax.numpy as jnp
 
 from hire.axes import Array, Bool, Float, Indices, Queries, Rows, Scores
 from hire.estimators import LowRank, Quantized, row_scores, unpack
-from hire.kernels.keys import EMPTY, mask, ordered
 from hire.search import check_queries, check_search
-from hire.topk import TopK, best_winners, bucket_keys, bucket_winners, exact_top_k
+from hire.topk import TopK, exact_top_k
 
 SAFE = 1 + 1e-4  # lengths are themselves computed in float32
 ORDER = 2.0**-24  # of one rounding
-DEPTH, PER_BUCKET = 128, 4  # where more of the best share a bucket a proof is lost, which is rare
 
 
 class Certified(NamedTuple):
@@ -76,19 +74,19 @@ def scores_by_halves(x: Queries, rows: Float[Array, "b c d"]) -> Float[Array, "b
 
 
 def nominated(reached: Scores, candidates: int) -> tuple[Indices, Float[Array, " b"]]:
-    """The rows (b, k') that reach highest, but for some that share a bucket, and what the others (b,) reach at most."""
-    m = reached.shape[1]
-    depth = max(1, min(DEPTH, m * PER_BUCKET // (candidates + 1)))
-    buckets = -(-m // depth)
-    keys, depth = bucket_keys(reached, buckets), -(-m // buckets)
-    winners = bucket_winners(keys, PER_BUCKET + 1)
-    chosen, left = best_winners(winners[:-1], min(candidates + 1, m), depth), jnp.max(winners[-1], axis=-1)
-    if candidates < m:
-        # The others are no better than the next winner or than what comes after the winners of a bucket; keys lack some bits.
-        following = jnp.take_along_axis(reached, chosen[:, -1:], axis=1)[:, 0].astype(jnp.float32)
-        left = jnp.maximum(left, ordered(jax.lax.bitcast_convert_type(following, jnp.int32)))
-    highest = jax.lax.bitcast_convert_type(ordered(left | mask(depth)), jnp.float32)
-    return chosen[:, :candidates], jnp.where(left == EMPTY, -jnp.inf, highest)
+    """The rows (b, k') that reach highest, and what the others (b,) reach at most.
+
+    So many rows and the next one lie in as many blocks, those whose own best reach highest: only they are searched.
+    """
+    b, m = reached.shape
+    wanted, depth = min(candidates + 1, m), math.isqrt(m // candidates)
+    real = jnp.maximum(reached.astype(jnp.float32), jnp.finfo(jnp.float32).min)  # above what fills the last block
+    blocks = jnp.pad(real, ((0, 0), (0, -m % depth)), constant_values=-jnp.inf).reshape(b, -1, depth)
+    first = exact_top_k(jnp.max(blocks, axis=-1), min(wanted, blocks.shape[1])).indices
+    best = exact_top_k(jnp.take_along_axis(blocks, first[..., None], axis=1).reshape(b, -1), wanted)
+    chosen = jnp.take_along_axis(first, best.indices // depth, axis=1) * depth + best.indices % depth
+    others = best.values[:, candidates] if candidates < m else jnp.full(b, -jnp.inf)
+    return chosen[:, :candidates], jnp.asarray(others)
 
 
 def certified_top_k(

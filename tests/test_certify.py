@@ -60,7 +60,7 @@ def test_a_certificate_is_never_wrong(seed, trap, kind):
 
 @given(st.integers(1, 700), st.integers(1, 700), st.sampled_from(["normal", "equal", "infinite"]), st.integers(0, 10**6))
 def test_no_other_row_reaches_above_what_is_said(m, candidates, kind, seed):
-    """Of whichever rows are nominated, in whatever buckets they lie; with every row nominated there is no other."""
+    """Of whichever rows are nominated, in whatever blocks they lie; with every row nominated there is no other."""
     candidates = min(m, candidates)
     reached = np.random.default_rng(seed).normal(size=(3, m)).astype(np.float32)
     if kind != "normal":
