@@ -35,8 +35,11 @@ def exact_top_k(scores: Scores, k: int) -> TopK:
     """
     check_count("k", k, 1, scores.shape[-1], "the number of rows")
     # On a CPU XLA's top-k is about a hundred times slower on bfloat16 than on float32; and where it sees only a part of what comes
-    # out used, it sorts all rows, thirty times slower. Beyond the barrier it sees nothing.
-    return TopK(*jax.lax.optimization_barrier(jax.lax.top_k(scores.astype(jnp.float32), k)))
+    # out used, it sorts all rows, thirty times slower. Beyond the barrier it sees nothing. (Values first, it would take the pair
+    # for the top-k itself, and fail to spread that over devices.)
+    values, indices = jax.lax.top_k(scores.astype(jnp.float32), k)
+    indices, values = jax.lax.optimization_barrier((indices, values))
+    return TopK(values, indices)
 
 
 def bucketed_top_k(scores: Scores, k: int, *, buckets: int, per_bucket: int = 1) -> TopK:
