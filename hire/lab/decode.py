@@ -11,7 +11,7 @@ from hire.lab.timing import interleaved
 from hire.models import Cache, Decoder
 from hire.models.generation import Split, step
 
-ALONE = Lock()  # forms that are compiled side by side may share a cache
+ALONE = Lock()  # of a step: forms are compiled two at a time, but these share a cache and, of a large model, take much memory
 
 
 def softmax(model: Decoder, x, cache: Cache):
@@ -66,14 +66,12 @@ class StepForms:
         own, or one that forms share.
         """
         apart = 7919 * np.arange(batch)  # a prime: words all over the vocabulary, or a search would read the same rows for all
-        held, ready = cache or self.cache(batch), []
+        held = cache or self.cache(batch)
 
         def form(x):
-            words = (3 + (np.argmax(x) + apart) % (self.words - 3)).astype(np.int32)
-            if not ready:  # compiled on a cache of its own: a form that shares this one may be compiled beside it
-                ready.append(jax.block_until_ready(step(self.model, words, self.cache(batch)[0], self.k)[0]))
+            words = 3 + (np.argmax(x) + apart) % (self.words - 3)
             with ALONE:
-                top, held[0] = step(self.model, words, held[0], self.k)
+                top, held[0] = step(self.model, words.astype(np.int32), held[0], self.k)
             return top
 
         return form
