@@ -456,10 +456,12 @@ GRAMS: dict[tuple, np.ndarray] = {}  # of the rows that were fitted to last: ran
 def gram(rows: Rows) -> np.ndarray:
     """rowsᵀ rows (d, d) in float64: most of what a fit takes."""
     key = rows.shape, rows.dtype, int(fingerprint(rows))
-    if key not in GRAMS:
+    found = GRAMS.get(key)
+    if found is None:  # another thread may fit to other rows meanwhile
+        found = np.asarray(product(rows, rows, "md,me->de", precision="highest"), np.float64)
         GRAMS.clear()
-        GRAMS[key] = np.asarray(product(rows, rows, "md,me->de", precision="highest"), np.float64)
-    return GRAMS[key]
+        GRAMS[key] = found
+    return found
 
 
 def orthonormal(d: int, rank: int) -> np.ndarray:
