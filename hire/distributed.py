@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from hire.axes import Array, Blocks, Indices, Queries, Rows
 from hire.estimators import Estimator, Quantized, fingerprint
+from hire.outliers import Outliers
 from hire.search import Cascade, best_of, high_recall_top_k
 from hire.topk import TopK, check_count
 
@@ -156,9 +157,9 @@ def merged(own: TopK, axis: Axis, held: int, own_k: int, k: int) -> TopK:
 
 
 def told_again(estimator: Any, rows: Rows | Blocks | Quantized) -> Any:
-    """The estimator with the fingerprint of the rows as they lie now. Raises ValueError for a Cascade, which keeps of all."""
-    if isinstance(estimator, Cascade):
-        raise ValueError(f"a Cascade of {len(estimator.estimators)} estimators over several devices: expected one estimator")
+    """The estimator with the fingerprint of the rows as they lie now. Raises ValueError for one that keeps some of all rows."""
+    if isinstance(estimator, Cascade | Outliers):
+        raise ValueError(f"{type(estimator).__name__} over several devices: expected LowRank or Quantized, which can be parted")
     if isinstance(rows, Quantized):  # which keep theirs, as it does
         return estimator
     flat = rows.reshape(len(rows), -1)[:, : estimator.shape[1]]

@@ -16,6 +16,7 @@ import numpy as np
 
 from hire.axes import AnyArray, Array, Blocks, Codes, Float, Indices, Int, Queries, Rows, UInt32
 from hire.kernels import rows as row_kernel
+from hire.kernels.form import by_form, by_platform
 from hire.topk import check_count
 
 Candidates = Float[Array, "b c"]
@@ -59,27 +60,6 @@ PIECE = 2**19  # entries that a CPU multiplies with several queries at a time, s
 FEW = 4  # queries up to which a CPU takes one after the other outside a loop, on all cores
 MANY = 64  # queries beyond which writing quantized rows to memory as floats, for one large product, pays on a CPU
 CHUNK = 512  # rows gathered at a time for several queries on a CPU: they stay in cache between the gather and the product
-
-
-def by_platform(cpu: Callable[[], Array], others: Callable[[], Array]) -> Array:
-    """cpu() on a CPU and others() elsewhere: settled when the program is compiled, which may be for a device that is not there."""
-    return jax.lax.platform_dependent(cpu=cpu, default=others)
-
-
-FORMS = ("auto", "plain", "kernel")
-
-
-def by_form(form: str, plain: Callable[[], Array], kernel: Callable[[], Array]) -> Array:
-    """plain() or kernel(), a Pallas TPU kernel, as `form` says; of "auto" the kernel on a TPU. A named one stays it."""
-    if form == "auto":
-        return jax.lax.platform_dependent(tpu=kernel, default=plain)
-    return kernel() if form == "kernel" else plain()
-
-
-def check_form(form: str) -> None:
-    """Raise ValueError unless form is one of FORMS."""
-    if form not in FORMS:
-        raise ValueError(f"form = {form!r}: expected one of {', '.join(FORMS)}")
 
 
 def product(one: AnyArray, other: AnyArray, pattern: str | None = None, precision: str | None = None) -> Float[Array, "..."]:
@@ -134,8 +114,10 @@ CLIPPED = tuple(1 - 0.05 * step for step in range(9))  # of a row's largest entr
 
 
 @functools.partial(jax.jit, static_argnames="bits")  # one program, which holds nothing as large as the rows beside them
-def rounded(rows: Rows, bits: int) -> tuple[Codes, Float[Array, " m"]]:
-    """The codes of rows (m, d) and their scales (m,): of several scales for 4 bits, the one with the least squared error."""
+def rounded(rows: Rows, bits: int, spread: Float[AnyArray, "d d"] | None = None) -> tuple[Codes, Float[Array, " m"]]:
+    """The codes of rows (m, d) and their scales (m,): of several scales for 4 bits, the one with the least squared error; then,
+    with the `spread` of queries, a root of their second moment, the one with which these codes err least in scores.
+    """
     steps, width = 2 ** (bits - 1) - 1, rows.shape[1]
     exact = rows.astype(jnp.float32)
     size = jnp.abs(exact)
@@ -150,7 +132,12 @@ def rounded(rows: Rows, bits: int) -> tuple[Codes, Float[Array, " m"]]:
     for share in CLIPPED[1:] if bits == 4 else ():  # where a few large entries would leave the others one or two steps
         tried = error(share * whole)
         scale, least = jnp.where(tried < least, share * whole, scale), jnp.minimum(tried, least)
-    codes = jnp.clip(jnp.round(exact / scale[:, None]), -steps, steps).astype(jnp.int8)
+    codes = jnp.clip(jnp.round(exact / scale[:, None]), -steps, steps)
+    if spread is not None:
+        told = codes @ spread
+        size = jnp.sum(told**2, axis=-1)
+        scale = jnp.where(size > 0, jnp.sum(told * (exact @ spread), axis=-1) / size, scale)
+    codes = codes.astype(jnp.int8)
     if bits == 8:
         return codes, scale
     low, high = jnp.split(jnp.pad(codes, ((0, 0), (0, width % 2))), 2, axis=1)
@@ -170,16 +157,18 @@ class Quantized:
     width: int = field(metadata=dict(static=True))
 
     @classmethod
-    def fit(cls, rows: Rows, bits: int) -> "Quantized":
+    def fit(cls, rows: Rows, bits: int, *, calibration: Queries | Iterable[Queries] | None = None) -> "Quantized":
         """Round each of rows (m, d) to the nearest of 2^bits - 1 even steps, up to its largest entry or, at 4 bits, up to what errs
         least in all.
 
-        bits is 8 (one byte an entry) or 4 (two entries packed in a byte). PAPER claim lr-and-q; scales are our choice. Rows with a
-        few large entries are better turned first: LowRank.fit at full rank, with directions="random". Raises ValueError for other
-        bits.
+        bits is 8 (one byte an entry) or 4 (two entries packed in a byte). With calibration (queries (n, d), or an iterator of
+        batches of them) scales are chosen for the scores of such queries instead of the entries. PAPER claim lr-and-q; scales are
+        our choice. Rows with a few large entries are better turned first: LowRank.fit at full rank, with directions="random".
+        Raises ValueError for other bits, and for calibration of another width.
         """
         check_bits(bits)
-        codes, scale = rounded(rows, bits)
+        known = None if calibration is None else np.linalg.cholesky(covariance_of(calibration, rows.shape[1]))
+        codes, scale = rounded(rows, bits, None if known is None else jnp.asarray(known, jnp.float32))
         return cls(codes, scale, fingerprint(rows), bits, rows.shape[1])
 
     @property
@@ -291,7 +280,8 @@ def scores_among(x: Queries, rows: Rows | Quantized, indices: Int[AnyArray, " c"
         parts = jax.lax.map(lambda part: product(taken(rows, part, group), x.T), chunks(indices, max(1, CHUNK // group)))
         return parts.reshape(-1, len(x)).T[:, : indices.size * group]
 
-    return whole() if len(x) == 1 else by_platform(in_chunks, whole)  # outside a loop XLA gathers on all cores
+    found = whole() if len(x) == 1 else by_platform(in_chunks, whole)  # outside a loop XLA gathers on all cores
+    return found * scales(rows, indices, group)
 
 
 def each(function: Callable, *parts: AnyArray) -> Array:
@@ -308,11 +298,15 @@ def each(function: Callable, *parts: AnyArray) -> Array:
 
 
 def taken(rows: Rows | Quantized, indices: Int[AnyArray, " c"], group: int) -> Float[Array, "_ d"]:
-    """The rows (c * group, d) of the groups at indices (c,); quantized ones as floats."""
+    """The rows (c * group, d) of the groups at indices (c,), to be multiplied by their `scales`."""
     if isinstance(rows, Quantized):
-        scale = rows.scale.reshape(-1, group)[indices].reshape(-1, 1)
-        return unpack(groups_at(rows.codes, indices, group), rows.bits, rows.width) * scale
+        return unpack(groups_at(rows.codes, indices, group), rows.bits, rows.width)
     return groups_at(jnp.asarray(rows), indices, group)
+
+
+def scales(rows: Rows | Quantized, indices: Int[AnyArray, " c"], group: int) -> Float[Array, "1 _"] | float:
+    """Of the rows that are `taken`: kept out of the product, before which a CPU would write scaled rows to memory."""
+    return rows.scale.reshape(-1, group)[indices].reshape(1, -1) if isinstance(rows, Quantized) else 1.0
 
 
 def groups_at(rows: Array, indices: Int[AnyArray, " c"], group: int) -> Array:
@@ -354,7 +348,7 @@ def sums_among(
     weights: Float[AnyArray, "b _"], rows: Rows | Quantized, indices: Int[AnyArray, " c"], group: int = 1
 ) -> Float[Array, "b d"]:
     """row_sums_at of the same indices (c,) for all weights (b, c * group): their rows are read once."""
-    weights = jnp.asarray(weights)
+    weights = jnp.asarray(weights) * scales(rows, indices, group)
 
     def whole() -> Float[Array, "b d"]:
         return product(weights, taken(rows, indices, group))
@@ -408,8 +402,7 @@ class LowRank:
         check_count("rank", rank, 1, min(m, d), "the smaller side of the rows")
         if bits is not None:
             check_bits(bits)
-        covariance = np.eye(d) if calibration is None else second_moment(calibration, d)
-        covariance = covariance + ridge * np.trace(covariance) / d * np.eye(d)
+        covariance = covariance_of(calibration, d, ridge)
         ways = dict(leading=leading_directions, first=lambda *_: np.eye(rank, d), random=lambda *_: orthonormal(d, rank).T)
         if directions not in ways:
             raise ValueError(f"directions = {directions!r}: expected leading, first or random")
@@ -439,6 +432,14 @@ class LowRank:
 
     def scores_at(self, x: Queries, indices: Indices) -> Candidates:
         return row_scores_at(row_scores(x, self.projection), self.factors, indices)
+
+
+def covariance_of(calibration: Queries | Iterable[Queries] | None, d: int, ridge: float = 1e-3) -> np.ndarray:
+    """The second moment (d, d) of queries, with that share of its mean variance added to its diagonal; without queries the same for
+    every direction.
+    """
+    found = np.eye(d) if calibration is None else second_moment(calibration, d)
+    return found + ridge * np.trace(found) / d * np.eye(d)
 
 
 def leading_directions(rows: Rows, covariance: np.ndarray, rank: int) -> np.ndarray:

@@ -12,8 +12,6 @@ from hire.distributed import Axis, fair_share, told_again
 from hire.estimators import (
     Estimator,
     Quantized,
-    by_form,
-    check_form,
     layer_scores,
     row_nbytes,
     row_scores_at,
@@ -23,6 +21,7 @@ from hire.estimators import (
     sums_among,
 )
 from hire.kernels import groups as group_kernel
+from hire.kernels.form import by_form, check_form
 from hire.search import check_fitted, check_search, nominate
 from hire.topk import check_count, exact_top_k, group_scores, keep_groups, kth_score
 

@@ -9,16 +9,18 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from hire.axes import Array, Blocks, Float, Indices, Queries, Rows, Scores, UInt32
-from hire.estimators import Estimator, Quantized, by_form, check_form, fingerprint, quantized_product, row_scores_at
+from hire.estimators import Estimator, Quantized, fingerprint, quantized_product, row_scores_at
 from hire.kernels import scores as score_kernel
-from hire.topk import TopK, best_winners, bucket_keys, bucket_winners, bucketed_indices, check_count, exact_top_k
+from hire.kernels.form import by_form, check_form
+from hire.kernels.keys import best_winners, bucket_keys, bucket_winners
+from hire.topk import TopK, bucketed_indices, check_count, exact_top_k
 
 DEPTH, PER_BUCKET = 64, 2  # the best two of every 64 rows are the pool of a k' that is at most half of it
 PER_BUCKET_OF_MANY = 4  # where a better copy still tells them apart
 
 
 def nominate(scores: Scores, candidates: int, per_bucket: int = PER_BUCKET) -> Indices:
-    """The `candidates` (k') best rows (*b, k') by estimated scores (*b, m), best first.
+    """The `candidates` (k') best rows (*b, k') by estimated scores (*b, m), in no order.
 
     Few of many rows are taken from the best `per_bucket` of each bucket: a row is missed only where so many better ones share its
     bucket, and there is no top-k of all rows, which would take longer than their scores.
@@ -94,7 +96,7 @@ class Cascade:
         return self.estimators[0].bytes_read(self.kept[0]) + sum(later)
 
     def levels(self, x: Queries, form: str = "auto") -> Iterator[tuple[Indices, Float[Array, "b c"]]]:
-        """What each estimator but the first is handed, best first by the one before, and its own scores of that."""
+        """What each estimator but the first is handed, in no order, and its own scores of that."""
         chosen = foremost(x, self.estimators[0], self.kept[0], form, PER_BUCKET_OF_MANY)
         for each, count in zip(self.estimators[1:], (*self.kept[1:], None), strict=True):
             better = each.scores_at(x, chosen)
@@ -108,13 +110,22 @@ class Cascade:
         """
         scores = self.estimators[0].scores(x)
         for chosen, better in self.levels(x):
-            half, guessed = chosen.shape[1] // 2, jnp.take_along_axis(scores, chosen, axis=1)
-            lacked, _ = log_ratio(better[:, half:], guessed[:, half:])
+            lacked, _ = log_ratio(*ranked(better, jnp.take_along_axis(scores, chosen, axis=1), chosen.shape[1] // 2))
             scores = (scores + lacked[:, None]).at[jnp.arange(len(x))[:, None], chosen].set(better)
         return scores
 
     def scores_at(self, x: Queries, indices: Indices) -> Float[Array, "b c"]:
         return self.estimators[-1].scores_at(x, indices)
+
+
+def ranked(
+    exact: Float[Array, "b c"], guessed: Float[Array, "b c"], first: int, last: int | None = None
+) -> tuple[Float[Array, "b n"], Float[Array, "b n"]]:
+    """Both scores of the candidates that rank from `first` to `last` by what was guessed, best first. Their lower half, which was
+    picked like any row beyond them, tells what exact scores make of those.
+    """
+    order = exact_top_k(guessed, last or guessed.shape[1]).indices[:, first:]
+    return jnp.take_along_axis(exact, order, axis=1), jnp.take_along_axis(guessed, order, axis=1)
 
 
 def log_ratio(exact: Float[Array, "b c"], guessed: Float[Array, "b c"]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from hire.axes import AnyArray, Array, Blocks, Float, Int, Queries, Rows
 from hire.distributed import Axis, da_top_k, merged, told_again
-from hire.estimators import Estimator, Quantized, check_form, row_nbytes, row_scores_at
-from hire.search import best_of, check_fitted, check_queries, check_search, high_recall_top_k, log_ratio, nominate
+from hire.estimators import Estimator, Quantized, row_nbytes, row_scores_at
+from hire.kernels.form import check_form
+from hire.search import best_of, check_fitted, check_queries, check_search, high_recall_top_k, log_ratio, nominate, ranked
 from hire.topk import TopK
 
 
@@ -106,9 +107,9 @@ class HireSoftmax:
         chosen = nominate(estimated, self.candidates)
         exact = self.exact_logits(hidden, chosen)
         guessed = jnp.take_along_axis(estimated, chosen, axis=1)
-        half = self.candidates // 2  # candidates come best first
-        correction, scatter = log_ratio(exact[:, half:], guessed[:, half:])
-        above, _ = log_ratio(exact[:, half // 2 : max(half, 1)], guessed[:, half // 2 : max(half, 1)])
+        half = self.candidates // 2
+        correction, scatter = log_ratio(*ranked(exact, guessed, half))
+        above, _ = log_ratio(*ranked(exact, guessed, half // 2, max(half, 1)))
         rest = estimated.at[jnp.arange(len(hidden))[:, None], chosen].set(-jnp.inf)
         tail = jax.nn.logsumexp(rest, axis=1) + correction
         whole = jnp.logaddexp(jax.nn.logsumexp(exact, axis=1), tail)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hire.axes import AnyArray, Array, Float, Indices, Int, Scores
-from hire.kernels.keys import EMPTY, keys, mask, ordered
+from hire.kernels.keys import best_winners, bucket_keys, bucket_winners, kth_key, ordered
 
 
 class TopK(NamedTuple):
@@ -65,38 +65,9 @@ def bucketed_top_k(scores: Scores, k: int, *, buckets: int, per_bucket: int = 1)
 
 
 def bucketed_indices(scores: Scores, k: int, buckets: int, per_bucket: int) -> Indices:
-    """The indices (*b, k) of bucketed_top_k alone, in the order of the cut scores."""
-    winners = bucket_winners(bucket_keys(scores, buckets), per_bucket)
+    """The indices (*b, k) of bucketed_top_k alone, in no order."""
+    winners = bucket_winners(bucket_keys(jnp.asarray(scores), buckets), per_bucket)
     return best_winners(winners, k, -(-scores.shape[-1] // buckets))
-
-
-def best_winners(winners: list[Int[Array, "*b buckets"]], k: int, depth: int) -> Indices:
-    """The rows (*b, k) of the k best of the winners of buckets of `depth` rows."""
-    buckets, cut, pool = winners[0].shape[-1], mask(depth), jnp.concatenate(winners, axis=-1)
-    # Back from ordered integers to floats, whose top-k XLA compiles well; what fills a ragged bucket comes out as -inf.
-    floats = jax.lax.bitcast_convert_type(ordered(pool), jnp.float32)
-    best = exact_top_k(jnp.where(pool == EMPTY, -jnp.inf, floats), k)
-    places = cut - (ordered(jax.lax.bitcast_convert_type(best.values, jnp.int32)) & cut)
-    return places * buckets + best.indices % buckets
-
-
-def bucket_keys(scores: Scores, buckets: int) -> Int[Array, "*b depth buckets"]:
-    """The key of every score (see hire.kernels.keys), by bucket."""
-    rows = scores.shape[-1]
-    depth = -(-rows // buckets)
-    place = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1) // buckets
-    padding = [(0, 0)] * (scores.ndim - 1) + [(0, depth * buckets - rows)]
-    found = jnp.pad(keys(jnp.asarray(scores), place, mask(depth)), padding, constant_values=EMPTY)
-    return found.reshape(*scores.shape[:-1], depth, buckets)
-
-
-def bucket_winners(keys: Int[Array, "*b depth buckets"], per_bucket: int) -> list[Int[Array, "*b buckets"]]:
-    """The largest key of every bucket, the second largest, and so on."""
-    winners = [jnp.max(keys, axis=-2)]
-    while len(winners) < per_bucket:  # keys of a bucket differ, so what is below the last winner leaves out just the winners
-        last = jnp.expand_dims(winners[-1], -2)
-        winners.append(jnp.max(jnp.where(keys < last, keys, EMPTY), axis=-2))
-    return winners
 
 
 def group_scores(activations: Float[AnyArray, "*b f"], group_size: int, reduce: str = "sum") -> Float[Array, "*b m"]:
@@ -126,22 +97,10 @@ def keep_groups(activations: Float[Array, "*b f"], scores: Float[Array, "*b m"],
 
 
 def kth_score(scores: Scores, k: int) -> Float[Array, "*b 1"]:
-    """The k-th largest of each row of scores (*b, m), float32 (*b, 1).
-
-    Found bit by bit, from the sign down, by counting: where only the threshold is wanted, as in training, 32 passes over the scores
-    cost a fraction of a sort. Raises ValueError when k is not in 1..m.
-    """
+    """The k-th largest of each row of scores (*b, m), float32 (*b, 1). Raises ValueError when k is not in 1..m."""
     check_count("k", k, 1, scores.shape[-1], "the number of rows")
-    sign = jnp.uint32(1 << 31)
-    signed = ordered(jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32))
-    keys = jax.lax.bitcast_convert_type(signed, jnp.uint32) ^ sign  # unsigned numbers in the order of the floats
-
-    def settle(step, found):
-        trial = found | (sign >> step.astype(jnp.uint32))
-        return jnp.where(jnp.sum(keys >= trial, axis=-1, keepdims=True) >= k, trial, found)
-
-    found = jax.lax.fori_loop(0, 32, settle, jnp.zeros_like(keys[..., :1]))
-    return jax.lax.bitcast_convert_type(ordered(jax.lax.bitcast_convert_type(found ^ sign, jnp.int32)), jnp.float32)
+    found = kth_key(ordered(jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)), k)
+    return jax.lax.bitcast_convert_type(ordered(found), jnp.float32)
 
 
 def expected_recall(rows: int, k: int, *, buckets: int, per_bucket: int = 1) -> float:

@@ -10,9 +10,10 @@ import pytest
 
 import hire
 from hire.choose import true_top_k
-from hire.lab import beyond
+from hire.lab import beyond, evaluation, prefills
 from hire.lab.evaluation import States
-from hire.lab.text import Document
+from hire.lab.text import Document, documents
+from hire.models import load_text_model
 
 
 def test_rows_that_reach_by_hand():
@@ -77,3 +78,37 @@ def test_a_promise_is_judged_at_the_candidates_that_were_chosen(rng):
         found = hire.high_recall_top_k(jnp.asarray(other.hidden), rows, copies[name], k=5, candidates=choice.candidates)
         expected = hire.recall(found.indices, other.hidden @ np.asarray(rows).T, 5).mean()
         assert kept[f"{name}, same"]["mean"] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_what_notebooks_share_is_made_once_and_again_for_other_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("HIRE_CACHE", str(tmp_path))
+    asked = []
+
+    def make(items):
+        asked.append(items.tolist())
+        return [items.sum(1), items * 2.0]
+
+    items = np.arange(12).reshape(4, 3)
+    for some in ([0, 1], [1, 2, 0], [2]):
+        sums, doubled = prefills.once(make, items[some], "a")
+        assert sums.tolist() == items[some].sum(1).tolist() and doubled.tolist() == (2.0 * items[some]).tolist()
+    assert asked == [items[:2].tolist(), items[2:3].tolist()]  # of what was known nothing was made again
+    prefills.once(make, items[:1], "b")
+    monkeypatch.setattr(prefills, "code", lambda: "other")
+    prefills.once(make, items[:1], "a")
+    assert asked[2:] == [items[:1].tolist()] * 2
+    prefills.forget()
+    prefills.once(make, items[:1], "a")
+    assert len(asked) == 5 and sorted(path.suffix for path in tmp_path.rglob("*.*")) == [".npz"]
+
+
+def test_states_of_text_are_those_that_are_collected(tmp_path, monkeypatch):
+    monkeypatch.setenv("HIRE_CACHE", str(tmp_path))
+    subject, texts = load_text_model("tiny"), documents("evaluation", ["novel"])[:2]
+    found = [prefills.states(subject, some, 12, skip=3) for some in (texts[:1], texts)]  # the second knows half of it
+    expected = evaluation.collect(subject.model, *evaluation.windows(subject, texts, 12), skip=3)
+    np.testing.assert_allclose(found[1].hidden, expected.hidden, atol=1e-5)
+    assert (found[1].targets == expected.targets).all() and (found[1].documents == expected.documents).all()
+    np.testing.assert_array_equal(found[1].hidden[: len(found[0].hidden)], found[0].hidden)
+    best = prefills.best_words(subject, expected.hidden, 4)
+    assert (best.indices == true_top_k(subject.model.embedding[...], expected.hidden, 4).indices).all()

@@ -20,6 +20,7 @@ from hire.lab.evaluation import hidden_states
 from hire.lab.paths import ROOT
 from hire.lab.schedules import sent
 from hire.models import Decoder, preset
+from hire.outliers import Outliers
 from hire.topk import expected_recall
 
 FULL = math.inf
@@ -231,3 +232,7 @@ def test_bad_input_is_refused_in_one_line(rng):
         up = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32)
         with pytest.raises(ValueError, match=r"^common = 2: expected a multiple of 4, the devices of 'chips'$"):
             HireFFN(up, up, hire.Quantized.fit(up[16:], 8), k=4, candidates=6, common=2).sharded("chips")
+        rows = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32)
+        some = Outliers.fit(rows, hire.Quantized.fit(rows, 8), 2, calibration=rows)
+        with pytest.raises(ValueError, match=r"^Outliers over several devices: expected LowRank or Quantized"):
+            hire.HireSoftmax(rows, some, k=2, candidates=4).sharded("chips")

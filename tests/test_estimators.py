@@ -176,3 +176,20 @@ def test_calibration_may_come_in_batches(rng):
 def test_bad_fits_are_named(unchecked, rng, call, message):
     with pytest.raises(ValueError, match=message):
         call(correlated(rng)[0])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_chosen_for_scores_err_less_in_the_scores_of_such_queries(rng, bits):
+    rows = jnp.asarray(rng.normal(size=(200, 12)), jnp.float32)
+    queries = jnp.asarray(rng.normal(size=(400, 12)) * np.asarray([9.0] * 2 + [0.1] * 10), jnp.float32)
+
+    def error(copy):
+        return float(jnp.mean((copy.scores(queries) - queries @ rows.T) ** 2))
+
+    plain, ours = hire.Quantized.fit(rows, bits), hire.Quantized.fit(rows, bits, calibration=queries)
+    assert (plain.codes == ours.codes).all()
+    assert error(ours) < 0.9 * error(plain)
+    empty = hire.Quantized.fit(jnp.zeros((3, 12)), bits, calibration=queries)
+    assert (empty.scores(queries) == 0).all()
+    with pytest.raises(ValueError, match=r"calibration of shape \(4, 5\): expected \(n, 12\)"):
+        hire.Quantized.fit(rows, bits, calibration=iter([np.ones((4, 5))]))

@@ -13,8 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import hire
 from hire.kernels import arguments, groups, rows, scores
-from hire.kernels.keys import EMPTY, mask, ordered
-from hire.topk import bucket_keys
+from hire.kernels.keys import EMPTY, bucket_keys, mask, ordered
 
 blocked = rows.blocks
 INTERPRET = pltpu.InterpretParams(detect_races=True)

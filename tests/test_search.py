@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import hire
 from hire.choose import candidates_needed, documents_needed, fresh_bound, true_top_k
+from hire.outliers import Outliers
 from hire.search import nominate, pool
 
 
@@ -240,3 +241,28 @@ def test_a_cascade_corrects_what_its_first_estimates_lack_in_a_sum(rng):
     scores = np.asarray(first.scores(queries), np.float64)
     uncorrected = np.abs(np.log(np.exp(scores).sum(1)) - exact)
     assert off["cascade"].mean() < 0.5 * uncorrected.mean() and off["cascade"].mean() < off["one"].mean()
+
+
+def test_rows_that_a_copy_tells_worst_are_told_exactly(rng):
+    rows, queries = problem(rng, m=300)
+    rows = rows.at[jnp.asarray([7, 100])].mul(20.0)  # whose scores a copy in 4 bits errs most in
+    copy = hire.Quantized.fit(rows, 4)
+    kept = Outliers.fit(rows, copy, 2, calibration=queries)
+    assert kept.places.tolist() == [7, 100]
+    assert kept.nbytes - copy.nbytes == kept.bytes_read(5) - copy.bytes_read(5) == 2 * (16 * 4 + 4)
+    exact, told = np.asarray(queries @ rows.T), np.asarray(kept.scores(queries))
+    np.testing.assert_allclose(told[:, [7, 100]], exact[:, [7, 100]], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(np.delete(told, [7, 100], 1), np.delete(np.asarray(copy.scores(queries)), [7, 100], 1))
+    some = jnp.asarray(rng.integers(0, 300, (len(queries), 5)).astype(np.int32)).at[:, 0].set(100)
+    np.testing.assert_allclose(kept.scores_at(queries, some), np.take_along_axis(told, np.asarray(some), 1), rtol=1e-4, atol=1e-4)
+    assert isinstance(kept, hire.Estimator)
+    batched = Outliers.fit(rows, copy, 2, calibration=iter([queries[:30], queries[30:]]))
+    assert batched.places.tolist() == [7, 100]
+    top = hire.HireSoftmax(rows, kept, 4, 60)(queries)
+    assert (top.indices[:, :1] == jnp.argmax(queries @ rows.T, axis=1)[:, None]).mean() > 0.9
+    with pytest.raises(ValueError, match=r"count = 301: expected a whole number from 1 to 300"):
+        Outliers.fit(rows, copy, 301, calibration=queries)
+    with pytest.raises(ValueError, match="calibration has 0 queries"):
+        Outliers.fit(rows, copy, 1, calibration=queries[:0])
+    with pytest.raises(ValueError, match="estimator of other rows"):
+        Outliers.fit(rows + 1, copy, 1, calibration=queries)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hire
+from hire.kernels.keys import best_set, kth_key
 from hire.topk import at_most, expected_recall, expected_recall_top1
 
 
@@ -117,3 +118,11 @@ def test_the_compiler_spreads_a_top_k_over_devices_and_sorts_no_rows(rng):
     program = second.lower(scores).compile().as_text()
     assert "TopK" in program and " sort(" not in program
     assert second(scores).tolist() == np.sort(scores, axis=1)[:, -2].tolist()
+
+
+@given(st.lists(st.integers(-3, 3) | st.sampled_from([-(2**31), 2**31 - 1]), min_size=1, max_size=60), st.data())
+def test_a_set_of_the_best_is_that_of_a_sort_and_ties_fill_it_from_below(keys, data):
+    k = data.draw(st.integers(1, len(keys)))
+    order = np.argsort(-np.asarray(keys, np.int64), kind="stable")[:k]
+    assert kth_key(jnp.asarray([keys]), k).tolist() == [[keys[order[-1]]]]
+    assert best_set(jnp.asarray([keys]), k).tolist() == [sorted(order.tolist())]

@@ -27,3 +27,56 @@ def ordered(bits: Int[Array, "*b w"]) -> Int[Array, "*b w"]:
 def mask(depth: int) -> int:
     """The bits that hold a place in a bucket of `depth` rows."""
     return 2 ** (depth - 1).bit_length() - 1
+
+
+def bucket_keys(scores: Float[Array, "*b m"], buckets: int) -> Int[Array, "*b depth buckets"]:
+    """The key of every score (see hire.kernels.keys), by bucket."""
+    rows = scores.shape[-1]
+    depth = -(-rows // buckets)
+    place = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1) // buckets
+    padding = [(0, 0)] * (scores.ndim - 1) + [(0, depth * buckets - rows)]
+    found = jnp.pad(keys(jnp.asarray(scores), place, mask(depth)), padding, constant_values=EMPTY)
+    return found.reshape(*scores.shape[:-1], depth, buckets)
+
+
+def bucket_winners(keys: Int[Array, "*b depth buckets"], per_bucket: int) -> list[Int[Array, "*b buckets"]]:
+    """The largest key of every bucket, the second largest, and so on."""
+    winners = [jnp.max(keys, axis=-2)]
+    while len(winners) < per_bucket:  # keys of a bucket differ, so what is below the last winner leaves out just the winners
+        last = jnp.expand_dims(winners[-1], -2)
+        winners.append(jnp.max(jnp.where(keys < last, keys, EMPTY), axis=-2))
+    return winners
+
+
+def best_winners(winners: list[Int[Array, "*b buckets"]], k: int, depth: int) -> Int[Array, "*b k"]:
+    """The rows (*b, k) of the k best of the winners of buckets of `depth` rows, in no order."""
+    buckets, cut, pool = winners[0].shape[-1], mask(depth), jnp.concatenate(winners, axis=-1)
+    best = best_set(pool, k)
+    places = cut - (jnp.take_along_axis(pool, best, axis=-1) & cut)
+    return places * buckets + best % buckets
+
+
+def best_set(keys: Int[Array, "*b m"], k: int) -> Int[Array, "*b k"]:
+    """The indices (*b, k) of the k largest keys, rising: for a set a threshold and a count take half of the time of a sort."""
+    last = kth_key(keys, k)
+    above, tied = keys > last, keys == last
+    room = k - jnp.sum(above, axis=-1, keepdims=True)
+    chosen = above | (tied & (jnp.cumsum(tied, axis=-1) <= room))
+    place = jnp.where(chosen, jnp.cumsum(chosen, axis=-1) - 1, k)
+    index = jax.lax.broadcasted_iota(jnp.int32, place.shape, place.ndim - 1)
+    slots = jnp.zeros((*place.shape[:-1], k), jnp.int32)
+    return jnp.put_along_axis(slots, place, index, axis=-1, inplace=False, mode="drop")
+
+
+def kth_key(keys: Int[Array, "*b m"], k: int) -> Int[Array, "*b 1"]:
+    """The k-th largest of each row of int32 keys.
+
+    Found bit by bit, from the sign down, by counting: where only the threshold is wanted, as in training, 32 passes over the keys
+    cost a fraction of a sort.
+    """
+
+    def settle(step, found):  # adding the sign's bit to the smallest number gives 0, and so on down
+        trial = found + jnp.left_shift(1, 31 - step)
+        return jnp.where(jnp.sum(keys >= trial, axis=-1, keepdims=True) >= k, trial, found)
+
+    return jax.lax.fori_loop(0, 32, settle, jnp.full_like(keys[..., :1], -(2**31)))

@@ -1,7 +1,7 @@
 """Estimated scores of all rows from a quantized copy, and the best rows of every bucket by them, as one Pallas TPU kernel.
 
 It is the first stage of the two-stage top-k, fused with the product that makes the scores: these never travel to HBM, only the
-winners do. The reference is `scores_reference` and then `hire.topk.bucket_winners`.
+winners do. The reference is `scores_reference` and then `hire.kernels.keys.bucket_winners`.
 """
 
 import functools

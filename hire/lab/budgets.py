@@ -11,12 +11,12 @@ from pathlib import Path
 from hire.lab.paths import ROOT
 
 ROOMS = {  # room -> (files, lines)
-    "algorithm": ("hire/*.py", 1200),
+    "algorithm": ("hire/*.py", 1230),  # 1,200 before rows that are kept exactly, and scales that are chosen for the scores
     "models": ("hire/models/*.py", 900),
     "kernels": ("hire/kernels/*.py", 700),
-    # 1,600 before training, the lab of TPU programs (550 lines), the ladder, several chips (270), quality (430) and what lies
-    # beyond the paper (270) came to it
-    "lab": ("hire/lab/*.py", 3450),
+    # 1,600 before training, the lab of TPU programs (550 lines), the ladder, several chips (270), quality (430), what lies beyond
+    # the paper (270), and what notebooks keep for each other, which takes two minutes off `make figures` (40) came to it
+    "lab": ("hire/lab/*.py", 3495),
     "tests": ("tests/*.py", 4000),
 }
 FILE, NOTEBOOK = 300, 120

@@ -4,7 +4,8 @@ import numpy as np
 
 import hire
 from hire.choose import true_top_k
-from hire.lab.evaluation import collect, judge, windows
+from hire.lab import prefills
+from hire.lab.evaluation import judge
 from hire.lab.text import documents
 from hire.lab.timing import dense_forms, interleaved, medians
 from hire.models import load_gemma
@@ -16,8 +17,8 @@ def demo() -> None:
     """Print recall, bytes and time of each form on hidden states of a novel, after fitting on speeches and commentary."""
     gemma = load_gemma()
     rows = gemma.model.embedding[...]
-    fitted_to = collect(gemma.model, *windows(gemma, documents("calibration")[::2], 128), skip=4)
-    unseen = collect(gemma.model, *windows(gemma, documents("evaluation", ["novel"])[:16], 32), skip=12)
+    fitted_to = prefills.states(gemma, documents("calibration")[::2], 128, skip=4)
+    unseen = prefills.states(gemma, documents("evaluation", ["novel"])[:16], 32, skip=12)
     best = true_top_k(rows, unseen.hidden, K)
     estimators = {
         "HiRE-Q, int8": hire.Quantized.fit(rows, 8),

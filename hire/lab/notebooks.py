@@ -9,6 +9,7 @@ import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
+from hire.lab import prefills
 from hire.lab.figures import differences
 from hire.lab.paths import FIGURES, NOTEBOOKS, OUT, ROOT
 from hire.lab.register import parameters, ready, register
@@ -19,8 +20,7 @@ def fingerprint(name: str, chosen: dict) -> str:
     state = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode())
     cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
     state.update("".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code").encode())
-    for path in sorted((ROOT / "hire").rglob("*.py")):
-        state.update(path.read_bytes())
+    state.update(prefills.code().encode())
     return state.hexdigest()
 
 
@@ -49,6 +49,8 @@ def run_notebooks(profile: str, only: str | None = None, *, fresh: bool = False)
     folder = OUT / profile
     folder.mkdir(parents=True, exist_ok=True)
     failed = []
+    if fresh:
+        prefills.forget()
     for entry in entries:
         name, stamp = entry["name"], folder / f"{entry['name']}.done"
         values = {"profile": profile} | (chosen.get(name) or {})

@@ -16,8 +16,8 @@ import numpy as np
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from hire.lab import records
-from hire.lab.evaluation import collect, points, softmaxes_of, windows
+from hire.lab import prefills, records
+from hire.lab.evaluation import points, softmaxes_of
 from hire.lab.harness import Harness
 from hire.lab.paths import RECORDS
 from hire.lab.text import Document, documents
@@ -179,7 +179,7 @@ def pooled(ours: Sequence[dict], theirs: Sequence[dict]) -> dict:
 def judge_questions(limit: int = 1000, k: int = 32, headline: Sequence[int] = (104, 64, 6144)) -> None:
     """Gemma 3 270M, exact and by HiRE-Softmax, on more questions than notebook 10 has minutes for, as a record."""
     gemma = load_gemma()
-    fitted_to = collect(gemma.model, *windows(gemma, documents("calibration")[::2], 128, 3), skip=4)
+    fitted_to = prefills.states(gemma, documents("calibration")[::2], 128, 3, skip=4)
     [(form, softmax)] = softmaxes_of(gemma.model.embedding[...], fitted_to.hidden, k, [headline]).items()
     names = [CLOZE, "local_quartz", "local_medmcqa"]
     found, failed = run_tasks(gemma, {"exact": None, "HiRE": softmax}, names, limit)

@@ -18,7 +18,7 @@ from flax import nnx
 from hire.axes import AnyArray, Array, Float, Hidden, Indices, Int, Int8, Queries, Rows
 from hire.estimators import LowRank, Quantized, product, rounded, row_scores, row_sums
 from hire.models.decoder import Attention, KeysOrValues, after, mix, written
-from hire.search import log_ratio, nominate
+from hire.search import log_ratio, nominate, ranked
 from hire.topk import check_count
 
 
@@ -121,9 +121,9 @@ class KeySearch:
     ) -> Float[Array, "g e"]:
         """Attention (g, e) of queries (g, e) to the keys of one head, and to their own token's."""
         chosen, estimated = self.found(x, keys, length)
-        exact, own, half = self.exact(x, keys, chosen, length), row_scores(x, key[None]) * self.width**-0.5, len(chosen) // 2
+        exact, own = self.exact(x, keys, chosen, length), row_scores(x, key[None]) * self.width**-0.5
         # Errors of scores do not cancel in a sum of weights. What they make of it is told by the candidates nearest to the others.
-        lacked, _ = log_ratio(exact[:, half:], estimated[:, chosen[half:]])
+        lacked, _ = log_ratio(*ranked(exact, estimated[:, chosen], len(chosen) // 2))
         others = estimated.at[:, chosen].set(-jnp.inf) + jnp.nan_to_num(lacked)[:, None]
         logits = jnp.concatenate([exact, own, others], axis=1)
         read, its, told = jnp.split(jax.nn.softmax(logits, axis=1), [len(chosen), len(chosen) + 1], axis=1)
