@@ -56,7 +56,7 @@ class Estimator(Protocol):
 
 THIN = 16  # queries up to which a CPU reads the rows once by multiply-and-reduce; beyond it XLA's matrix product is faster
 SPLIT = 16  # parts in which a CPU sums rows for one query: faster than one product, into which XLA also fuses what made the weights
-PIECE = 2**19  # entries that a CPU multiplies with several queries at a time, so that they stay in cache: 2 MB
+PIECE = 2**21  # entries that a CPU multiplies with several queries at a time, so that they stay in its last cache: 8 MB
 FEW = 4  # queries up to which a CPU takes one after the other outside a loop, on all cores
 MANY = 64  # queries beyond which writing quantized rows to memory as floats, for one large product, pays on a CPU
 CHUNK = 512  # rows gathered at a time for several queries on a CPU: they stay in cache between the gather and the product
@@ -229,23 +229,17 @@ def row_scores(x: Queries, rows: Rows | Quantized) -> Float[Array, "b m"]:
         return product(x, rows.T)  # for one query XLA fuses a cast of the rows into this form, and copies them first in the others
 
     def reduce() -> Float[Array, "b m"]:
-        return jnp.sum(rows[:, None].astype(jnp.float32) * x[None].astype(jnp.float32), axis=-1).T
+        # For two matrices and the same queries XLA would write these out, once for every row: a hundred times as slow.
+        own, all_rows = jax.lax.optimization_barrier((x, rows))
+        return jnp.sum(all_rows[:, None].astype(jnp.float32) * own[None].astype(jnp.float32), axis=-1).T
 
     return by_platform(reduce, dot) if 1 < len(x) <= THIN else dot()
-
-
-def layer_scores(x: Queries, rows: Rows | Quantized) -> Float[Array, "b m"]:
-    """row_scores in the form that is fastest on a CPU for rows of a layer, which are fewer than those of a softmax."""
-    if isinstance(rows, Quantized):
-        return rows.scores(x)
-    x = x.astype(rows.dtype)
-    return by_platform(lambda: in_pieces(x, rows), lambda: product(x, rows.T)) if 1 < len(x) <= THIN else product(x, rows.T)
 
 
 def in_pieces(x: Queries, rows: Rows | Codes, floats: Callable[..., Array] = jnp.asarray) -> Float[Array, "b m"]:
     """Scores of rows (m, _), a piece after the other that stays in cache; `floats` makes rows (_, d) of a piece of them.
 
-    For a few queries XLA's own product runs at half of that, and it writes quantized rows to memory as floats first.
+    XLA's own product writes quantized rows to memory as floats first.
     """
     m, d = len(rows), x.shape[1]
     piece = next(size for size in range(min(m, max(1, PIECE // d)), 0, -1) if m % size == 0)

@@ -12,8 +12,8 @@ from hire.distributed import Axis, fair_share, told_again
 from hire.estimators import (
     Estimator,
     Quantized,
-    layer_scores,
     row_nbytes,
+    row_scores,
     row_scores_at,
     row_sums,
     row_sums_at,
@@ -192,7 +192,7 @@ class HireFFN:
         if not self.common:
             return jnp.zeros((len(x), self.down.shape[1]), jnp.float32)
         first = slice(self.common * self.group_size)
-        return row_sums(self.active(lambda rows: layer_scores(x, rows[first])), self.down[first])
+        return row_sums(self.active(lambda rows: row_scores(x, rows[first])), self.down[first])
 
     def masked(self, x: Queries, together: int = 1) -> Float[Array, "b d"]:
         """The same output from all neurons, the unread ones set to 0: the reference, and the faster way for many queries at once.
@@ -201,7 +201,7 @@ class HireFFN:
         """
         if self.axis:
             return self.on_devices(x, lambda layer, x: layer.masked(x, together))
-        active = self.active(lambda rows: layer_scores(x, rows))
+        active = self.active(lambda rows: row_scores(x, rows))
         scores = group_scores(active, self.group_size)[:, self.common :]
         if self.candidates < scores.shape[1]:
             estimated = self.estimated(x)

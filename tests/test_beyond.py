@@ -29,12 +29,15 @@ def test_rows_that_reach_by_hand():
 def test_proofs_are_counted_and_none_is_wrong(rng):
     rows = jnp.asarray(rng.normal(size=(2048, 32)) * rng.uniform(0.1, 3, (2048, 1)), jnp.float32)
     states = States(rng.normal(size=(40, 32)).astype(np.float32), np.zeros(40, np.int32), np.arange(40) // 4)
-    told = beyond.proofs(rows, hire.Quantized.fit(rows, 8), states, 4, 64)
+    best = true_top_k(rows, states.hidden, 4)
+    told = beyond.proofs(rows, hire.Quantized.fit(rows, 8), states, best, 64)
     assert told["proved"]["mean"] > 0.9 and told["wrong"] == 0
     assert told["bytes"] == pytest.approx((32 + 4 + 4) / 128 + 64 / 2048)
     assert told["bytes_with_fallback"] == pytest.approx(told["bytes"] + 1 - told["proved"]["mean"])
-    little = beyond.proofs(rows, hire.LowRank.fit(rows, 4), states, 4, 64)  # which leaves out too much to prove anything
+    little = beyond.proofs(rows, hire.LowRank.fit(rows, 4), states, best, 64)  # which leaves out too much to prove anything
     assert little["proved"]["mean"] == 0 and little["wrong"] == 0
+    untrue = best._replace(values=best.values + 1)
+    assert beyond.proofs(rows, hire.Quantized.fit(rows, 8), states, untrue, 64)["wrong"] == 40
 
 
 def packed(vectors: dict) -> bytes:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hire
-from hire.estimators import layer_scores, row_scores, row_sums, unpack
+from hire.estimators import in_pieces, row_scores, row_sums, unpack
 
 
 def correlated(rng, m=400, d=24, n=500):
@@ -40,13 +40,19 @@ def test_every_form_of_the_scores_is_the_product(m, d, b, bits):
     rng = np.random.default_rng(m + b)
     rows, x = (jnp.asarray(rng.normal(size=(n, d)), jnp.float32) for n in (m, b))
     if bits is None:
-        found, expected = [row_scores(x, rows), layer_scores(x, rows)], np.asarray(x) @ np.asarray(rows).T
+        found, expected = [row_scores(x, rows), in_pieces(x, rows)], np.asarray(x) @ np.asarray(rows).T
     else:
         copy = hire.Quantized.fit(rows, bits)
         found = [copy.scores(x)]
         expected = np.asarray(x) @ (np.asarray(unpack(copy.codes, bits, d)) * np.asarray(copy.scale)[:, None]).T
     for scores in found:
         np.testing.assert_allclose(scores, expected, atol=1e-4)
+
+
+def test_scores_of_two_matrices_write_nothing_large(rng):
+    rows, x = jnp.zeros((2, 512, 256)), jnp.zeros((8, 256))
+    both = jax.jit(lambda x, one, other: (row_scores(x, one), row_scores(x, other))).lower(x, *rows).compile()
+    assert both.memory_analysis().temp_size_in_bytes < rows[0].nbytes  # XLA would write the queries, once for every row
 
 
 def test_bytes_by_hand():

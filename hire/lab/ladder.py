@@ -146,7 +146,7 @@ def judged(subject: TextModel, rungs: dict[str, Decoder], windows: np.ndarray, n
 
 def estimated_losses(softmax: hire.HireSoftmax, states: States) -> np.ndarray:
     """-log p (n,) of the token that followed each state, in nats, by exact logits and the estimated normaliser."""
-    return -in_batches(softmax.log_probabilities, states.hidden, 64, states.targets[:, None])[:, 0]
+    return -in_batches(softmax.log_probabilities, states.hidden, 128, states.targets[:, None])[:, 0]
 
 
 def step_bytes(model: Decoder, batch: int, cache: int) -> dict[str, float]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hire.axes import Array, Float, Queries, Rows
-from hire.estimators import layer_scores, row_scores
+from hire.estimators import in_pieces, row_scores
 from hire.topk import exact_top_k
 
 COLD = 2**28  # bytes that are read before a call is timed: several times the last cache of a CPU
@@ -65,7 +65,7 @@ DENSE: dict[str, Callable] = {
     "dense x @ W.T": lambda rows, x: x @ rows.T,
     "dense W @ x": lambda rows, x: (rows @ x[0])[None] if len(x) == 1 else (rows @ x.T).T,
     "dense multiply-reduce": lambda rows, x: jnp.sum(rows * x, 1)[None] if len(x) == 1 else row_scores(x, rows),
-    "dense in pieces": lambda rows, x: layer_scores(x, rows),
+    "dense in pieces": lambda rows, x: x @ rows.T if len(x) == 1 else in_pieces(x, rows),
     "dense padded to 16": padded,
 }
 

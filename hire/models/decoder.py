@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from hire.axes import AnyArray, Array, Blocks, Bool, Float, Hidden, Int, Rows, Tokens
 from hire.distributed import Axis
-from hire.estimators import Estimator, Quantized, layer_scores, product, row_scores, row_sums
+from hire.estimators import Estimator, Quantized, product, row_scores, row_sums
 from hire.ffn import activate
 from hire.models.config import DecoderConfig
 from hire.softmax import HireSoftmax
@@ -103,7 +103,7 @@ def matrix(rngs: nnx.Rngs, rows: int, columns: int, fan_in: int, dtype) -> nnx.P
 
 def linear(x: Float[Array, "*b d"], weight: nnx.Param) -> Float[Array, "*b f"]:
     """x with every row of a weight (f, d)."""
-    return layer_scores(x.reshape(-1, x.shape[-1]), weight[...]).reshape(*x.shape[:-1], -1).astype(x.dtype)
+    return row_scores(x.reshape(-1, x.shape[-1]), weight[...]).reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
 def mix(shares: Float[Array, "*b f"], weight: nnx.Param) -> Float[Array, "*b d"]:
