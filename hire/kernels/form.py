@@ -7,7 +7,7 @@ import jax
 from hire.axes import Array
 
 
-def by_platform(cpu: Callable[[], Array], others: Callable[[], Array]) -> Array:
+def by_platform(cpu: Callable, others: Callable):
     """cpu() on a CPU and others() elsewhere: settled when the program is compiled, which may be for a device that is not there."""
     return jax.lax.platform_dependent(cpu=cpu, default=others)
 

@@ -52,15 +52,14 @@ def bucket_winners(keys: Int[Array, "*b depth buckets"], per_bucket: int) -> lis
 def best_winners(winners: list[Int[Array, "*b buckets"]], k: int, depth: int) -> Int[Array, "*b k"]:
     """The rows (*b, k) of the k best of the winners of buckets of `depth` rows, in no order."""
     buckets, cut, pool = winners[0].shape[-1], mask(depth), jnp.concatenate(winners, axis=-1)
-    best = best_set(pool, k)
-    places = cut - (jnp.take_along_axis(pool, best, axis=-1) & cut)
-    return places * buckets + best % buckets
+    found, best = best_set(pool, k)
+    return (cut - (found & cut)) * buckets + best % buckets
 
 
-def best_set(keys: Int[Array, "*b m"], k: int) -> Int[Array, "*b k"]:
-    """The indices (*b, k) of the k largest keys, in no order; of equal ones the lower."""
+def best_set(keys: Int[Array, "*b m"], k: int) -> tuple[Int[Array, "*b k"], Int[Array, "*b k"]]:
+    """The k largest keys (*b, k) and their indices, in no order; of equal ones the lower."""
 
-    def counted() -> Int[Array, "*b k"]:
+    def counted() -> tuple[Array, Array]:
         """On a CPU a threshold and a count take half of the time of a sort."""
         last = kth_key(keys, k)
         above, tied = keys > last, keys == last
@@ -69,9 +68,16 @@ def best_set(keys: Int[Array, "*b m"], k: int) -> Int[Array, "*b k"]:
         place = jnp.where(chosen, jnp.cumsum(chosen, axis=-1) - 1, k)
         index = jax.lax.broadcasted_iota(jnp.int32, place.shape, place.ndim - 1)
         slots = jnp.zeros((*place.shape[:-1], k), jnp.int32)
-        return jnp.put_along_axis(slots, place, index, axis=-1, inplace=False, mode="drop")
+        found = jnp.put_along_axis(slots, place, index, axis=-1, inplace=False, mode="drop")
+        return jnp.take_along_axis(keys, found, axis=-1), found
 
-    return by_platform(counted, lambda: jax.lax.top_k(keys, k)[1])
+    def sorted_floats() -> tuple[Array, Array]:
+        """A TPU sorts floats, and gathers slowly."""
+        floats = jax.lax.bitcast_convert_type(ordered(keys), jnp.float32)
+        values, found = jax.lax.top_k(jnp.where(keys == EMPTY, -jnp.inf, floats), k)
+        return ordered(jax.lax.bitcast_convert_type(values, jnp.int32)), found
+
+    return by_platform(counted, sorted_floats)
 
 
 def kth_key(keys: Int[Array, "*b m"], k: int) -> Int[Array, "*b 1"]:
