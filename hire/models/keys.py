@@ -18,8 +18,8 @@ from flax import nnx
 from hire.axes import AnyArray, Array, Float, Hidden, Indices, Int, Int8, Queries, Rows
 from hire.estimators import LowRank, Quantized, product, rounded, row_scores, row_sums
 from hire.models.decoder import Attention, KeysOrValues, after, mix, written
-from hire.search import log_ratio, nominate, ranked
-from hire.topk import check_count
+from hire.search import log_ratio, nominate
+from hire.topk import check_count, exact_top_k
 
 
 @jax.tree_util.register_dataclass
@@ -105,12 +105,13 @@ class KeySearch:
 
     def found(self, x: Queries, keys: Keys, length: Int[Array, ""]) -> tuple[Indices, Float[Array, "g s"]]:
         """The candidates (c,) among the first `length` keys of one head for the queries (g, e) that share it: those that get most
-        weight from all of them. And the logarithms of the weights (g, s) that all keys are estimated to have.
+        weight from all of them, best first. And the logarithms of the weights (g, s) that all keys are estimated to have.
         """
         held = jnp.arange(len(keys.rows))[None] < length
         estimated = jnp.where(held, self.keys.copy(keys.keys).scores(x) * self.width**-0.5, -jnp.inf)
         together = jax.nn.logsumexp(jax.nn.log_softmax(estimated, axis=1), axis=0)
-        return nominate(together, min(self.candidates, len(keys.rows))), estimated
+        chosen = nominate(together, min(self.candidates, len(keys.rows)))
+        return chosen[exact_top_k(together[chosen], len(chosen)).indices], estimated
 
     def exact(self, x: Queries, keys: Keys, chosen: Indices, length: Int[Array, ""]) -> Float[Array, "g c"]:
         """The logarithms of the weights of the keys that are chosen; -inf for slots that hold none."""
@@ -121,9 +122,9 @@ class KeySearch:
     ) -> Float[Array, "g e"]:
         """Attention (g, e) of queries (g, e) to the keys of one head, and to their own token's."""
         chosen, estimated = self.found(x, keys, length)
-        exact, own = self.exact(x, keys, chosen, length), row_scores(x, key[None]) * self.width**-0.5
+        exact, own, half = self.exact(x, keys, chosen, length), row_scores(x, key[None]) * self.width**-0.5, len(chosen) // 2
         # Errors of scores do not cancel in a sum of weights. What they make of it is told by the candidates nearest to the others.
-        lacked, _ = log_ratio(*ranked(exact, estimated[:, chosen], len(chosen) // 2))
+        lacked, _ = log_ratio(exact[:, half:], estimated[:, chosen[half:]])
         others = estimated.at[:, chosen].set(-jnp.inf) + jnp.nan_to_num(lacked)[:, None]
         logits = jnp.concatenate([exact, own, others], axis=1)
         read, its, told = jnp.split(jax.nn.softmax(logits, axis=1), [len(chosen), len(chosen) + 1], axis=1)
