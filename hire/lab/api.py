@@ -1,4 +1,4 @@
-"""docs/API.md: the public names of `hire` and `hire.models`, and Outliers, as their source states them, which nothing imports."""
+"""docs/API.md: the public names of `hire` and `hire.models`, and Outliers, read from their source: nothing is imported."""
 
 import ast
 import re
