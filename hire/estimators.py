@@ -55,6 +55,7 @@ class Estimator(Protocol):
 
 
 THIN = 16  # queries up to which a CPU reads the rows once by multiply-and-reduce; beyond it XLA's matrix product is faster
+REDUCES = jax.__version_info__ >= (0, 10, 2)  # an older XLA writes all those products to memory: fifty times as slow
 SPLIT = 16  # parts in which a CPU sums rows for one query: faster than one product, into which XLA also fuses what made the weights
 PIECE = 2**21  # entries that a CPU multiplies with several queries at a time, so that they stay in its last cache: 8 MB
 FEW = 4  # queries up to which a CPU takes one after the other outside a loop, on all cores
@@ -233,7 +234,7 @@ def row_scores(x: Queries, rows: Rows | Quantized) -> Float[Array, "b m"]:
         own, all_rows = jax.lax.optimization_barrier((x, rows))
         return jnp.sum(all_rows[:, None].astype(jnp.float32) * own[None].astype(jnp.float32), axis=-1).T
 
-    return by_platform(reduce, dot) if 1 < len(x) <= THIN else dot()
+    return by_platform(reduce if REDUCES else lambda: in_pieces(x, rows), dot) if 1 < len(x) <= THIN else dot()
 
 
 def in_pieces(x: Queries, rows: Rows | Codes, floats: Callable[..., Array] = jnp.asarray) -> Float[Array, "b m"]:

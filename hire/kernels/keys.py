@@ -31,7 +31,7 @@ def mask(depth: int) -> int:
 
 
 def bucket_keys(scores: Float[Array, "*b m"], buckets: int) -> Int[Array, "*b depth buckets"]:
-    """The key of every score (see hire.kernels.keys), by bucket."""
+    """The key of every score, by bucket."""
     rows = scores.shape[-1]
     depth = -(-rows // buckets)
     place = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1) // buckets
