@@ -207,6 +207,8 @@ class Quantized:
             return low + high
 
         def parts() -> Float[Array, "b m"]:
+            if b > FEW and self.bits == 8 and b <= THIN:
+                return in_one_pass(x, self.codes)
             if b > FEW:
                 return in_pieces(x, self.codes, lambda codes: unpack(codes, self.bits, d))
             return jnp.concatenate([one(x[i : i + 1]) for i in range(b)])
@@ -229,12 +231,16 @@ def row_scores(x: Queries, rows: Rows | Quantized) -> Float[Array, "b m"]:
     def dot() -> Float[Array, "b m"]:
         return product(x, rows.T)  # for one query XLA fuses a cast of the rows into this form, and copies them first in the others
 
-    def reduce() -> Float[Array, "b m"]:
-        # For two matrices and the same queries XLA would write these out, once for every row: a hundred times as slow.
-        own, all_rows = jax.lax.optimization_barrier((x, rows))
-        return jnp.sum(all_rows[:, None].astype(jnp.float32) * own[None].astype(jnp.float32), axis=-1).T
+    return by_platform(lambda: in_one_pass(x, rows), dot) if 1 < len(x) <= THIN else dot()
 
-    return by_platform(reduce if REDUCES else lambda: in_pieces(x, rows), dot) if 1 < len(x) <= THIN else dot()
+
+def in_one_pass(x: Queries, rows: Rows | Codes) -> Float[Array, "b m"]:
+    """Scores of rows (m, d), also of 8-bit codes, for 2 to THIN queries on a CPU."""
+    if not REDUCES:
+        return in_pieces(x, rows, lambda part: part.astype(jnp.float32))
+    # For two matrices and the same queries XLA would write these out, once for every row: a hundred times as slow.
+    x, rows = jax.lax.optimization_barrier((x, rows))
+    return jnp.sum(rows[:, None].astype(jnp.float32) * x[None].astype(jnp.float32), axis=-1).T
 
 
 def in_pieces(x: Queries, rows: Rows | Codes, floats: Callable[..., Array] = jnp.asarray) -> Float[Array, "b m"]:

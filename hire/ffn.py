@@ -237,6 +237,5 @@ def common_first(usage: Float[AnyArray, " m"], group_size: int) -> Int[Array, " 
 
 def members(groups: Indices, group_size: int) -> Int[Array, "*b _"]:
     """The neurons (*b, c * group_size) of groups (*b, c)."""
-    groups = jnp.asarray(groups)
-    place = jax.lax.broadcasted_iota(groups.dtype, (*groups.shape, group_size), groups.ndim)
-    return (groups[..., None] * group_size + place).reshape(*groups.shape[:-1], -1)
+    first = jnp.asarray(groups) * group_size
+    return jnp.add.outer(first, jnp.arange(group_size, dtype=first.dtype)).reshape(*first.shape[:-1], -1)
