@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"error: python {sys.version.split()[0]}: expected 3.11 or later; make PYTHON=python3.12 chooses another")'
 	@date +%s > .setup-began
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install -q -c constraints.txt -e '.[all]'
+	.venv/bin/pip install -q --no-compile -c constraints.txt -e '.[all]'
 	$(LAB) weights
 	$(LAB) compiler
 	@echo $$(($$(date +%s) - $$(cat .setup-began))) > $@ && rm .setup-began
@@ -49,7 +49,7 @@ need-python = @test -n "$(FLOOR_PYTHON)" || { \
 .venv-floor/.ready: pyproject.toml constraints-floor.txt
 	$(call need-python,floor)
 	$(FLOOR_PYTHON) -m venv .venv-floor
-	.venv-floor/bin/pip install -q -c constraints-floor.txt -e '.[all]'
+	.venv-floor/bin/pip install -q --no-compile -c constraints-floor.txt -e '.[all]'
 	$(FLOOR) -m hire.lab compiler
 	@touch $@
 
@@ -59,7 +59,7 @@ floor: .venv-floor/.ready  ## the unit tests on the oldest versions that are sup
 .venv-colab/.ready: constraints-colab.txt
 	$(call need-python,colab)
 	$(FLOOR_PYTHON) -m venv .venv-colab
-	.venv-colab/bin/pip install -q -r constraints-colab.txt
+	.venv-colab/bin/pip install -q --no-compile -r constraints-colab.txt
 	@touch $@
 
 colab: $(STAMP) .venv-colab/.ready  ## every notebook, or ONLY="03 05", of the last commit at smoke, as on a fresh Colab TPU runtime

@@ -112,7 +112,7 @@ def test_a_step_is_given_its_cache_to_keep(unchecked, rng):
     model = hire.convert(toy(1), keys={1: fitted(16)})
     parts = Split.of(model)
     _, cache = prefill(parts, texts(rng, 1, 8), 400, 4)
-    compiled = compiled_step.lower(parts, jnp.zeros((1,), jnp.int32), cache, 4).compile()
+    compiled = compiled_step.lower(parts, jnp.zeros((1,), jnp.int32), cache).compile()
     assert compiled.memory_analysis().alias_size_in_bytes >= sum(
         leaf.nbytes for leaf in jax.tree.leaves((cache.keys, cache.values))
     )

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 import hire
 from hire.lab import reference
 from hire.models import Decoder, convert, generate, load_gemma, preset, weights
-from hire.models.generation import Split, compiled_step, prefill, step
+from hire.models.generation import Split, compiled_step, compiled_words, prefill, step
 from hire.models.tokenizer import byte_tokenizer, sentencepiece_bpe
 from hire.models.weights import gguf_names, named
 
@@ -69,12 +69,12 @@ def test_a_step_copies_neither_weights_nor_cache(unchecked, rng, searched):
     model = convert(model, softmax=softmax_of(model)) if searched else model
     parts = Split.of(model)
     _, cache = prefill(parts, texts(rng, 1, 8), 100, 4)
-    compiled = compiled_step.lower(parts, jnp.zeros((1,), jnp.int32), cache, 4).compile()
+    compiled = compiled_step.lower(parts.trunk, jnp.zeros((1,), jnp.int32), cache).compile()
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.keys, cache.values)))
     assert compiled.memory_analysis().alias_size_in_bytes >= held  # every key and value is donated to its successor
-    program = compiled.as_text()
-    entry = program[program.index("ENTRY") :]
-    copied = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", entry)]
+    words = compiled_words.lower(*parts.words, jnp.zeros((1, 64)), 4).compile()
+    entries = "".join(text[text.index("ENTRY") :] for text in (compiled.as_text(), words.as_text()))
+    copied = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", entries)]
     assert max(copied, default=0) < 64 * 16  # less than the keys of the shortest cache
     before = cache.keys[0]
     step(parts, jnp.zeros((1,), jnp.int32), cache, 4)
@@ -89,6 +89,7 @@ def softmax_of(model, candidates=1000, **more):
 def test_a_converted_model_writes_the_same_text_with_the_same_weights(rng):
     dense = Decoder(preset("tiny", vocabulary=3000), rngs=nnx.Rngs(0))
     fast = hire.convert(dense, softmax=softmax_of(dense))
+    assert Split.of(fast).trunk.rest == Split.of(dense).rest  # one compiled program, up to the words
     tokens = texts(rng, 2, 5)
     for sampling in (dict(), dict(temperature=0.7, top_k=8, seed=1), dict(temperature=1.0, top_k=8, top_p=0.5, seed=2)):
         written = hire.generate(dense, tokens, new_tokens=6, **sampling)

@@ -7,7 +7,7 @@ has one contiguous row in every matrix of the FFN. Norms, positions and softmax 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from flax import nnx
 from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
 
-from hire.axes import AnyArray, Array, Blocks, Bool, Float, Hidden, Int, Rows, Tokens
+from hire.axes import AnyArray, Array, Blocks, Bool, Float, Hidden, Int, Queries, Rows, Tokens
 from hire.distributed import Axis
 from hire.estimators import Estimator, Quantized, product, row_scores, row_sums
 from hire.ffn import activate
@@ -28,6 +28,13 @@ module_list = getattr(nnx, "List", list)  # flax before 0.12 tracks plain lists 
 
 KeysOrValues = Float[Array, "b s n e"]
 BLOCK = 512  # queries of a long text that attend at a time
+
+
+@runtime_checkable
+class WordSearch(Protocol):
+    """What a model may have to find its words by: a pytree that is lent the rows of the embedding at every call."""
+
+    def over(self, rows: Rows | Blocks) -> Callable[[Queries], TopK]: ...
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +53,13 @@ class TiedSoftmax:
 
     def over(self, rows: Rows | Blocks) -> HireSoftmax:
         return HireSoftmax(rows if self.rows is None else self.rows, self.estimator, self.k, self.candidates, axis=self.axis)
+
+
+def best_words(softmax: WordSearch | None, rows: Rows | Blocks, hidden: Float[Array, "b d"], k: int) -> TopK:
+    """The k best words (b, k) by exact logits: of all rows, or of those that a search finds."""
+    if softmax is None:
+        return exact_top_k(row_scores(hidden, rows), k)
+    return TopK(*(part[:, :k] for part in softmax.over(rows)(hidden)))
 
 
 @jax.tree_util.register_dataclass
@@ -304,7 +318,7 @@ class Decoder(nnx.Module):
         self.embedding = matrix(rngs, config.vocabulary, config.width, config.width, dtype)
         self.blocks = module_list([Block(config, layer, dtype, rngs) for layer in range(config.layers)])
         self.norm = RMSNorm(config.width, dtype)
-        self.softmax: TiedSoftmax | None = None  # of hire.convert: searches the embedding instead of reading all of it
+        self.softmax: TiedSoftmax | None = nnx.data(None)  # of hire.convert: searches the embedding instead of reading all of it
 
     def embed(self, tokens: Int[AnyArray, "*b"]) -> Float[Array, "*b d"]:
         rows = self.embedding[...][self.stored(tokens)]  # of a matrix, or of blocks of rows
@@ -357,9 +371,7 @@ class Decoder(nnx.Module):
 
     def best(self, hidden: Float[Array, "b d"], k: int) -> TopK:
         """The k best words (b, k), k at most `words_found`, by exact logits; a converted model searches for them."""
-        if self.softmax is None:
-            return exact_top_k(row_scores(hidden, self.embedding[...]), k)
-        return TopK(*(part[:, :k] for part in self.softmax.over(self.embedding[...])(hidden)))
+        return best_words(self.softmax, self.embedding[...], hidden, k)
 
     def logits(self, hidden: Float[AnyArray, "*b d"]) -> Float[Array, "*b v"]:
         """Exact logits, float32, of hidden states."""

@@ -1,15 +1,18 @@
-"""Decoding: a whole prompt at once, then one compiled step a token."""
+"""Decoding: a whole prompt at once, then a step a token, each in two compiled programs: up to the hidden state, and its words.
+
+So models that search for words in different ways, or not at all, share the larger one.
+"""
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hire.axes import AnyArray, Array, Int, Tokens
-from hire.models.decoder import Cache, Decoder
+from hire.axes import AnyArray, Array, Blocks, Float, Hidden, Int, Rows, Tokens
+from hire.models.decoder import Cache, Decoder, WordSearch, best_words
 from hire.sampling import check_sampling, sample
 from hire.topk import TopK
 
@@ -46,11 +49,26 @@ class Split:
         graph, form = self.rest.parts
         return nnx.merge(graph, jax.tree.unflatten(form, self.arrays))
 
+    @cached_property
+    def trunk(self) -> "Split":
+        """The model without its search for words, unless that has laid out the embedding."""
+        trunk = self.merge()
+        if trunk.softmax is None or trunk.laid is not None:
+            return self
+        trunk.softmax = None
+        return Split.of(trunk)
+
+    @cached_property
+    def words(self) -> tuple[WordSearch | None, Rows | Blocks]:
+        """What finds the words of a hidden state."""
+        model = self.merge()
+        return model.softmax, model.embedding[...]
+
 
 def prefill(model: Split, tokens: Tokens, slots: int, k: int) -> tuple[TopK, Cache]:
     """The k best words (b, k) after texts (b, t), and their cache of so many slots."""
-    top, cache = compiled_prefill(model, tokens, slots, k)
-    return top, replace(cache, length=tokens.shape[1])
+    hidden, cache = compiled_prefill(model.trunk, tokens, slots)
+    return compiled_words(*model.words, hidden[:, -1], k), replace(cache, length=tokens.shape[1])
 
 
 def step(model: Split, token: Int[AnyArray, " b"], cache: Cache, k: int) -> tuple[TopK, Cache]:
@@ -59,22 +77,21 @@ def step(model: Split, token: Int[AnyArray, " b"], cache: Cache, k: int) -> tupl
     Raises ValueError when its slots are full.
     """
     cache.check_room()
-    top, after = compiled_step(model, token, cache, k)
-    return top, replace(after, length=cache.length + 1)
+    hidden, after = compiled_step(model.trunk, token, cache)
+    return compiled_words(*model.words, hidden, k), replace(after, length=cache.length + 1)
 
 
-@partial(jax.jit, static_argnames=("slots", "k"))
-def compiled_prefill(model: Split, tokens: Tokens, slots: int, k: int) -> tuple[TopK, Cache]:
-    merged = model.merge()
-    hidden, cache = merged.prefill(tokens, slots)
-    return merged.best(hidden[:, -1], k), cache
+@partial(jax.jit, static_argnames="slots")
+def compiled_prefill(trunk: Split, tokens: Tokens, slots: int) -> tuple[Hidden, Cache]:
+    return trunk.merge().prefill(tokens, slots)
 
 
-@partial(jax.jit, static_argnames="k", donate_argnames="cache")
-def compiled_step(model: Split, token: Int[AnyArray, " b"], cache: Cache, k: int) -> tuple[TopK, Cache]:
-    merged = model.merge()
-    hidden, cache = merged.step(token, cache)
-    return merged.best(hidden, k), cache
+@partial(jax.jit, donate_argnames="cache")
+def compiled_step(trunk: Split, token: Int[AnyArray, " b"], cache: Cache) -> tuple[Float[Array, "b d"], Cache]:
+    return trunk.merge().step(token, cache)
+
+
+compiled_words = jax.jit(best_words, static_argnames="k")
 
 
 def generate(
