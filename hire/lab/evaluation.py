@@ -424,7 +424,7 @@ def judge(search: HireSoftmax | TopK, states: States, best: TopK, batch: int = 1
     return dict(recall=rate(hits.mean(1), states.documents), top1=rate(hits[:, 0], states.documents))
 
 
-def distribution(softmax: HireSoftmax, found: TopK, model: Decoder, states: States, best: TopK) -> dict[str, float]:
+def distribution(softmax: HireSoftmax, model: Decoder, found: TopK, states: States, best: TopK) -> dict[str, float]:
     """What the search, and what it has found, does to sampling and to perplexity over states, against exact logits.
 
     top-1 agreement; total variation between sampling from what is found and from the exact top-k, its mean and 99th percentile;
