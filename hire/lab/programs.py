@@ -26,7 +26,7 @@ from hire.lab import records, schedules, timing, tpu
 from hire.lab.paths import RECORDS
 from hire.lab.sparsity import searched
 from hire.models import Decoder, DecoderConfig, convert, preset
-from hire.models.generation import Split, prefill, step
+from hire.models.generation import Split, compiled_prefill, step
 from hire.topk import at_most, exact_top_k
 
 WORDS, KEPT, CANDIDATES, RANK = 262_144, 32, 2_048, 128  # of the softmaxes; k, k' and rank
@@ -182,7 +182,7 @@ def decode_step(config: DecoderConfig, batch: int, slots: int, parts: tuple[bool
     forms = []
 
     def empty(arrays: list[Array], prompt: Tokens) -> list[Array]:
-        leaves, form = jax.tree.flatten(prefill(whole(arrays), prompt, slots, 1)[1])
+        leaves, form = jax.tree.flatten(compiled_prefill(whole(arrays).trunk, prompt, slots)[1])
         forms.append(form)
         return leaves
 
