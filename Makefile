@@ -15,13 +15,17 @@ export XLA_FLAGS ?=
 help:  ## this list
 	@grep -hE '^[a-zA-Z%-]+:.*?## ' $(MAKEFILE_LIST) | sed -E 's/^([a-zA-Z%-]+):.*## /\1\t/' | expand -t 16
 
+# uv takes seconds where pip takes a minute or more; pip, which may be set to another index than PyPI, does what uv cannot.
+install = { $(1)/bin/pip install -q uv==0.13.9 && $(1)/bin/uv pip install -q --python $(1)/bin/python $(2); } || \
+	$(1)/bin/pip install -q --no-compile $(2)
+
 env: $(STAMP)  ## the environment (.venv) and Gemma's weights, about 3 minutes once
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"error: python {sys.version.split()[0]}: expected 3.11 or later; make PYTHON=python3.12 chooses another")'
 	@date +%s > .setup-began
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install -q --no-compile -c constraints.txt -e '.[all]'
+	$(call install,.venv,-c constraints.txt -e '.[all]')
 	$(LAB) weights
 	$(LAB) compiler
 	@echo $$(($$(date +%s) - $$(cat .setup-began))) > $@ && rm .setup-began
@@ -33,8 +37,10 @@ figure-%: $(STAMP)  ## one figure, such as figure-02
 	$(LAB) figures --profile $(PROFILE) --only $* $(if $(FRESH),--fresh)
 
 WORKERS := -n 2 --dist loadfile
-# Tests compile thousands of programs, most of them small and to run once: without optimization that takes a quarter of the time.
-test floor: export XLA_FLAGS += --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
+# Tests and toys compile thousands of programs, most of them small and to run once: without optimization in a quarter of the time.
+QUICK := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
+test floor checks: export XLA_FLAGS += $(QUICK)
+figures figure-%: export XLA_FLAGS += $(if $(filter smoke,$(PROFILE)),$(QUICK))
 test: $(STAMP)  ## the notebooks' check cells, then the unit tests, on two cores
 	$(PY) -m pytest -p nbval --nbval-lax --nbval-cell-timeout=300 notebooks/*.ipynb -W default $(WORKERS)
 	$(PY) -m pytest $(WORKERS)
@@ -49,7 +55,7 @@ need-python = @test -n "$(FLOOR_PYTHON)" || { \
 .venv-floor/.ready: pyproject.toml constraints-floor.txt
 	$(call need-python,floor)
 	$(FLOOR_PYTHON) -m venv .venv-floor
-	.venv-floor/bin/pip install -q --no-compile -c constraints-floor.txt -e '.[all]'
+	$(call install,.venv-floor,-c constraints-floor.txt -e '.[all]')
 	$(FLOOR) -m hire.lab compiler
 	@touch $@
 
@@ -59,7 +65,7 @@ floor: .venv-floor/.ready  ## the unit tests on the oldest versions that are sup
 .venv-colab/.ready: constraints-colab.txt
 	$(call need-python,colab)
 	$(FLOOR_PYTHON) -m venv .venv-colab
-	.venv-colab/bin/pip install -q --no-compile -r constraints-colab.txt
+	$(call install,.venv-colab,-r constraints-colab.txt)
 	@touch $@
 
 colab: $(STAMP) .venv-colab/.ready  ## every notebook, or ONLY="03 05", of the last commit at smoke, as on a fresh Colab TPU runtime

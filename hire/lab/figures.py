@@ -34,13 +34,13 @@ def recall_axis(axis: Axes, lowest: float = 0.5) -> None:
     ticks = [r for r in (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999) if r >= lowest]
     axis.set_yscale("log")
     axis.set_ylim(1.1 * (1 - lowest), 0.8 * (1 - ticks[-1]))
-    axis.set_yticks([1 - r for r in ticks], [f"{r:g}" for r in ticks])
+    axis.set_yticks([1 - r for r in ticks], [f"{r:g}" for r in ticks[:-1]] + [f"≥ {ticks[-1]:g}"])
     axis.minorticks_off()
 
 
 def missed(recall: Sequence[float] | np.ndarray | float) -> np.ndarray:
-    """1 - recall, as `recall_axis` wants it; nothing missed is drawn at the axis' end."""
-    return np.maximum(1 - np.asarray(recall), 1e-5)
+    """1 - recall, as `recall_axis` wants it, whose last mark stands for all that is more."""
+    return np.maximum(1 - np.asarray(recall), 1e-4)
 
 
 def label(axis: Axes, x: float, y: float, text: str, color, *, offset: tuple[float, float] = (5, 0), ha="left") -> None:
@@ -73,19 +73,20 @@ def bytes_axis(axis: Axes, lowest: float) -> None:
 
 def frontier(axis: Axes, curves: dict[str, dict], colors: dict | None = None, **titles) -> None:
     """Recall against bytes read, a line for each curve of `evaluation.curve` that gets into sight; its name without the rank picks
-    the colour, if none is given in their order. Given titles, also a legend below.
+    the colour, if none is given in their order, and the rank how it is drawn. Given titles, also a legend below.
     """
     curves = {name: curve for name, curve in curves.items() if max(curve["recall"]) > 0.5}
-    families = dict.fromkeys(re.sub(r" \d+", "", name) for name in curves)
-    colors = colors or dict(zip(families, sns.color_palette("colorblind"), strict=False))
+    families, ranks = {name: re.sub(r" \d+", "", name) for name in curves}, {name: re.findall(r" (\d+)", name) for name in curves}
+    colors = colors or dict(zip(dict.fromkeys(families.values()), sns.color_palette("colorblind"), strict=False))
+    known = sorted({int(rank) for found in ranks.values() for rank in found})
+    styles = dict(zip(known[::-1], ("-", "--", ":"), strict=False))
     for name, curve in curves.items():
-        family, rank = re.sub(r" \d+", "", name), re.search(r" (\d+)", name)
-        gone = missed(curve["recall"])
-        known = family in axis.get_legend_handles_labels()[1]
-        axis.plot(curve["bytes"], gone, color=colors[family], label=None if known else family)
-        if rank:
-            place = max(0, len(gone) - 3)
-            label(axis, curve["bytes"][place], gone[place], f"r={rank[1]}", colors[family])
+        style = styles[int(ranks[name][0])] if ranks[name] else "-"
+        axis.plot(curve["bytes"], missed(curve["recall"]), style, color=colors[families[name]])
+    named = {family: dict(color=colors[family]) for family in families.values()}
+    named |= {f"rank {rank}": dict(color="0.4", ls=styles[rank]) for rank in known if len(known) > 1}
+    for name, look in named.items():
+        axis.plot([], [], label=name, **look)
     bytes_axis(axis, min(min(curve["bytes"]) for curve in curves.values()))
     recall_axis(axis)
     if titles:
@@ -112,11 +113,13 @@ def share_bars(axis: Axes, bars: dict[str, dict[str, float]], **titles) -> None:
 
 def quality_speed(axis: Axes, lines: dict[str, dict[str, tuple[float, float]]], *, lowest: float, star: tuple[str, str]) -> None:
     """Recall against speed-up: lines of labelled points (speed-up, recall), and a star for the point (line, label)."""
-    for color, (name, points) in zip(sns.color_palette("colorblind"), lines.items(), strict=False):
+    sides = [((-5, -7), "right"), ((5, 7), "left")]  # lines whose points are near each other are labelled on different ones
+    for place, (color, (name, points)) in enumerate(zip(sns.color_palette("colorblind"), lines.items(), strict=False)):
         speeds, recalls = zip(*points.values(), strict=True)
         axis.plot(speeds, missed(recalls), "o-", ms=5, color=color, label=name)
         for text, (speed, recall) in points.items():
-            label(axis, speed, float(missed(recall)), text, color, offset=(5, 7))
+            offset, side = sides[place % 2]
+            label(axis, speed, float(missed(recall)), text, color, offset=offset, ha=side)
     speed, recall = lines[star[0]][star[1]]
     axis.plot(speed, missed(recall), "*", ms=15, color="black", label=f"recommended: {star[1]}, {star[0]}")
     axis.set(xlabel="speed-up over the fastest dense form", ylabel="recall", xlim=(0, None))
@@ -184,16 +187,7 @@ def labels_apart(axis: Axes, points: dict[str, tuple[float, float]], colors: dic
 def rule(axis: Axes, value: float, name: str, color) -> None:
     """A labelled horizontal line."""
     axis.axhline(value, color=color, ls="--", lw=1)
-    axis.annotate(
-        name,
-        (0.98, value),
-        xycoords=axis.get_yaxis_transform(),
-        xytext=(0, 6),
-        textcoords="offset points",
-        ha="right",
-        color=color,
-        fontsize=9,
-    )
+    axis.annotate(name, (0.98, value), (0, 6), axis.get_yaxis_transform(), "offset points", ha="right", color=color, fontsize=9)
 
 
 def stage_bars(axis: Axes, seconds: dict[str, float], floors: dict[str, float]) -> None:

@@ -160,11 +160,12 @@ def step_bytes(model: Decoder, batch: int, cache: int) -> dict[str, float]:
 
 
 def timed_rungs(
-    rungs: dict[str, Decoder], batch: int, slots: int, k: int, repeats: int, **forms: Callable
+    rungs: dict[str, Decoder], batch: int, slots: int, k: int, repeats: int, *, keep: bool = False, **forms: Callable
 ) -> dict[str, list[float]]:
     """Seconds of a whole decode step of every rung, in turn, on a cache that is half full at first; and of other forms beside them.
 
-    Rungs of one float type write into one cache. Raises ValueError when it is too short for all of their steps.
+    Rungs of one float type write into one cache. Their programs are forgotten then, unless `keep` says that some are timed again.
+    Raises ValueError when the cache is too short for all of their steps.
     """
     first = next(iter(rungs.values()))
     queries = list(np.random.default_rng(0).normal(size=(repeats, 1, first.config.width)).astype(np.float32))
@@ -176,13 +177,14 @@ def timed_rungs(
         caches[kind] = caches.get(kind) or made.cache(batch)
         steps[name] = made.whole(batch, caches[kind])
     durations = interleaved(steps | forms, queries, repeats)
-    give_back()
+    give_back(programs=not keep)
     return durations
 
 
-def give_back() -> None:
-    """Forget compiled programs, and return to the system what is free: of a step of one billion parameters half a gigabyte."""
-    jax.clear_caches()
+def give_back(programs: bool) -> None:
+    """Return to the system what is free, compiled programs with it: of a step of one billion parameters half a gigabyte."""
+    if programs:
+        jax.clear_caches()
     getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # of glibc, which keeps it otherwise
 
 
