@@ -19,7 +19,7 @@ help:  ## this list
 install = { $(1)/bin/pip install -q uv==0.13.9 && $(1)/bin/uv pip install -q --python $(1)/bin/python $(2); } || \
 	$(1)/bin/pip install -q --no-compile $(2)
 
-env: $(STAMP)  ## the environment (.venv) and Gemma's weights, about 3 minutes once
+env: $(STAMP)  ## the environment (.venv) and Gemma's weights, about a minute once
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"error: python {sys.version.split()[0]}: expected 3.11 or later; make PYTHON=python3.12 chooses another")'

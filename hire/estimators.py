@@ -207,11 +207,11 @@ class Quantized:
             return low + high
 
         def parts() -> Float[Array, "b m"]:
-            if b > FEW and self.bits == 8 and b <= THIN:
+            if b <= FEW:
+                return jnp.concatenate([one(x[i : i + 1]) for i in range(b)])
+            if self.bits == 8 and b <= THIN:
                 return in_one_pass(x, self.codes)
-            if b > FEW:
-                return in_pieces(x, self.codes, lambda codes: unpack(codes, self.bits, d))
-            return jnp.concatenate([one(x[i : i + 1]) for i in range(b)])
+            return in_pieces(x, self.codes, lambda codes: unpack(codes, self.bits, d))
 
         return (by_platform(parts, lambda: whole(x)) if b <= MANY else whole(x)) * self.scale[None]
 
