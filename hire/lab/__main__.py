@@ -67,7 +67,7 @@ def run(chosen: argparse.Namespace) -> int:
         from hire.models import load_gemma
 
         print(f"Gemma 3 270M: {load_gemma().stored}, ready")
-        from hire.lab.tasks import evals_wheel
+        from hire.lab.questions import evals_wheel
 
         print(f"multiple-choice sets: {evals_wheel().name}, ready")
     elif chosen.command == "v5e":

@@ -450,10 +450,12 @@ def distribution(softmax: HireSoftmax, model: Decoder, found: TopK, states: Stat
     )
 
 
-def side_by_side(subject: TextModel, other: Decoder, text: str, prompt: int, new_tokens: int) -> str:
-    """Greedy continuations of a text's first tokens by a model and another form of it, and what each wanted where they part."""
+def side_by_side(subject: TextModel, other: Decoder, text: str, prompt: int, new_tokens: int, slots: int) -> str:
+    """Greedy continuations of a text's first tokens by a model and another form of it, and what each wanted where they part; with a
+    cache of so many slots, for whose length steps may be compiled already.
+    """
     tokens = jnp.asarray(subject.tokens(text, prompt))[None]
-    lines = [np.asarray(generate(form, tokens, new_tokens=new_tokens))[0] for form in (subject.model, other)]
+    lines = [np.asarray(generate(form, tokens, new_tokens=new_tokens, slots=slots))[0] for form in (subject.model, other)]
     told = [repr(subject.tokenizer.decode(lines[0][1:].tolist()))]
     parted = np.flatnonzero(lines[0] != lines[1])
     if not len(parted):

@@ -1,5 +1,6 @@
 """How a figure looks and where it goes: one style, one save, and the comparison of two of its series."""
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -8,7 +9,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import matplotlib.ticker
 import numpy as np
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -18,12 +18,20 @@ KIND_TEXT = {
     "simulated": "Arithmetic on published figures, not measured",
     "published": "Published values",
 }
+PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9")
+SIZES = {f"{part}.labelsize": 9.4 for part in ("xtick", "ytick")} | {
+    "font.size": 10.2,
+    "axes.labelsize": 10.2,
+    "legend.fontsize": 9.4,
+}
+LINES = {f"{part}.major.size": 6 for part in ("xtick", "ytick")} | {"patch.edgecolor": "white", "patch.force_edgecolor": True}
 
 
 def new_figure(rows: int, columns: int, *, height: float = 3.6) -> tuple[Figure, np.ndarray]:
     """A figure of README width with that many panels, in the one style: colour-blind safe, white, no frame."""
     matplotlib.use("Agg", force=False)
-    sns.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=0.85)
+    plt.rcParams |= SIZES | LINES | dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 1.25)
+    plt.rcParams |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "0.15")
     plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"}
     plt.rcParams |= {"axes.titlesize": 11, "axes.titlelocation": "left", "savefig.facecolor": "white"}
     return plt.subplots(rows, columns, figsize=(11, height * rows), layout="constrained", squeeze=False)
@@ -77,9 +85,9 @@ def frontier(axis: Axes, curves: dict[str, dict], colors: dict | None = None, **
     """
     curves = {name: curve for name, curve in curves.items() if max(curve["recall"]) > 0.5}
     families, ranks = {name: re.sub(r" \d+", "", name) for name in curves}, {name: re.findall(r" (\d+)", name) for name in curves}
-    colors = colors or dict(zip(dict.fromkeys(families.values()), sns.color_palette("colorblind"), strict=False))
+    colors = colors or dict(zip(dict.fromkeys(families.values()), PALETTE, strict=False))
     known = sorted({int(rank) for found in ranks.values() for rank in found})
-    styles = dict(zip(known[::-1], ("-", "--", ":"), strict=False))
+    styles = dict(zip(known[::-1], itertools.cycle(("-", "--", ":", "-."))))
     for name, curve in curves.items():
         style = styles[int(ranks[name][0])] if ranks[name] else "-"
         axis.plot(curve["bytes"], missed(curve["recall"]), style, color=colors[families[name]])
@@ -98,7 +106,7 @@ def share_bars(axis: Axes, bars: dict[str, dict[str, float]], **titles) -> None:
     """One stacked bar a name, the first at the bottom; its parts, shares of 1, are labelled in place."""
     for row, parts in enumerate(bars.values()):
         start = 0.0
-        for color, (name, share) in zip(sns.color_palette("colorblind"), parts.items(), strict=False):
+        for color, (name, share) in zip(PALETTE, parts.items(), strict=False):
             axis.barh(row, share, left=start, color=color, edgecolor="white")
             if share > 0.1:
                 text = axis.text(
@@ -114,7 +122,7 @@ def share_bars(axis: Axes, bars: dict[str, dict[str, float]], **titles) -> None:
 def quality_speed(axis: Axes, lines: dict[str, dict[str, tuple[float, float]]], *, lowest: float, star: tuple[str, str]) -> None:
     """Recall against speed-up: lines of labelled points (speed-up, recall), and a star for the point (line, label)."""
     sides = [((-5, -7), "right"), ((5, 7), "left")]  # lines whose points are near each other are labelled on different ones
-    for place, (color, (name, points)) in enumerate(zip(sns.color_palette("colorblind"), lines.items(), strict=False)):
+    for place, (color, (name, points)) in enumerate(zip(PALETTE, lines.items(), strict=False)):
         speeds, recalls = zip(*points.values(), strict=True)
         axis.plot(speeds, missed(recalls), "o-", ms=5, color=color, label=name)
         for text, (speed, recall) in points.items():
@@ -192,7 +200,7 @@ def rule(axis: Axes, value: float, name: str, color) -> None:
 
 def stage_bars(axis: Axes, seconds: dict[str, float], floors: dict[str, float]) -> None:
     """Milliseconds of each stage, and within the bar the least time that its weight bytes take at the machine's bandwidth."""
-    blue, gray = sns.color_palette("colorblind")[0], "0.25"
+    blue, gray = PALETTE[0], "0.25"
     names = list(seconds)[::-1]
     axis.barh(names, [seconds[name] * 1e3 for name in names], color=blue, height=0.6, label="measured")
     axis.barh(
@@ -211,7 +219,7 @@ def beside(axis: Axes, told: dict[str, float], found: dict[str, float], floors: 
 
     Names are written where the two differ by more than a quarter.
     """
-    blue, gray = sns.color_palette("colorblind")[0], "0.5"
+    blue, gray = PALETTE[0], "0.5"
     ends = [0.5 * min(told.values()), 2 * max(told.values())]
     axis.plot(ends, ends, color=gray, lw=1)
     for name, value in told.items():
@@ -228,7 +236,7 @@ def who_sends(axis: Axes, chips: int, what: dict[str, tuple[str, float]], **titl
 
     An arrow is as wide as the logarithm of its bytes.
     """
-    gray, *colors = (sns.color_palette("colorblind")[i] for i in (7, 3, 0))
+    gray, *colors = (PALETTE[i] for i in (7, 3, 0))
     for row, (color, (name, (sent, nbytes))) in enumerate(zip(colors, what.items(), strict=True)):
         top = 2.4 * (len(what) - row)
         axis.text(-0.45, top + 0.4, f"{name}: {sent}, {nbytes:,.0f} bytes arrive", color=color, fontsize=9, weight="bold")
@@ -257,7 +265,7 @@ PARTS = {"sort": "sorting", "custom-call": "our kernels", "gather": "XLA's gathe
 
 def part_bars(axis: Axes, bars: dict[str, list[dict]], notes: dict[str, str], **titles) -> None:
     """A bar a program: the microseconds of its operations (see programs.estimated) by their kind, and a note behind it."""
-    colors = dict(zip(PARTS, (sns.color_palette("colorblind")[i] for i in (1, 2, 3, 0)), strict=True))
+    colors = dict(zip(PARTS, (PALETTE[i] for i in (1, 2, 3, 0)), strict=True))
     longest = 0.0
     for row, (name, parts) in enumerate(bars.items()):
         sums = dict.fromkeys(PARTS, 0.0)
@@ -286,7 +294,7 @@ def rung_bars(
         label(axis, max(value, 1.0), row, f"{value:.2f}x{(notes or {}).get(name, '')}", "0.2")
     axis.axvline(1, color="0.5", lw=1)
     for mark in marks:
-        axis.axvline(mark, color=sns.color_palette("colorblind")[3], lw=1, ls=":")
+        axis.axvline(mark, color=PALETTE[3], lw=1, ls=":")
     look = dict(xlim=(0, 2.0 * max(values.values())), xlabel="times as fast as dense" + (" (dotted: the paper's)" if marks else ""))
     axis.set(yticks=range(len(values)), yticklabels=values, **look | titles)
     axis.invert_yaxis()
@@ -309,7 +317,7 @@ def against_floor(axis: Axes, points: Sequence[dict[str, dict]], colors: dict, *
 
 def speed_map(axis: Axes, speed: Callable, placed: dict[str, tuple[float, float]], told: tuple[float, float], **titles) -> None:
     """Lines of equal speed over the shares of softmax and FFN, models where they lie, and a star where two told speed-ups would."""
-    gray, red, blue = (sns.color_palette("colorblind")[i] for i in (7, 3, 0))
+    gray, red, blue = (PALETTE[i] for i in (7, 3, 0))
     grid = np.linspace(0, 1, 101)
     times = np.where(grid[None] + grid[:, None] < 1, speed(grid[None], grid[:, None]), np.nan)  # no step has more than all
     lines = axis.contour(grid, grid, times, levels=[1.1, 1.47, 2, 3, 5], colors=[gray], linewidths=1)
@@ -325,7 +333,7 @@ def speed_map(axis: Axes, speed: Callable, placed: dict[str, tuple[float, float]
 
 def speed_bars(axis: Axes, speeds: dict[str, float], recalls: dict[str, float], **titles) -> None:
     """Speed-ups over the fastest dense form, each a bar with its recall, the first at the top."""
-    axis.barh(range(len(speeds)), list(speeds.values()), color=sns.color_palette("colorblind")[0])
+    axis.barh(range(len(speeds)), list(speeds.values()), color=PALETTE[0])
     for place, (name, speed) in enumerate(speeds.items()):
         label(axis, max(speed, 1), place, f"{speed:.1f}x, recall {recalls[name]:.4f}", "0.2")
     axis.axvline(1, color="0.6", lw=1)
@@ -338,8 +346,8 @@ def speed_bars(axis: Axes, speeds: dict[str, float], recalls: dict[str, float], 
 def intervals(axis: Axes, rows: dict[str, dict[str, float]], at: float = 0.0, **titles) -> None:
     """Shares with their 95 % intervals (mean, low, high), one named line each, the first at the top, and a line to hold them to."""
     for place, (name, found) in enumerate(rows.items()):
-        axis.plot([found["low"], found["high"]], [place, place], color=sns.color_palette("colorblind")[0])
-        axis.plot(found["mean"], place, "o", ms=4, color=sns.color_palette("colorblind")[0])
+        axis.plot([found["low"], found["high"]], [place, place], color=PALETTE[0])
+        axis.plot(found["mean"], place, "o", ms=4, color=PALETTE[0])
     axis.axvline(at, color="0.6", lw=1)
     axis.set(yticks=range(len(rows)), yticklabels=rows, **titles)
     axis.tick_params(axis="y", labelsize=8)
@@ -350,7 +358,7 @@ def intervals(axis: Axes, rows: dict[str, dict[str, float]], at: float = 0.0, **
 
 def prices(axis: Axes, recall: Sequence[float], shares: dict[str, Sequence[float]], **titles) -> None:
     """What missed rows cost: shares against recall, a kind of points each, both axes logarithmic."""
-    for color, (name, values) in zip(sns.color_palette("colorblind"), shares.items(), strict=False):
+    for color, (name, values) in zip(PALETTE, shares.items(), strict=False):
         axis.plot(missed(recall), np.maximum(np.abs(values), 1e-5), "o", color=color, label=name)
     axis.set(xscale="log", yscale="log", xlabel="share of the true top-k missed", ylabel="share (of loss: its size)", **titles)
     axis.legend(frameon=False)

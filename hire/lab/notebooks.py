@@ -4,15 +4,17 @@ import hashlib
 import json
 import subprocess
 import time
+from contextlib import chdir
 
 import papermill
+from jupyter_core.utils import ensure_event_loop
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from hire.lab import prefills
+from hire.lab import lanes, prefills
 from hire.lab.figures import differences
 from hire.lab.paths import FIGURES, NOTEBOOKS, OUT, ROOT
-from hire.lab.register import parameters, ready, register
+from hire.lab.register import load, parameters, ready, register
 
 
 def fingerprint(name: str, chosen: dict) -> str:
@@ -41,48 +43,64 @@ def check_parameters(profile: str) -> dict[str, dict]:
 def run_notebooks(profile: str, only: str | None = None, *, fresh: bool = False) -> list[str]:
     """Execute every notebook, or the one numbered `only`, into out/<profile>/; the names of those that failed.
 
-    One that already ran unchanged (cells, parameters, package) is left alone unless `fresh`. A failure is named (notebook,
-    cell, error) and the others still run. Raises ValueError for an unknown profile, figure or parameter before anything runs.
+    Two run at a time where there is room, in the register's order, and who measures has the machine alone (see lanes). One that
+    already ran unchanged (cells, parameters, package) is left as it is unless `fresh`. A failure is named (notebook, cell, error)
+    and the others still run. Raises ValueError for an unknown profile, figure or parameter before anything runs.
     """
     chosen = check_parameters(profile)
     entries = ready() if only is None else [register(only)]
-    folder = OUT / profile
-    folder.mkdir(parents=True, exist_ok=True)
-    failed = []
+    (OUT / profile).mkdir(parents=True, exist_ok=True)
     if fresh:
         prefills.forget()
-    for entry in entries:
-        name, stamp = entry["name"], folder / f"{entry['name']}.done"
-        values = {"profile": profile} | (chosen.get(name) or {})
-        mark = fingerprint(name, values)
-        if not fresh and stamp.exists() and stamp.read_text() == mark:
-            print(f"{name}: up to date ({stamp.relative_to(ROOT)}; FRESH=1 runs it again)", flush=True)
-            continue
-        print(f"{name}: running at profile {profile} …", flush=True)
-        stamp.unlink(missing_ok=True)
-        start = time.monotonic()
-        error = execute(name, values, folder / f"{name}.ipynb")
-        seconds = time.monotonic() - start
-        if error:
-            failed.append(name)
-            print(f"{name}: FAILED after {seconds:.0f} s: {error}", flush=True)
-        else:
-            stamp.write_text(mark)
-            print(f"{name}: done in {seconds:.0f} s{'' if profile == 'smoke' else compared(name)}", flush=True)
-    return failed
+    order = load("register").get("order", [])
+    names = sorted((entry["name"] for entry in entries), key=lambda name: order.index(name[:2]) if name[:2] in order else 0)
+
+    def run(name: str) -> bool:
+        return run_notebook(name, profile, chosen.get(name) or {}, fresh)
+
+    with chdir(NOTEBOOKS), lanes.pool(profile) as pool:  # kernels begin where this process is
+        done = dict(zip(names, pool.map(run, names), strict=True))
+    return sorted(name for name, fine in done.items() if not fine)
+
+
+def run_notebook(name: str, profile: str, values: dict, fresh: bool) -> bool:
+    """Whether it ran, now or before."""
+    target, values = OUT / profile / f"{name}.ipynb", {"profile": profile} | values
+    stamp, mark = target.with_suffix(".done"), fingerprint(name, values)
+    if not fresh and stamp.exists() and stamp.read_text() == mark:
+        print(f"{name}: up to date ({stamp.relative_to(ROOT)}; FRESH=1 runs it again)", flush=True)
+        return True
+    print(f"{name}: running at profile {profile} …", flush=True)
+    stamp.unlink(missing_ok=True)
+    start = time.monotonic()
+    error = execute(name, values, target)
+    seconds = time.monotonic() - start
+    if error:
+        print(f"{name}: FAILED after {seconds:.0f} s: {error}", flush=True)
+        return False
+    stamp.write_text(mark)
+    print(f"{name}: done in {seconds:.0f} s{'' if profile == 'smoke' else compared(name)}", flush=True)
+    return True
 
 
 def execute(name: str, values: dict, target) -> str | None:
     """Run one notebook; None, or one line that says which cell failed and why."""
+    with lanes.measuring():  # what begins now would not be stopped
+        pass
+    how: dict = dict(kernel_name="python3", progress_bar=False, extra_arguments=["--log-level=ERROR"])
+    how |= dict(start_timeout=600, iopub_timeout=600)  # it may stand still meanwhile
     try:
-        papermill.execute_notebook(
-            str(NOTEBOOKS / f"{name}.ipynb"), str(target), values, kernel_name="python3", cwd=str(NOTEBOOKS), progress_bar=False
-        )
+        papermill.execute_notebook(str(NOTEBOOKS / f"{name}.ipynb"), str(target), values, **how)
     except PapermillExecutionError as error:
         reason = error.evalue.strip().splitlines()[0] if error.evalue.strip() else ""
         return f"cell {error.cell_index}, {error.ename}: {reason} (see {target.relative_to(ROOT)})"
     except DeadKernelError:
         return f"the kernel died, nearly always of too little memory (see {target.relative_to(ROOT)})"
+    except RuntimeError as error:
+        return f"the kernel did not start: {error}"
+    finally:
+        ensure_event_loop().close()  # this thread's, which papermill leaves open
+        lanes.go_on()
     return None
 
 
