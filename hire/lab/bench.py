@@ -89,7 +89,7 @@ def time_steps(
 
 def random_ffns(count: int, neurons: int, width: int, rank: int, shares: dict[str, tuple]) -> dict[str, list[HireFFN]]:
     """So many ReLU layers of random weights, whose speed is that of trained ones, in groups of 8, each searched in every setting:
-    shares of the groups (kept, candidates, common path), and whether one selection serves a batch.
+    shares of the groups (kept, candidates, common path), and whether one selection serves a batch, by int8 rows instead of factors.
     """
     searched, groups = {name: [] for name in shares}, neurons // 8
     for key in jax.random.split(jax.random.key(0), count):
@@ -97,8 +97,11 @@ def random_ffns(count: int, neurons: int, width: int, rank: int, shares: dict[st
         copies = {}
         for name, (*parts, shared) in shares.items():
             k, candidates, common = (at_most(part, groups) for part in parts)
-            copies[common] = copies.get(common) or hire.LowRank.fit(up[8 * common :], rank, bits=8, directions="random")
-            ffn = HireFFN(up, down, copies[common], k=k, candidates=candidates, common=common, shared=shared)
+            if (common, shared) not in copies:
+                beyond = up[8 * common :]
+                fit = hire.Quantized.fit(beyond, 8) if shared else hire.LowRank.fit(beyond, rank, bits=8, directions="random")
+                copies[common, shared] = fit
+            ffn = HireFFN(up, down, copies[common, shared], k=k, candidates=candidates, common=common, shared=shared)
             searched[name].append(ffn)
     return searched
 

@@ -12,28 +12,22 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from hire.lab.paths import FIGURES
+
 KIND_TEXT = {
     "measured": "Measured on {device}",
     "compiler-estimate": "Estimated by the TPU's own compiler, not measured on a TPU",
     "simulated": "Arithmetic on published figures, not measured",
     "published": "Published values",
 }
-PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9")
-SIZES = {f"{part}.labelsize": 9.4 for part in ("xtick", "ytick")} | {
-    "font.size": 10.2,
-    "axes.labelsize": 10.2,
-    "legend.fontsize": 9.4,
-}
-LINES = {f"{part}.major.size": 6 for part in ("xtick", "ytick")} | {"patch.edgecolor": "white", "patch.force_edgecolor": True}
+STYLE = matplotlib.rc_params_from_file(FIGURES / "hire.mplstyle", use_default_template=False)
+PALETTE = STYLE["axes.prop_cycle"].by_key()["color"]
 
 
 def new_figure(rows: int, columns: int, *, height: float = 3.6) -> tuple[Figure, np.ndarray]:
     """A figure of README width with that many panels, in the one style: colour-blind safe, white, no frame."""
     matplotlib.use("Agg", force=False)
-    plt.rcParams |= SIZES | LINES | dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 1.25)
-    plt.rcParams |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "0.15")
-    plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"}
-    plt.rcParams |= {"axes.titlesize": 11, "axes.titlelocation": "left", "savefig.facecolor": "white"}
+    plt.rcParams |= STYLE
     return plt.subplots(rows, columns, figsize=(11, height * rows), layout="constrained", squeeze=False)
 
 

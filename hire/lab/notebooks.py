@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir
 
 import papermill
@@ -11,10 +12,10 @@ from jupyter_core.utils import ensure_event_loop
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from hire.lab import lanes, prefills
+from hire.lab import prefills
 from hire.lab.figures import differences
 from hire.lab.paths import FIGURES, NOTEBOOKS, OUT, ROOT
-from hire.lab.register import load, parameters, ready, register
+from hire.lab.register import parameters, ready, register
 
 
 def fingerprint(name: str, chosen: dict) -> str:
@@ -43,24 +44,23 @@ def check_parameters(profile: str) -> dict[str, dict]:
 def run_notebooks(profile: str, only: str | None = None, *, fresh: bool = False) -> list[str]:
     """Execute every notebook, or the one numbered `only`, into out/<profile>/; the names of those that failed.
 
-    Two run at a time where there is room, in the register's order, and who measures has the machine alone (see lanes). One that
-    already ran unchanged (cells, parameters, package) is left as it is unless `fresh`. A failure is named (notebook, cell, error)
-    and the others still run. Raises ValueError for an unknown profile, figure or parameter before anything runs.
+    Toys run two at a time; others alone, since they measure time and want both cores. One that already ran unchanged (cells,
+    parameters, package) is left as it is unless `fresh`. A failure is named (notebook, cell, error) and the others still run.
+    Raises ValueError for an unknown profile, figure or parameter before anything runs.
     """
     chosen = check_parameters(profile)
     entries = ready() if only is None else [register(only)]
     (OUT / profile).mkdir(parents=True, exist_ok=True)
     if fresh:
         prefills.forget()
-    order = load("register").get("order", [])
-    names = sorted((entry["name"] for entry in entries), key=lambda name: order.index(name[:2]) if name[:2] in order else 0)
+    names = [entry["name"] for entry in entries]
 
     def run(name: str) -> bool:
         return run_notebook(name, profile, chosen.get(name) or {}, fresh)
 
-    with chdir(NOTEBOOKS), lanes.pool(profile) as pool:  # kernels begin where this process is
+    with chdir(NOTEBOOKS), ThreadPoolExecutor(2 if profile == "smoke" else 1) as pool:  # kernels begin where this process is
         done = dict(zip(names, pool.map(run, names), strict=True))
-    return sorted(name for name, fine in done.items() if not fine)
+    return [name for name, fine in done.items() if not fine]
 
 
 def run_notebook(name: str, profile: str, values: dict, fresh: bool) -> bool:
@@ -85,10 +85,7 @@ def run_notebook(name: str, profile: str, values: dict, fresh: bool) -> bool:
 
 def execute(name: str, values: dict, target) -> str | None:
     """Run one notebook; None, or one line that says which cell failed and why."""
-    with lanes.measuring():  # what begins now would not be stopped
-        pass
     how: dict = dict(kernel_name="python3", progress_bar=False, extra_arguments=["--log-level=ERROR"])
-    how |= dict(start_timeout=600, iopub_timeout=600)  # it may stand still meanwhile
     try:
         papermill.execute_notebook(str(NOTEBOOKS / f"{name}.ipynb"), str(target), values, **how)
     except PapermillExecutionError as error:
@@ -100,7 +97,6 @@ def execute(name: str, values: dict, target) -> str | None:
         return f"the kernel did not start: {error}"
     finally:
         ensure_event_loop().close()  # this thread's, which papermill leaves open
-        lanes.go_on()
     return None
 
 
@@ -111,6 +107,6 @@ def compared(name: str) -> str:
         return "; no committed figure to compare with"
     new = json.loads((FIGURES / f"{name}.json").read_text())
     apart = differences(json.loads(shown.stdout), new)
-    return f"; {len(new['series']) - len(apart)} of {len(new['series'])} series within tolerance of the committed ones" + (
-        f", not: {', '.join(apart)}" if apart else ""
-    )
+    few = ", ".join(apart[:3]) + ", …" * (len(apart) > 3)
+    within = f"; {len(new['series']) - len(apart)} of {len(new['series'])} series within tolerance of the committed ones"
+    return within + (f", not: {few}" if apart else "")

@@ -30,7 +30,6 @@ from jax.sharding import AxisType
 import hire
 from hire.axes import Int
 from hire.distributed import Axis
-from hire.lab.lanes import RUNNER, alone
 from hire.lab.paths import CHECKPOINTS, OUT, ROOT
 from hire.lab.pods import time_forms
 from hire.lab.timing import medians
@@ -67,7 +66,7 @@ def launch(processes: int, *, port: int = 0, setup: Setup = Setup(), folder: Pat
         raise ValueError(f"processes = {processes}: expected at least 1")
     port, workers = free_port(port), []
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(), contextlib.ExitStack() as ends:
+    with contextlib.ExitStack() as ends:
         for number in range(processes):
             workers.append(ends.enter_context(start(number, processes, port, setup, folder)))
             ends.callback(workers[-1].kill)
@@ -91,7 +90,6 @@ def start(number: int, processes: int, port: int, setup: Setup, folder: Path) ->
     flags = " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag)
     arguments = *map(str, (number, processes, port)), str(folder.absolute()), json.dumps(asdict(setup))
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    environment.pop(RUNNER, None)  # what measures is who launched it
     command = [sys.executable, "-m", "hire.lab.processes", *arguments]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import time
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -12,11 +11,11 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from hire.lab import prefills, records
-from hire.lab.evaluation import document_states, points, softmaxes_of
+from hire.lab.evaluation import points, softmaxes_of
 from hire.lab.harness import Harness
 from hire.lab.paths import RECORDS
 from hire.lab.questions import CLOZE, EVALS, SETS, cloze, questions
-from hire.lab.text import beginnings, documents
+from hire.lab.text import documents
 from hire.models import TextModel, load_gemma
 from hire.softmax import HireSoftmax
 
@@ -103,19 +102,8 @@ def pooled(ours: Sequence[dict], theirs: Sequence[dict]) -> dict:
     return points(right, before, np.asarray(owners))
 
 
-def prefilled(subject: TextModel) -> float:
-    """Tokens a second, each of a text predicted once, of a second time that the texts are."""
-    texts = beginnings(documents("evaluation", ["novel"])[:8], 600)
-    document_states(subject, texts)
-    start = time.perf_counter()
-    document_states(subject, texts)
-    return sum(len(subject.tokens(text.text)) for text in texts) / (time.perf_counter() - start)
-
-
 def judge_questions(limit: int = 1000, k: int = 32, headline: Sequence[int] = (104, 64, 6144)) -> None:
-    """Gemma 3 270M, exact and by HiRE-Softmax, on more questions than notebook 10 has minutes for; and how many tokens of text it
-    predicts a second. As a record.
-    """
+    """Gemma 3 270M, exact and by HiRE-Softmax, on more questions than notebook 10 has minutes for, as a record."""
     gemma = load_gemma()
     fitted_to = prefills.states(gemma, documents("calibration")[::2], 128, 3, skip=4)
     [(form, softmax)] = softmaxes_of(gemma.model.embedding[...], fitted_to.hidden, k, [headline]).items()
@@ -125,11 +113,11 @@ def judge_questions(limit: int = 1000, k: int = 32, headline: Sequence[int] = (1
     told = {name: {form: told["metrics"] for form, told in both.items()} for name, both in found.items()}
     data = {name: both["exact"]["data"] for name, both in found.items()}
     setting = dict(k=k, headline=headline, limit=limit, data=data)
-    results = dict(accuracy=accuracy, metrics=told, failed=failed, prefilled=prefilled(gemma))
+    results = dict(accuracy=accuracy, metrics=told, failed=failed)
     stated = "{mean:+.2%} ({low:+.2%} to {high:+.2%})".format(**accuracy)
     claim = dict(value=stated, unit=f"accuracy over exact, {accuracy['n']} questions", quality="paired, 95 % interval")
     claim |= dict(setting=f"Gemma 3 270M, {form}", figure="10", supports=accuracy["mean"] >= -0.005)
-    print(f"accuracy over exact: {stated}, {accuracy['n']} questions; {results['prefilled']:.0f} tokens predicted a second")
+    print(f"accuracy over exact: {stated}, {accuracy['n']} questions")
     print(*(f"{name}: {both}" for name, both in told.items()), *failed.values(), sep="\n")
     facts: dict[str, Any] = dict(kind="measured", weights=gemma.stored, setting=setting, results=results, claims={"quality": claim})
     records.write(RECORDS, "questions", "quality/questions", command="make questions", **facts)

@@ -2,9 +2,8 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ import numpy as np
 
 from hire.axes import Array, Float, Queries, Rows
 from hire.estimators import in_pieces, row_scores
-from hire.lab.lanes import alone
 from hire.topk import exact_top_k
 
 COLD = 2**28  # bytes that are read before a call is timed: several times the last cache of a CPU
@@ -23,8 +21,8 @@ def interleaved(forms: dict[str, Callable], queries: Sequence, repeats: int) -> 
 
     The forms are compiled by a first call that is not counted, two at a time where they share no collectives. Turns make a slow
     spell of the machine hit all forms alike, so compare medians and trust ratios. Within a turn the forms take different queries,
-    and before each call something else is read, not timed: a form finds in no cache what the one before it has left there. No other
-    notebook of the same run computes meanwhile. Raises ValueError when there are fewer queries than repeats.
+    and before each call something else is read, not timed: a form finds in no cache what the one before it has left there. Raises
+    ValueError when there are fewer queries than repeats.
     """
     if len(queries) < repeats:
         raise ValueError(f"{len(queries)} queries for {repeats} repeats: expected a new one at every repetition")
@@ -33,7 +31,8 @@ def interleaved(forms: dict[str, Callable], queries: Sequence, repeats: int) -> 
     read_other = stream_form(COLD)[0] if jax.process_count() == 1 else lambda _: None
     with ThreadPoolExecutor(2 if jax.device_count() == 1 else 1) as pool:  # XLA compiles a program on one core
         list(pool.map(lambda form: jax.block_until_ready(form(queries[0])), forms.values()))
-    with alone(), without_gc():
+    gc.disable()
+    try:
         for turn in range(repeats):
             for place, (name, form) in enumerate(forms.items()):
                 query = queries[(turn + place) % repeats]
@@ -41,16 +40,9 @@ def interleaved(forms: dict[str, Callable], queries: Sequence, repeats: int) -> 
                 start = time.perf_counter()
                 jax.block_until_ready(form(query))
                 durations[name].append(time.perf_counter() - start)
-    return durations
-
-
-@contextmanager
-def without_gc() -> Iterator[None]:
-    gc.disable()
-    try:
-        yield
     finally:
         gc.enable()
+    return durations
 
 
 def medians(durations: dict[str, list[float]]) -> dict[str, float]:

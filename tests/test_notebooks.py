@@ -1,0 +1,113 @@
+"""The notebooks' runner: parameters, failures and kills."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+from papermill.iorw import papermill_io
+
+from hire.lab import notebooks, register
+from hire.lab.__main__ import main
+
+
+def test_profiles_name_parameters_that_exist():
+    for profile in register.PROFILES:
+        notebooks.check_parameters(profile)
+
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch):
+    """A register of two toy notebooks, the second of which can be made to fail."""
+    monkeypatch.setattr(papermill_io.get_handler("local"), "_cwd", None)  # one for all threads: kept
+    for module in (notebooks, register):
+        monkeypatch.setattr(module, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(notebooks, "OUT", tmp_path / "out")
+    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
+    monkeypatch.setattr(register, "load", lambda name: {"figures": [{"name": "01_good"}, {"name": "02_bad"}]})
+    (tmp_path / "notebooks/profiles").mkdir(parents=True)
+
+    def write(name, *sources, **parameters):
+        cells = [nbformat.v4.new_code_cell(source) for source in ('profile = "smoke"\nsteps = 1', *sources)]
+        cells[0].metadata["tags"] = ["parameters"]
+        kernel = dict(name="python3", display_name="Python 3", language="python")
+        book = nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=kernel))
+        nbformat.write(book, tmp_path / f"notebooks/{name}.ipynb")
+
+    write("01_good", "from pathlib import Path\nPath('../ran').open('a').write(f'{profile} {steps};')")
+    write("02_bad", "print('fine')", "raise KeyError('the third cell')")
+    (tmp_path / "notebooks/profiles/smoke.yaml").write_text("01_good: {steps: 7}\n")
+    return tmp_path, write
+
+
+def test_a_failing_notebook_is_named_and_the_others_still_run(workshop, capsys):
+    folder, write = workshop
+    write("01_good", "raise ValueError('first')")
+    write("02_bad", "from pathlib import Path\nPath('../ran').write_text(profile)")
+    assert notebooks.run_notebooks("smoke") == ["01_good"]
+    assert "01_good: FAILED" in (said := capsys.readouterr().out) and "ValueError: first" in said and "cell" in said
+    assert (folder / "ran").read_text() == "smoke"
+
+
+def test_a_run_goes_on_where_it_was(workshop, capsys):
+    folder, write = workshop
+    assert notebooks.run_notebooks("smoke") == ["02_bad"]
+    write("02_bad", "pass")
+    assert notebooks.run_notebooks("smoke") == []
+    assert (folder / "ran").read_text() == "smoke 7;"  # not run again
+    assert "01_good: up to date" in capsys.readouterr().out
+    (folder / "notebooks/profiles/smoke.yaml").write_text("01_good: {steps: 8}\n")
+    assert notebooks.run_notebooks("smoke") == []
+    assert (folder / "ran").read_text() == "smoke 7;smoke 8;"  # its parameters changed
+    assert notebooks.run_notebooks("smoke", "01", fresh=True) == []
+    assert (folder / "ran").read_text() == "smoke 7;smoke 8;smoke 8;"
+
+
+def test_a_dead_kernel_is_said_to_be_one(workshop, capsys):
+    workshop[1]("02_bad", "import os\nos.kill(os.getpid(), 9)")
+    assert notebooks.run_notebooks("smoke", "02") == ["02_bad"]
+    assert "the kernel died, nearly always of too little memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "profile, message",
+    [
+        ("01_good: {stepz: 7}", "01_good has no parameter 'stepz': expected one of profile, steps"),
+        ("03_none: {}", "notebook '03_none'"),
+    ],
+)
+def test_a_misspelt_parameter_is_refused_before_anything_runs(workshop, profile, message):
+    folder, _ = workshop
+    (folder / "notebooks/profiles/smoke.yaml").write_text(profile)
+    with pytest.raises(ValueError, match=message):
+        notebooks.run_notebooks("smoke")
+    assert not (folder / "ran").exists()
+
+
+def test_errors_of_the_command_are_one_line(capsys):
+    assert main(["figures", "--profile", "fast"]) == 1
+    assert capsys.readouterr().err == "error: profile 'fast': expected one of smoke, cpu, tpu\n"
+    assert main(["figures", "--only", "77"]) == 1
+    assert capsys.readouterr().err.startswith("error: figure '77': expected one of 01")
+
+
+def test_a_run_killed_in_a_notebook_starts_with_that_notebook_again():
+    """A real kill of `make figures` at smoke: nothing half-done is taken for done."""
+    out = notebooks.OUT / "smoke"
+    stamp = out / "01_bottleneck.done"
+    kept = stamp.read_text() if stamp.exists() else None
+    command = [sys.executable, "-m", "hire.lab", "figures", "--profile", "smoke", "--only", "01", "--fresh"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    try:
+        assert process.stdout is not None and "running" in process.stdout.readline()
+        time.sleep(1)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not stamp.exists()
+    finally:
+        subprocess.run(["pkill", "-9", "-s", str(process.pid)])
+        process.stdout.close()
+        if kept is not None:
+            stamp.write_text(kept)
