@@ -202,11 +202,9 @@ def points(
     return found
 
 
-def spent(
-    rungs: dict[str, Decoder], slots: int, k: int, repeats: int, whole: dict[str, list[float]]
-) -> dict[str, dict[str, float]]:
-    """Shares of softmax, FFN and attention in a step's time and in the bytes that it must read. Each is timed alone, FFN
-    and attention in 5 of the layers, which are alike.
+def spent(rungs: dict[str, Decoder], slots: int, k: int, repeats: int) -> dict[str, dict[str, float]]:
+    """What softmax, FFN and attention take of their time together, each alone, and of the bytes that a step must read. FFN and
+    attention are timed in 5 of the layers, which are alike.
     """
     shares, parts = {}, dict(softmax=decode.softmax, ffn=decode.ffn, attention=decode.attention)
     width = next(iter(rungs.values())).config.width
@@ -217,7 +215,7 @@ def spent(
         forms, layers = decode.StepForms(few, slots, k), len(model.blocks) / len(few.blocks)
         found = medians(interleaved({part: forms.part(function) for part, function in parts.items()}, draws, repeats))
         found = {part: took * (1 if part == "softmax" else layers) for part, took in found.items()}
-        shares[f"{name}, time"] = {part: found[part] / float(np.median(whole[name])) for part in parts}
+        shares[f"{name}, time"] = {part: took / sum(found.values()) for part, took in found.items()}
         shares[f"{name}, bytes"] = {part: nbytes[part] / sum(nbytes.values()) for part in parts}
     return shares
 
