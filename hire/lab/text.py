@@ -59,4 +59,5 @@ def documents(
 
 @functools.cache
 def committed(split: str) -> list[Document]:
-    return [Document(*row.values()) for row in pyarrow.parquet.read_table(TEXT / f"{split}.parquet").to_pylist()]
+    table = pyarrow.parquet.read_table(TEXT / f"{split}.parquet", columns=["document", "kind", "text"])
+    return [Document(*row.values()) for row in table.to_pylist()]
