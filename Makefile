@@ -105,11 +105,10 @@ checks: $(STAMP)  ## run the notebooks at smoke and keep what their check cells 
 	$(LAB) figures --profile smoke
 	$(LAB) checks
 
-lint: $(STAMP)  ## style, types, lines of code against their budget
+lint: $(STAMP)  ## style and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
-	@$(LAB) size
 
 format: $(STAMP)  ## put the code into its one form
 	.venv/bin/ruff check --fix .

@@ -15,8 +15,7 @@ PLAIN = {  # command -> (function without arguments, what it is for)
     "keys": ("hire.lab.keys:judge_keys", "Gemma at long contexts with its keys searched, as a record"),
 }
 TABLES = {  # command -> (function that returns a table and whether all is well, what it is for)
-    "verify": ("hire.lab.scorecard:verify", "every target: obtained, threshold, met or not"),
-    "size": ("hire.lab.budgets:size", "lines of code by room against their budget"),
+    "verify": ("hire.lab.scorecard:verify", "every target: obtained, threshold, met or not")
 }
 
 
@@ -47,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Each command imports what it needs: `size` takes no jax, `verify` no notebook."""
+    """Each command imports what it needs: `verify` takes no notebook."""
     if chosen.command in PLAIN:
         pkgutil.resolve_name(PLAIN[chosen.command][0])()
     elif chosen.command in TABLES:
