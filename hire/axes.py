@@ -10,13 +10,15 @@ t  positions of a text    s  slots of a key/value cache    l  128 lanes of a TPU
 """
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Int8, PRNGKeyArray, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int, Int8, PRNGKeyArray, Real, UInt8, UInt32
 
 AnyArray = Array | np.ndarray
 
-Rows = Float[AnyArray, "m d"]
-Blocks = Float[AnyArray, "m _ l"]  # rows in pieces of 128 entries, each row whole tiles of a TPU's memory
+Rows = Real[AnyArray, "m d"]
+Blocks = Real[AnyArray, "m _ l"]  # rows in pieces of 128 entries, each row whole tiles of a TPU's memory
 Queries = Float[AnyArray, "b d"]
+States = Float[AnyArray, "*b d"]  # queries with any number of leading axes: (d,), (b, d), (b, t, d)
+Fingerprint = UInt32[Array, "7"]
 Scores = Float[AnyArray, "*b m"]
 Indices = Int[AnyArray, "*b c"]
 Codes = Int8[Array, "*m d"] | UInt8[Array, "*m half"]
@@ -30,6 +32,7 @@ __all__ = [
     "Blocks",
     "Bool",
     "Codes",
+    "Fingerprint",
     "Float",
     "Hidden",
     "Indices",
@@ -38,7 +41,9 @@ __all__ = [
     "Key",
     "Queries",
     "Rows",
+    "Real",
     "Scores",
+    "States",
     "Tokens",
     "UInt32",
 ]

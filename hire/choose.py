@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hire.axes import AnyArray, Array, Float, Int, Queries, Rows
-from hire.estimators import Estimator, row_nbytes, row_scores
-from hire.search import Cascade, check_fitted, check_search, most_pooled, pool
+from hire.estimators import Estimator, check_finite, row_nbytes, row_scores
+from hire.search import Cascade, check_fitted, check_search, most_pooled, on_device, pool
 from hire.topk import TopK, exact_top_k
 
 BATCH = 256  # queries scored at once: 256 x 262,144 float32 scores are 268 MB
@@ -56,8 +56,10 @@ def choose_candidates(
     them say less than n texts. Without `documents` each query is one. The promise is for documents that are drawn as these were, so
     give it every kind of text that it is to hold for. Our choice: the paper names none.
 
-    Raises ValueError when recall or confidence is not strictly between 0 and 1, when shapes do not fit, or when the documents are
-    too few to support that recall even if nothing is missed; it says how many are needed.
+    Queries are as the search will see them: hidden states after the final norm, for a softmax.
+
+    Raises ValueError when recall or confidence is not strictly between 0 and 1, when shapes do not fit, for a query that is not
+    finite, or when the documents are too few to support that recall even if nothing is missed; it says how many are needed.
     """
     return tune(rows, {"": estimator}, queries, k=k, recall=recall, confidence=confidence, documents=documents).choice
 
@@ -77,18 +79,20 @@ def tune(
     covers the choice among them.
 
     `cost` of an estimator and k' is the bytes that a query reads, unless another is given, such as seconds that were measured.
-    Arguments and errors as of choose_candidates. Our choice: the paper names none.
+    Arguments and errors as of choose_candidates, and ValueError for a cost that is not finite. Our choice: the paper names none.
     """
     for name, value in dict(recall=recall, confidence=confidence).items():
         if not 0 < value < 1:
             raise ValueError(f"{name} = {value!r}: expected a number between 0 and 1, neither included")
     if not estimators:
         raise ValueError("estimators = {}: expected at least one")
+    rows = on_device(rows)
     for estimator in estimators.values():
-        check_search(rows, estimator, k, k)
+        k, _ = check_search(rows, estimator, k, k)
         check_fitted(rows, estimator)
     if queries.ndim != 2 or queries.shape[1] != rows.shape[1] or not len(queries):
         raise ValueError(f"queries of shape {queries.shape}: expected (n, {rows.shape[1]}) with n of at least 1")
+    check_finite("queries", queries)
     each = 1 - (1 - confidence) / len(estimators)  # all bounds hold together, so the one that is taken does
     count = len(means(np.ones(len(queries)), documents))
     if fresh_bound(np.ones(count), each) < recall:
@@ -118,6 +122,9 @@ def tune(
 
     choices = {name: chosen(estimator) for name, estimator in estimators.items()}
     every = {name: (choice, float((cost or read)(estimators[name], choice.candidates))) for name, choice in choices.items()}
+    for name, (_, value) in every.items():
+        if not math.isfinite(value):
+            raise ValueError(f"cost of {name!r} = {value}: expected a finite number")
     name = min(every, key=lambda name: every[name][1])
     return Tuned(name, estimators[name], choices[name], every)
 
@@ -129,6 +136,11 @@ def means(values: np.ndarray, documents: Sequence | np.ndarray | None) -> np.nda
 
 
 def labelled(values: np.ndarray, documents: Sequence | np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """The documents that there are, and the place among them of each value's (n,). Raises ValueError when they are not one label a
+    value, or when a value is not finite.
+    """
+    if not np.isfinite(values).all():
+        raise ValueError(f"value {int(np.argmin(np.isfinite(values)))} of {len(values)} is not finite: expected finite values")
     labels = np.arange(len(values)) if documents is None else np.asarray(documents)
     if labels.shape != values.shape:
         raise ValueError(f"{len(labels)} document labels: expected one for each of the {len(values)} values")
@@ -143,8 +155,12 @@ def fresh_bound(values: np.ndarray, confidence: float) -> float:
 
     By betting (Waudby-Smith and Ramdas, arXiv 2010.09686): who stakes a share of a capital on every value being above a mean that
     is true gains nothing on average, so a mean at which three gamblers with fixed stakes end with 1 / (1 - confidence) times what
-    they had, or more, is false (Ville). Every smaller mean is then false as well.
+    they had, or more, is false (Ville). Every smaller mean is then false as well. Raises ValueError for a value that is not in
+    [0, 1].
     """
+
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"values from {np.min(values)} to {np.max(values)}: expected numbers from 0 to 1")
 
     def refuted(mean: float) -> bool:
         logs = np.log1p(np.outer(STAKES, values / mean - 1)).sum(1)

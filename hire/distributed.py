@@ -57,6 +57,10 @@ class Axis:
         """How many of `count` a device gives that holds `most`."""
         return min(fair_share(count, self.size, self.slack), most)
 
+    def with_filling(self, count: int, held: int) -> int:
+        """How many of `count` a device looks for that holds `held`: its share, and what may be filling among them."""
+        return min(self.share(count, held) + self.size * held - self.total(held), held)
+
     def stored(self, rows: Indices, total: int) -> Indices:
         """Where rows lie in the array of all, of so many, by their numbers: `laid` has moved them."""
         return rows % self.size * (total // self.size) + rows // self.size if self.dealt else rows
@@ -90,10 +94,10 @@ class Axis:
         return tree.unflatten(placed)
 
     def specs(self, part: Any) -> list[P]:
-        """Where the arrays of rows, or of an estimator, lie: all by rows, but scalars and what is a `projection` of queries."""
+        """Where the arrays of rows, or of an estimator, lie: all by rows, but scalars, fingerprints and projections."""
         paths, _ = jax.tree_util.tree_flatten_with_path(part)
-        told = [(jnp.ndim(leaf), [getattr(key, "name", "") for key in path]) for path, leaf in paths]
-        return [P(self.name) if dims and "projection" not in names else P() for dims, names in told]
+        told = [(jnp.ndim(leaf), {getattr(key, "name", "") for key in path}) for path, leaf in paths]
+        return [P(self.name) if dims and not names & {"projection", "fingerprint"} else P() for dims, names in told]
 
     def mapped(self, function: Callable, parts: dict[str, Any], *arrays: Any) -> Any:
         """function(parts, *arrays) on every device, with its own rows of the parts and all of the arrays; it gives all the same.
@@ -135,12 +139,12 @@ def da_top_k(
     """
     axis, held = Axis.of(axis), rows.shape[0]
     empty = axis.size * held - axis.total(held)
-    check_count("k", k, 1, held - empty, "the rows of the smallest shard")
-    check_count("candidates", candidates, k, axis.total(held), "from k to the number of rows")
-    own_k = axis.share(k, held)
-    asked = {name: min(axis.share(count, held) + empty, held) for name, count in dict(k=k, candidates=candidates).items()}
-    own = high_recall_top_k(x, rows, estimator, **asked, form=form)
-    return merged(own, axis, held, own_k, k)
+    k = check_count("k", k, 1, held - empty, "the rows of the smallest shard")
+    candidates = check_count("candidates", candidates, k, axis.total(held), "from k to the number of rows")
+    own = high_recall_top_k(
+        x, rows, estimator, k=axis.with_filling(k, held), candidates=axis.with_filling(candidates, held), form=form
+    )
+    return merged(own, axis, held, axis.share(k, held), k)
 
 
 def merged(own: TopK, axis: Axis, held: int, own_k: int, k: int) -> TopK:

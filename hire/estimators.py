@@ -6,17 +6,20 @@ multiply: the factors of a low-rank copy may themselves be quantized.
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from dataclasses import field, replace
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from hire.axes import AnyArray, Array, Blocks, Codes, Float, Indices, Int, Queries, Rows, UInt32
+from hire.axes import AnyArray, Array, Blocks, Codes, Fingerprint, Float, Indices, Int, Queries, Rows
 from hire.kernels import rows as row_kernel
 from hire.kernels.form import by_form, by_platform
+from hire.pytrees import pytree
 from hire.topk import check_count
 
 Candidates = Float[Array, "b c"]
@@ -37,8 +40,8 @@ class Estimator(Protocol):
         ...
 
     @property
-    def fingerprint(self) -> UInt32[Array, ""]:
-        """`fingerprint` of the rows that it was fitted to."""
+    def fingerprint(self) -> Fingerprint | None:
+        """`fingerprint` of the rows that it was fitted to; None where nobody knows, as of rows that still grow."""
         ...
 
     def bytes_read(self, candidates: int) -> int:
@@ -54,6 +57,7 @@ class Estimator(Protocol):
         ...
 
 
+HALF_TYPES = (jnp.bfloat16, jnp.float16)
 THIN = 16  # queries up to which a CPU reads the rows once by multiply-and-reduce; beyond it XLA's matrix product is faster
 REDUCES = jax.__version_info__ >= (0, 10, 2)  # an older XLA writes all those products to memory: fifty times as slow
 SPLIT = 16  # parts in which a CPU sums rows for one query: faster than one product, into which XLA also fuses what made the weights
@@ -66,8 +70,9 @@ CHUNK = 512  # rows gathered at a time for several queries on a CPU: they stay i
 def product(one: AnyArray, other: AnyArray, pattern: str | None = None, precision: str | None = None) -> Float[Array, "..."]:
     """one @ other, or their einsum by a pattern, summed in float32.
 
-    A CPU takes 16-bit operands as float32: for one query XLA fuses that cast into the product, which is then faster than its own
-    product of bfloat16, and the XLA of jax 0.7 has none.
+    Two operands of one 16-bit float type are multiplied as they are, all others as float32: none is ever rounded to the type of
+    the other. A CPU takes 16-bit operands as float32, too: for one query XLA fuses that cast into the product, which is then
+    faster than its own product of bfloat16, and the XLA of jax 0.7 has none.
     """
 
     def multiply(one: AnyArray, other: AnyArray) -> Float[Array, "..."]:
@@ -75,9 +80,9 @@ def product(one: AnyArray, other: AnyArray, pattern: str | None = None, precisio
             return jnp.matmul(one, other, precision=precision, preferred_element_type=jnp.float32)
         return jnp.einsum(pattern, one, other, precision=precision, preferred_element_type=jnp.float32)
 
-    if one.dtype == other.dtype == jnp.float32:
-        return multiply(one, other)
-    return by_platform(lambda: multiply(one.astype(jnp.float32), other.astype(jnp.float32)), lambda: multiply(one, other))
+    if one.dtype == other.dtype and one.dtype in HALF_TYPES:
+        return by_platform(lambda: multiply(one.astype(jnp.float32), other.astype(jnp.float32)), lambda: multiply(one, other))
+    return multiply(one.astype(jnp.float32), other.astype(jnp.float32))
 
 
 def check_bits(bits: int) -> None:
@@ -86,15 +91,83 @@ def check_bits(bits: int) -> None:
         raise ValueError(f"bits = {bits!r}: expected 4 or 8")
 
 
-@jax.jit
-def fingerprint(rows: Rows) -> UInt32[Array, ""]:
-    """A checksum of rows (m, d) rounded to bfloat16, so that a copy of them in another precision is still taken for them."""
+class OncePerArray:
+    """A function of an array that is kept for as long as the array lives. numpy's arrays may change, so theirs is not kept."""
+
+    def __init__(self, function: Callable[[AnyArray], Any]):
+        self.function = function
+        self.known: dict[int, tuple[weakref.ref, Any]] = {}
+
+    def __call__(self, array: AnyArray) -> Any:
+        if not isinstance(array, jax.Array) or isinstance(array, Tracer):
+            return self.function(array)
+        key = id(array)
+        reference, value = self.known.get(key, (None, None))
+        if reference is None or reference() is not array:
+            value = self.function(array)
+            self.known[key] = weakref.ref(array, lambda _: self.known.pop(key, None)), value
+        return value
+
+
+PRECISIONS = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def precision_of(dtype: Any) -> int:
+    """The place in PRECISIONS of a type. Types other than 16-bit floats meet queries as float32."""
+    return PRECISIONS.index(dtype) if dtype in HALF_TYPES else 0
+
+
+def fingerprint(rows: Rows | Blocks) -> Fingerprint:
+    """Which rows these are: their type (its place in PRECISIONS), then for each of PRECISIONS a checksum of 64 bits of all entries
+    rounded to it. So a copy of rows in another of these types is known as the same rows (see `same_rows`).
+    """
+    return checksums(rows, precision_of(rows.dtype))
+
+
+@functools.partial(jax.jit, static_argnames="precision")
+def checksums(rows: Rows | Blocks, precision: int) -> Fingerprint:
     run = next(size for size in range(32, 0, -1) if rows.shape[-1] % size == 0)
-    rows = rows.reshape(*rows.shape[:-1], -1, run)  # summed in short runs first: of longer ones XLA writes out what it is to add
-    bits = jax.lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
-    place = jax.lax.iota(jnp.uint32, rows.size).reshape(rows.shape)
-    parts = jax.lax.optimization_barrier(jnp.sum(bits * (2 * place + 1), axis=-1, dtype=jnp.uint32))
-    return jnp.sum(parts, dtype=jnp.uint32)  # whole numbers modulo 2^32: the same in any order of summation
+    place = jax.lax.iota(jnp.uint32, rows.size).reshape(*rows.shape[:-1], -1, run) * jnp.uint32(0x9E3779B9)
+    exact = jnp.asarray(rows).astype(jnp.float32).reshape(place.shape)
+    words = [jnp.full((), precision, jnp.uint32)]
+    for dtype in PRECISIONS:
+        whole = jnp.uint32 if dtype == jnp.float32 else jnp.uint16
+        bits = jax.lax.bitcast_convert_type(exact.astype(dtype), whole).astype(jnp.uint32)
+        mixed = (bits ^ place) * jnp.uint32(0x85EBCA6B)
+        mixed = (mixed ^ jax.lax.shift_right_logical(mixed, jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
+        # In short runs first: of longer ones XLA writes out what it is to add. Whole numbers give the same in any order.
+        added, either = jax.lax.optimization_barrier(
+            (jnp.sum(mixed, axis=-1, dtype=jnp.uint32), jax.lax.reduce_xor(mixed, (mixed.ndim - 1,)))
+        )
+        words += [jnp.sum(added, dtype=jnp.uint32), jax.lax.reduce_xor(either, tuple(range(either.ndim)))]
+    return jnp.stack(words)
+
+
+def same_rows(one: Fingerprint, other: Fingerprint) -> bool:
+    """Whether two fingerprints are of the same rows, of which one may be a copy of the other in 16 bits."""
+    first, second = int(one[0]), int(other[0])
+    if first and second and first != second:  # a bfloat16 and a float16 copy: nobody can tell
+        return False
+    word = 1 + 2 * max(first, second)
+    return np.array_equal(np.asarray(one)[word : word + 2], np.asarray(other)[word : word + 2])
+
+
+known_fingerprint = OncePerArray(fingerprint)
+
+
+def check_finite(name: str, rows: Rows) -> None:
+    """Raise ValueError, naming the first row, unless all entries of rows (m, d) are finite. Inside jax.jit it cannot tell."""
+    if isinstance(rows, Tracer):
+        return
+    with jax.ensure_compile_time_eval():
+        finite = np.asarray(finite_rows(rows))
+    if not finite.all():
+        raise ValueError(f"{name}: row {int(np.argmin(finite))} holds a value that is not finite: expected finite rows")
+
+
+@jax.jit
+def finite_rows(rows: Rows) -> Array:
+    return jnp.all(jnp.isfinite(rows.astype(jnp.float32)), axis=-1)
 
 
 def unpack(codes: Codes, bits: int, width: int) -> Float[Array, "... d"]:
@@ -123,7 +196,8 @@ def rounded(rows: Rows, bits: int, spread: Float[AnyArray, "d d"] | None = None)
     exact = rows.astype(jnp.float32)
     size = jnp.abs(exact)
     largest = jnp.max(size, axis=-1)
-    whole = jnp.where(largest > 0, largest, 1.0) / steps
+    # A row of which a step would not be a normal number, which a CPU takes for 0, is kept as 0.
+    whole = jnp.where(largest / steps >= jnp.finfo(jnp.float32).tiny, largest, 1.0) / steps
 
     def error(scale: Float[Array, " m"]) -> Float[Array, " m"]:
         rest = size - jnp.minimum(jnp.round(size / scale[:, None]), steps) * scale[:, None]  # without signs it is one pass on a CPU
@@ -137,7 +211,9 @@ def rounded(rows: Rows, bits: int, spread: Float[AnyArray, "d d"] | None = None)
     if spread is not None:
         told = codes @ spread
         size = jnp.sum(told**2, axis=-1)
-        scale = jnp.where(size > 0, jnp.sum(told * (exact @ spread), axis=-1) / size, scale)
+        better = jnp.sum(told * (exact @ spread), axis=-1) / jnp.where(size > 0, size, 1.0)
+        usable = (size > 0) & jnp.isfinite(better) & (jnp.abs(better) >= jnp.finfo(jnp.float32).tiny)
+        scale = jnp.where(usable, better, scale)
     codes = codes.astype(jnp.int8)
     if bits == 8:
         return codes, scale
@@ -146,16 +222,19 @@ def rounded(rows: Rows, bits: int, spread: Float[AnyArray, "d d"] | None = None)
     return jax.lax.bitcast_convert_type(packed, jnp.uint8), scale
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@pytree
 class Quantized:
-    """HiRE-Q: every row as whole numbers of 8 or 4 bits times one float32 scale of its own."""
+    """HiRE-Q: every row as whole numbers of 8 or 4 bits times one float32 scale of its own.
+
+    `error_bounds`, which only proofs read: see `error_bounds`. Where they are None, nothing can be proved.
+    """
 
     codes: Codes
     scale: Float[Array, " m"]
-    fingerprint: UInt32[Array, ""]
+    fingerprint: Fingerprint | None
     bits: int = field(metadata=dict(static=True))
     width: int = field(metadata=dict(static=True))
+    error_bounds: Float[Array, " m"] | None = None
 
     @classmethod
     def fit(cls, rows: Rows, bits: int, *, calibration: Queries | Iterable[Queries] | None = None) -> "Quantized":
@@ -165,12 +244,14 @@ class Quantized:
         bits is 8 (one byte an entry) or 4 (two entries packed in a byte). With calibration (queries (n, d), or an iterator of
         batches of them) scales are chosen for the scores of such queries instead of the entries. PAPER claim lr-and-q; scales are
         our choice. Rows with a few large entries are better turned first: LowRank.fit at full rank, with directions="random".
-        Raises ValueError for other bits, and for calibration of another width.
+        Raises ValueError for other bits, for rows or calibration that are not finite, and for calibration of another width.
         """
         check_bits(bits)
-        known = None if calibration is None else np.linalg.cholesky(covariance_of(calibration, rows.shape[1]))
+        check_finite("rows", rows)
+        known = None if calibration is None else np.linalg.cholesky(covariance_of(calibration, rows.shape))
         codes, scale = rounded(rows, bits, None if known is None else jnp.asarray(known, jnp.float32))
-        return cls(codes, scale, fingerprint(rows), bits, rows.shape[1])
+        copy = cls(codes, scale, known_fingerprint(rows), bits, rows.shape[1])
+        return replace(copy, error_bounds=error_bounds(rows, copy))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -183,11 +264,13 @@ class Quantized:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of codes and scales: all that a search reads. Error bounds, which only proofs read, are 4 bytes a row more."""
         return self.codes.nbytes + self.scale.nbytes
 
     def __getitem__(self, some: slice) -> "Quantized":
         """Some of the rows, which keep the fingerprint of all."""
-        return replace(self, codes=self.codes[some], scale=self.scale[some])
+        bounds = None if self.error_bounds is None else self.error_bounds[some]
+        return replace(self, codes=self.codes[some], scale=self.scale[some], error_bounds=bounds)
 
     def bytes_read(self, candidates: int) -> int:
         return self.nbytes
@@ -207,7 +290,7 @@ class Quantized:
             return low + high
 
         def parts() -> Float[Array, "b m"]:
-            if b <= FEW:
+            if 1 <= b <= FEW:
                 return jnp.concatenate([one(x[i : i + 1]) for i in range(b)])
             if self.bits == 8 and b <= THIN:
                 return in_one_pass(x, self.codes)
@@ -220,13 +303,12 @@ class Quantized:
 
 
 def row_scores(x: Queries, rows: Rows | Quantized) -> Float[Array, "b m"]:
-    """Exact scores of every row, float32: queries (b, d) against rows (m, d) in their own type.
+    """Exact scores of every row, float32: queries (b, d) against rows (m, d), which meet as `product` says.
 
     The form is the fastest one on a CPU at that batch (`make bench` times the others).
     """
     if isinstance(rows, Quantized):
         return rows.scores(x)
-    x = x.astype(rows.dtype)
 
     def dot() -> Float[Array, "b m"]:
         return product(x, rows.T)  # for one query XLA fuses a cast of the rows into this form, and copies them first in the others
@@ -265,14 +347,17 @@ def row_scores_at(
     hire.kernels.rows.blocks; `form` as in `by_form`.
     """
     if not isinstance(rows, Quantized) and rows.ndim == 3:
-        flat = rows.reshape(len(rows), -1)[:, : x.shape[1]]
-        return by_form(form, lambda: row_scores_at(x, flat, indices, group), lambda: row_kernel.scores(x, rows, indices))
+
+        def plain(x: Queries, rows: Blocks, indices: Indices) -> Float[Array, "b _"]:
+            return row_scores_at(x, rows.reshape(len(rows), -1)[:, : x.shape[1]], indices, group)
+
+        return by_form(form, plain, row_kernel.scores, x, rows, indices)
     return each(lambda x, indices: scores_among(x[None], rows, indices, group)[0], x, indices)
 
 
 def scores_among(x: Queries, rows: Rows | Quantized, indices: Int[AnyArray, " c"], group: int = 1) -> Float[Array, "b _"]:
     """row_scores_at of the same indices (c,) for all queries: their rows are read once."""
-    x = x.astype(rows.dtype)
+    x = jnp.asarray(x)
 
     def whole() -> Float[Array, "b _"]:
         return product(x, taken(rows, indices, group).T)
@@ -364,14 +449,18 @@ def sums_among(
     return whole() if len(weights) == 1 else by_platform(in_chunks, whole)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@pytree
 class LowRank:
-    """HiRE-LR: rows ≈ factors (m, r) @ projection (r, d); both plain or quantized."""
+    """HiRE-LR: rows ≈ factors (m, r) @ projection (r, d); both plain or quantized.
+
+    `error_bounds`, which only proofs read: see `error_bounds`. Low rank proves next to nothing: what it leaves out of a row is far
+    larger than the distance of the k-th score from the next. Quantized rows of 8 bits prove most answers.
+    """
 
     projection: Float[Array, "r d"] | Quantized
     factors: Float[Array, "m r"] | Quantized
-    fingerprint: UInt32[Array, ""]
+    fingerprint: Fingerprint | None
+    error_bounds: Float[Array, " m"] | None = None
 
     @classmethod
     def fit(
@@ -396,26 +485,40 @@ class LowRank:
         Other `directions` of queries may be kept: the "first" r entries (as in Spark Transformer, arXiv 2506.06644) or "random"
         ones; the factors are the best for those. PAPER claims estimator and lr-and-q; the fit is our choice.
 
-        Raises ValueError when rank is not in 1..min(m, d), bits or directions do not exist, or the calibration is not of the rows'
-        width.
+        Give it queries as the search will see them: hidden states after the final norm, for a softmax. Without calibration a copy
+        of a trained embedding needs many times as many candidates for the same recall. More queries help up to about 20 a column:
+        at a width of 576, 10,000 give recall 0.994, 500 give 0.989 and 100 give 0.971 (SmolLM2-135M).
+
+        Raises ValueError when rank is not in 1..min(m, d), bits or directions do not exist, rows or calibration are not finite, the
+        calibration is not of the rows' width, or rows are stored (d, v), as Flax stores a head.
         """
         m, d = rows.shape
-        check_count("rank", rank, 1, min(m, d), "the smaller side of the rows")
+        if d > MOST_COLUMNS and d > m:
+            raise ValueError(f"rows of shape {(m, d)}: expected (v, d), a row a token; are they stored (d, v)? pass rows.T")
+        rank = check_count("rank", rank, 1, min(m, d), "the smaller side of the rows")
         if bits is not None:
             check_bits(bits)
-        covariance = covariance_of(calibration, d, ridge)
+        check_finite("rows", rows)
+        covariance = covariance_of(calibration, (m, d), ridge)
         ways = dict(leading=leading_directions, first=lambda *_: np.eye(rank, d), random=lambda *_: orthonormal(d, rank).T)
         if directions not in ways:
             raise ValueError(f"directions = {directions!r}: expected leading, first or random")
+        known, given = known_fingerprint(rows), rows
+        rows, exponent = near_one(rows)
         kept = ways[directions](rows, covariance, rank)
         if bits == 4:
             kept = orthonormal(rank, rank).T @ kept  # turned over, or at full rank it would undo "random"
+        kept = kept * 2.0 ** -np.frexp(np.abs(kept).max())[1]  # the factors take the rest
         # Of queries known by P x alone, E[x | P x] = C Pᵀ (P C Pᵀ)⁻¹ P x is the best guess, so these are the best factors for P.
         mixing = np.linalg.solve(kept @ covariance @ kept.T, kept @ covariance).T
         projection, factors = jnp.asarray(kept, jnp.float32), product(rows, jnp.asarray(mixing, jnp.float32), "md,dr->mr")
+        factors = factors * jnp.float32(2.0 ** (exponent // 2)) * jnp.float32(2.0 ** (exponent - exponent // 2))
         if bits is None:
-            return cls(projection, factors.astype(rows.dtype), fingerprint(rows))
-        return cls(Quantized.fit(projection, 8), Quantized.fit(factors, bits), fingerprint(rows))
+            copy = cls(projection, factors.astype(given.dtype if given.dtype in HALF_TYPES else jnp.float32), known)
+            check_finite(f"factors in the rows' type {given.dtype}", copy.factors)
+        else:
+            copy = cls(quantized(projection, 8), quantized(factors, bits), known)
+        return replace(copy, error_bounds=error_bounds(given, copy))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -435,12 +538,37 @@ class LowRank:
         return row_scores_at(row_scores(x, self.projection), self.factors, indices)
 
 
-def covariance_of(calibration: Queries | Iterable[Queries] | None, d: int, ridge: float = 1e-3) -> np.ndarray:
-    """The second moment (d, d) of queries, with that share of its mean variance added to its diagonal; without queries the same for
-    every direction.
+MOST_COLUMNS = 4096  # of a matrix with more columns than rows: any more, and it is a vocabulary turned over
+
+
+def quantized(rows: Rows, bits: int) -> Quantized:
+    """A part of an estimator in fewer bits: without a fingerprint or bounds of its own."""
+    return Quantized(*rounded(rows, bits), None, bits, rows.shape[1])
+
+
+def near_one(rows: Rows) -> tuple[Rows, int]:
+    """Rows times a power of two, and that power's exponent with the sign turned, where their squares may not be normal numbers."""
+    if isinstance(rows, Tracer):
+        return rows, 0
+    largest = float(jnp.max(jnp.abs(rows).astype(jnp.float32)))
+    exponent = math.frexp(largest)[1]
+    if abs(exponent) <= 30 or not 0 < largest < math.inf:
+        return rows, 0
+    half = 2.0 ** -(exponent // 2), 2.0 ** -(exponent - exponent // 2)
+    return jnp.asarray(rows).astype(jnp.float32) * jnp.float32(half[0]) * jnp.float32(half[1]), exponent
+
+
+def covariance_of(calibration: Queries | Iterable[Queries] | None, shape: tuple[int, int], ridge: float = 1e-3) -> np.ndarray:
+    """The second moment (d, d) of queries of rows of shape (m, d), with that share of its mean variance added to its diagonal;
+    without queries the same for every direction. Raises ValueError as second_moment, and for a ridge that leaves it singular.
     """
-    found = np.eye(d) if calibration is None else second_moment(calibration, d)
-    return found + ridge * np.trace(found) / d * np.eye(d)
+    d = shape[1]
+    if not 0 <= ridge < math.inf:
+        raise ValueError(f"ridge = {ridge!r}: expected a finite number of at least 0")
+    found = np.eye(d) if calibration is None else second_moment(calibration, shape)
+    if not np.trace(found) > 0:
+        raise ValueError("calibration holds nothing but zeros: expected queries as the search will see them")
+    return found / np.trace(found) * d + ridge * np.eye(d)
 
 
 def leading_directions(rows: Rows, covariance: np.ndarray, rank: int) -> np.ndarray:
@@ -452,18 +580,11 @@ def leading_directions(rows: Rows, covariance: np.ndarray, rank: int) -> np.ndar
     return np.linalg.solve(lower.T, vectors[:, ::-1][:, :rank]).T
 
 
-GRAMS: dict[tuple, np.ndarray] = {}  # of the rows that were fitted to last: rank, text and bits are tried one after the other
+def product_with_itself(rows: Rows) -> np.ndarray:
+    return np.asarray(product(rows, rows, "md,me->de", precision="highest"), np.float64)
 
 
-def gram(rows: Rows) -> np.ndarray:
-    """rowsᵀ rows (d, d) in float64: most of what a fit takes."""
-    key = rows.shape, rows.dtype, int(fingerprint(rows))
-    found = GRAMS.get(key)
-    if found is None:  # another thread may fit to other rows meanwhile
-        found = np.asarray(product(rows, rows, "md,me->de", precision="highest"), np.float64)
-        GRAMS.clear()
-        GRAMS[key] = found
-    return found
+gram = OncePerArray(product_with_itself)  # rowsᵀ rows (d, d) in float64: most of what a fit takes, and many are fitted to one
 
 
 def orthonormal(d: int, rank: int) -> np.ndarray:
@@ -471,27 +592,93 @@ def orthonormal(d: int, rank: int) -> np.ndarray:
     return np.linalg.qr(np.random.default_rng(0).normal(size=(d, rank)))[0]
 
 
-def quantized_product(x: Queries, estimator: Estimator) -> tuple[Float[AnyArray, "b _"], Quantized] | None:
-    """The queries and the quantized rows whose product the estimator's scores are, or None where its rows are not quantized."""
-    if isinstance(estimator, LowRank) and isinstance(estimator.factors, Quantized):
-        return row_scores(x, estimator.projection), estimator.factors
-    return (x, estimator) if isinstance(estimator, Quantized) else None
+def quantized_part(estimator: Estimator) -> Quantized | None:
+    """The quantized rows whose product with `projected` queries the estimator's scores are, or None where it has none."""
+    rows = estimator.factors if isinstance(estimator, LowRank) else estimator
+    return rows if isinstance(rows, Quantized) else None
 
 
-def second_moment(queries: Queries | Iterable[Queries], width: int) -> np.ndarray:
-    """E[x xᵀ] (d, d) in float64 over queries (n, d) or an iterator of batches of them.
+def projected(x: Queries, estimator: Estimator) -> Float[AnyArray, "b _"]:
+    """The queries (b, d) as the estimator's rows take them: (b, r) where it is of low rank."""
+    return row_scores(x, estimator.projection) if isinstance(estimator, LowRank) else x
 
-    Raises ValueError when a batch is not (n, width), or when there are no queries or one that is not finite.
+
+def second_moment(queries: Queries | Iterable[Queries], shape: tuple[int, int]) -> np.ndarray:
+    """E[x xᵀ] (d, d) in float64 over queries (n, d), of rows of shape (m, d), or an iterator of batches of them.
+
+    Raises ValueError when a batch is not (n, d), or when there are no queries or one that is not finite.
     """
-    total, count = np.zeros((width, width)), 0
+    (m, width), total, count = shape, None, 0
     for batch in [queries] if isinstance(queries, AnyArray) else queries:
         if batch.ndim != 2 or batch.shape[1] != width:
-            raise ValueError(f"calibration of shape {batch.shape}: expected (n, {width}), the width of the rows")
+            turned = " (rows stored (d, v)? pass rows.T)" if batch.ndim == 2 and batch.shape[1] == m else ""
+            raise ValueError(f"calibration of shape {batch.shape}: expected (n, {width}), the width of rows {(m, width)}{turned}")
         exact = np.asarray(batch, np.float64)
-        total += exact.T @ exact
+        total = exact.T @ exact + (0 if total is None else total)
         count += len(exact)
-    if not count:
+    if total is None or not count:
         raise ValueError("calibration has 0 queries: expected at least one")
     if not np.isfinite(total).all():
         raise ValueError("calibration holds a value that is not finite: expected finite queries")
     return total / count
+
+
+UNIT_ROUNDOFF = 2.0**-24  # of float32
+UNDERFLOW = 2.0**-112  # above what sums of products of up to 2^20 terms lose where terms are below the smallest normal number
+BOUNDS_AT_ONCE = 2**26  # entries of the rows whose bounds are computed together: 256 MB
+
+
+def length(vectors: Float[Array, "*b d"]) -> Float[Array, "*b"]:
+    """Their lengths, no less than they are: of vectors scaled by their largest entry, so that no square over- or underflows."""
+    largest = jnp.max(jnp.abs(vectors), axis=-1, keepdims=True)
+    divisor = jnp.where(largest > 0, largest, 1.0)
+    scaled = jnp.sqrt(jnp.sum((vectors / divisor) ** 2, axis=-1)) * largest[..., 0]
+    return scaled * jnp.float32(1 + (vectors.shape[-1] + 16) * UNIT_ROUNDOFF)
+
+
+def error_bounds(rows: Rows, estimator: "LowRank | Quantized") -> Float[Array, " m"]:
+    """How far each row's estimated score may lie from its own, all rounding included, for a query of length 1 or more whose largest
+    entry is in [1, 2): inf where that is not known to be finite.
+
+    A score is the estimate plus the query's product with what the copy leaves out of the row, at most the product of their lengths
+    (Cauchy and Schwarz). Estimates are sums in float32 of products of float32 numbers, whatever the types of the parts.
+    """
+    size = max(1, BOUNDS_AT_ONCE // rows.shape[1])
+    parts = [part_bounds(rows[at : at + size], part_of(estimator, slice(at, at + size))) for at in range(0, len(rows), size)]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def part_of(estimator: "LowRank | Quantized", some: slice) -> "LowRank | Quantized":
+    return estimator[some] if isinstance(estimator, Quantized) else replace(estimator, factors=estimator.factors[some])
+
+
+@jax.jit
+def part_bounds(rows: Rows, estimator: "LowRank | Quantized") -> Float[Array, " m"]:
+    exact, width = jnp.asarray(rows).astype(jnp.float32), rows.shape[1]
+    if isinstance(estimator, LowRank):
+        factors, projection = floats(estimator.factors), floats(estimator.projection)
+        rebuilt = jnp.matmul(factors, projection, precision="highest")
+        span, own = length(length(projection)), length(factors)  # of the sums that an estimate is made of
+    else:
+        rebuilt = floats(estimator)
+        span, own = jnp.float32(1.0), length(rebuilt)
+    # A sum of n products, in any order, is off by n / 2^24 of the lengths of both sides at most. An estimate is two such sums of up
+    # to d, what was rebuilt a third; the rest is for scales, comparisons and the lengths.
+    summed = UNIT_ROUNDOFF * (3 * width + 40) * own * span
+    bounds = length(exact - rebuilt) + summed + exact_rounding(width) * length(exact)
+    bounds = (1 + 16 * UNIT_ROUNDOFF) * bounds + UNDERFLOW * width * (1 + own) * (1 + span)
+    return jnp.where(jnp.isfinite(bounds), bounds, jnp.inf)
+
+
+def floats(part: Rows | Quantized) -> Float[Array, "m d"]:
+    """A matrix, or the one that codes and scales stand for, in float32."""
+    if isinstance(part, Quantized):
+        return unpack(part.codes, part.bits, part.width) * part.scale[:, None]
+    return jnp.asarray(part).astype(jnp.float32)
+
+
+def exact_rounding(width: int) -> float:
+    """What `hire.certify.pairwise_dot` errs at most, for a row and a query of length 1: of halves added to halves it is a rounding
+    a step, and one each where row or query come in float64.
+    """
+    return UNIT_ROUNDOFF * (math.ceil(math.log2(width)) + 8)

@@ -1,13 +1,13 @@
 """HiRE-FFN: of the groups of neurons in a feed-forward layer, those that score best, found without reading the others."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hire.axes import AnyArray, Array, Float, Indices, Int, Queries, Rows
+from hire.axes import AnyArray, Array, Float, Indices, Int, Queries, Rows, States
 from hire.distributed import Axis, fair_share, told_again
 from hire.estimators import (
     Estimator,
@@ -22,7 +22,8 @@ from hire.estimators import (
 )
 from hire.kernels import groups as group_kernel
 from hire.kernels.form import by_form, check_form
-from hire.search import check_fitted, check_search, nominate
+from hire.pytrees import pytree
+from hire.search import check_fitted, check_queries, check_search, for_any_lead, nominate, on_device
 from hire.topk import check_count, exact_top_k, group_scores, keep_groups, kth_score
 
 
@@ -31,8 +32,10 @@ def activate(up: Float[Array, "*b f"], gate: Float[Array, "*b f"] | None = None)
     return jax.nn.relu(up) if gate is None else jax.nn.gelu(gate, approximate=True) * up
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+ACTIVATIONS = ("auto", "relu", "gelu_tanh")
+
+
+@pytree
 class HireFFN:
     """HiRE-FFN: a feed-forward layer over `up`, `down` and perhaps `gate`, each (f, d), that keeps k of its groups of `group_size`
     neurons (PAPER claims ffn-speedup, group-sparsity and overlap; how groups are scored and selections shared is our choice).
@@ -43,15 +46,17 @@ class HireFFN:
     layer is predicted from both. With `shared` the queries of a call are tokens that are alike (dynamic overlap): candidates are
     nominated once, from their `pooled` estimated scores, and read once in both matrices; each query keeps its own best among them.
     `form` is "plain" JAX, the TPU "kernel", which takes layers without gate and groups of 8 to 128, or "auto", that one on a TPU.
-    The matrices may be Quantized, too, in plain JAX.
+    The matrices may be Quantized, too, in plain JAX. The activation is "relu" without a gate and "gelu_tanh", of the gate, with one
+    ("auto"): name the one that your model has, and a layer that is not supported (SwiGLU's "silu") is refused instead of computed
+    wrongly.
 
     With an `axis`, whose mesh jax.set_mesh has set, the groups lie over several devices, as `sharded` deals them. Each keeps an
     even share of the k, of its share of the candidates, and nothing travels but the sum of their outputs; of the common path each
     has an equal part before its others.
 
     Raises ValueError when group_size does not divide f, when 0 <= common < k <= common + candidates <= groups does not hold, when
-    shapes do not fit, for an estimator of other rows, for an up_estimator of a layer without gate, or for a kernel that does not
-    take the layer.
+    shapes do not fit, for an estimator of other rows, for an up_estimator of a layer without gate, for another activation, or for a
+    kernel that does not take the layer.
     """
 
     up: Rows | Quantized
@@ -66,18 +71,29 @@ class HireFFN:
     shared: bool = field(metadata=dict(static=True), default=False)
     form: str = field(metadata=dict(static=True), default="auto")
     axis: str | Axis | None = field(metadata=dict(static=True), default=None)
+    activation: str = field(metadata=dict(static=True), default="auto")
 
     def __post_init__(self):
-        if not isinstance(getattr(self.up, "codes", self.up), AnyArray):  # jax also builds it around placeholders and shapes
-            return
         neurons, width = self.up.shape
+        for name in ("group_size", "k", "candidates", "common"):
+            object.__setattr__(self, name, check_count(name, getattr(self, name), 0, neurons, "the number of neurons"))
         check_count("group_size", self.group_size, 1, neurons, "the number of neurons")
+        supported = "relu" if self.gate is None else "gelu_tanh"
+        if self.activation not in ("auto", supported):
+            raise ValueError(
+                f"activation = {self.activation!r}: expected {supported!r}, all that a layer "
+                f"{'without' if self.gate is None else 'with'} a gate is supported with so far"
+            )
         if neurons % self.group_size:
             raise ValueError(f"group_size = {self.group_size}: expected a divisor of the {neurons} neurons")
         for name in ("down", "gate"):
             part = getattr(self, name)
             if part is not None and part.shape != self.up.shape:
-                raise ValueError(f"{name} of shape {tuple(part.shape)}: expected {(neurons, width)}, as up is")
+                turned = "; a down projection stored (d, f) is passed as down.T" if part.shape == (width, neurons) else ""
+                raise ValueError(f"{name} of shape {tuple(part.shape)}: expected {(neurons, width)}, as up is{turned}")
+        for name in ("up", "down", "gate"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, on_device(getattr(self, name)))
         groups = neurons // self.group_size
         check_count("k", self.k, 1, groups, "the number of groups")
         check_count("common", self.common, 0, self.k - 1, "less than k, the groups that are kept")
@@ -91,12 +107,17 @@ class HireFFN:
         first = self.up if self.gate is None else self.gate
         for rows, copy in ((first, self.estimator), (self.up, self.up_estimator)):
             if copy is not None:
-                check_search(rows[self.common * self.group_size :], copy, 1, 1)
-                if not (self.common and (self.axis or isinstance(rows, Quantized))):  # which tell their rows as a whole
-                    check_fitted(rows[self.common * self.group_size :], copy)
+                beyond = rows[self.common * self.group_size :] if self.common else rows
+                check_search(beyond, copy, 1, 1)
+                if not (self.common and (self.axis is not None or isinstance(rows, Quantized))):  # which tell their rows as a whole
+                    check_fitted(beyond, copy)
 
     def sharded(self, axis: str | Axis) -> "HireFFN":
-        """The same with its groups dealt to the devices of an axis of the mesh. Raises ValueError if the common path cannot be."""
+        """The same with its groups dealt to the devices of an axis of the mesh. Raises ValueError if the common path cannot be, and
+        for a layer that is sharded already.
+        """
+        if self.axis is not None:
+            raise ValueError(f"layer over the axis {Axis.of(self.axis).name!r}: expected one that is not sharded yet")
         axis = replace(Axis.of(axis), dealt=True)
         if self.common % axis.size:
             raise ValueError(f"common = {self.common}: expected a multiple of {axis.size}, the devices of {axis.name!r}")
@@ -122,19 +143,22 @@ class HireFFN:
         return axis.mapped(own, {name: getattr(self, name) for name in ("up", "down", "estimator", "gate", "up_estimator")}, x)
 
     @jax.jit
-    def __call__(self, x: Queries) -> Float[Array, "b d"]:
-        """The layer's output (b, d), float32, for queries (b, d)."""
-        if self.axis:
-            return self.on_devices(x, HireFFN.__call__)
+    def __call__(self, x: States) -> Float[Array, "*b d"]:
+        """The layer's output (b, d), float32, for queries (b, d), or (*b, d) for (*b, d). Raises ValueError for another width."""
+        check_queries(x, self.estimator)
+        if self.axis is not None:
+            return for_any_lead(lambda x: self.on_devices(x, HireFFN.__call__), x)
 
-        def plain() -> Float[Array, "b d"]:
-            return self.spread(x) if self.shared else self.search(x)
+        def plain(layer: "HireFFN", x: Queries) -> Float[Array, "b d"]:
+            return layer.spread(x) if layer.shared else layer.search(x)
 
-        return by_form(self.form, plain, lambda: self.at_once(x)) if self.kernel_takes else plain()
+        form = self.form if self.kernel_takes else "plain"
+        return for_any_lead(lambda x: by_form(form, plain, HireFFN.at_once, self, x), x)
 
     @property
     def kernel_takes(self) -> bool:
-        return self.gate is None and not isinstance(self.up, Quantized) and group_kernel.takes(self.group_size)
+        plain = self.gate is None and not isinstance(self.up, Quantized) and group_kernel.takes(self.group_size)
+        return plain and self.up.dtype in (jnp.float32, jnp.bfloat16)
 
     def estimated(self, x: Queries) -> Float[Array, "b m"]:
         """Estimated score of every group beyond the common path."""
@@ -159,7 +183,9 @@ class HireFFN:
         groups first that are middling for all.
         """
         last = kth_score(estimated, self.k - self.common)
-        return jnp.max(estimated / jnp.where(last > 0, last, 1.0), axis=-2)
+        shares = estimated / jnp.where(last > 0, last, 1.0)
+        known = jnp.all(jnp.isfinite(estimated), axis=-1, keepdims=True)  # a query that is not finite has no say for the others
+        return jnp.max(jnp.where(known, shares, 0.0), axis=-2)
 
     def active(self, scores: Callable[[Rows | Quantized], jax.Array]) -> Float[Array, "*b f"]:
         """What the neurons pass on whose products with the queries `scores` takes from a matrix."""
@@ -199,7 +225,7 @@ class HireFFN:
 
         With `shared`, every `together` queries are one call.
         """
-        if self.axis:
+        if self.axis is not None:
             return self.on_devices(x, lambda layer, x: layer.masked(x, together))
         active = self.active(lambda rows: row_scores(x, rows))
         scores = group_scores(active, self.group_size)[:, self.common :]

@@ -1,21 +1,20 @@
 """Rows that a copy tells badly, kept beside it as they are."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hire.axes import AnyArray, Array, Float, Indices, Int, Queries, Rows, UInt32
+from hire.axes import AnyArray, Array, Fingerprint, Float, Indices, Int, Queries, Rows
 from hire.choose import batches
-from hire.estimators import Estimator, row_scores
+from hire.estimators import Estimator, check_finite, row_scores
+from hire.pytrees import pytree
 from hire.search import check_fitted, check_search
 from hire.topk import check_count
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@pytree
 class Outliers:
     """An estimator of rows (m, d), of which some, at `places` (o,), rising, are scored exactly. An Estimator itself."""
 
@@ -27,15 +26,18 @@ class Outliers:
     def fit(cls, rows: Rows, estimator: Estimator, count: int, *, calibration: Queries | Iterable[Queries]) -> "Outliers":
         """Keep the `count` rows (of m, d) whose estimated scores err most, squared and in all, over queries (n, d) or batches of
         them. Our choice: the paper has none. Reads all rows for every query. Raises ValueError when count is not in 1..m, for an
-        estimator of other rows, or without queries.
+        estimator of other rows, for rows or queries that are not finite, or without queries.
         """
         check_search(rows, estimator, 1, 1)
         check_fitted(rows, estimator)
-        check_count("count", count, 1, rows.shape[0], "the number of rows")
+        check_finite("rows", rows)
+        count = check_count("count", count, 1, rows.shape[0], "the number of rows")
         some = batches(calibration, 64) if isinstance(calibration, AnyArray) else calibration
         error = sum(np.asarray(squared_errors(rows, estimator, batch), np.float64) for batch in some)
         if np.ndim(error) == 0:
             raise ValueError("calibration has 0 queries: expected at least one")
+        if not np.isfinite(error).all():
+            raise ValueError("calibration holds a value that is not finite: expected finite queries")
         places = np.sort(np.argsort(-np.asarray(error), kind="stable")[:count])
         return cls(estimator, jnp.asarray(places, jnp.int32), jnp.asarray(rows)[places])
 
@@ -48,7 +50,7 @@ class Outliers:
         return self.estimator.nbytes + self.places.nbytes + self.rows.nbytes
 
     @property
-    def fingerprint(self) -> UInt32[Array, ""]:
+    def fingerprint(self) -> Fingerprint | None:
         return self.estimator.fingerprint
 
     def bytes_read(self, candidates: int) -> int:

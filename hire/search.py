@@ -1,18 +1,32 @@
 """The algorithm of HiRE: predict with a small copy, then compute exactly what was predicted."""
 
+import functools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import field
+from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from hire.axes import Array, Blocks, Float, Indices, Queries, Rows, Scores, UInt32
-from hire.estimators import Estimator, Quantized, fingerprint, quantized_product, row_scores_at
+from hire.axes import AnyArray, Array, Blocks, Fingerprint, Float, Indices, Queries, Rows, Scores, States
+from hire.estimators import (
+    Estimator,
+    OncePerArray,
+    Quantized,
+    fingerprint,
+    known_fingerprint,
+    projected,
+    quantized_part,
+    row_scores_at,
+    same_rows,
+)
 from hire.kernels import scores as score_kernel
 from hire.kernels.form import by_form, check_form
 from hire.kernels.keys import best_winners, bucket_keys, bucket_winners
+from hire.pytrees import pytree
 from hire.topk import TopK, bucketed_indices, check_count, exact_top_k
 
 DEPTH, PER_BUCKET = 64, 2  # the best two of every 64 rows are the pool of a k' that is at most half of it
@@ -38,46 +52,49 @@ def foremost(x: Queries, estimator: Estimator, candidates: int, form: str = "aut
         return jnp.take_along_axis(chosen, exact_top_k(better, candidates).indices, axis=1)
     rows, buckets = estimator.shape[0], buckets_of(estimator.shape[0])
 
-    def plain() -> Array:
+    def plain(x: Queries, estimator: Estimator) -> Array:
         return jnp.asarray(nominate(estimator.scores(x), candidates, per_bucket))
 
-    fused = quantized_product(x, estimator)
-    if fused is None or candidates > most_pooled(rows, per_bucket) or not score_kernel.takes(buckets):
+    copy = quantized_part(estimator)
+    if copy is None or candidates > most_pooled(rows, per_bucket) or not score_kernel.takes(buckets):
         if form == "kernel":
             raise ValueError(
                 f"form = 'kernel': expected a quantized copy, k' up to {most_pooled(rows, per_bucket)} and whole tiles of buckets"
             )
-        return plain()
-    inner, copy = fused
+        return plain(x, estimator)
 
-    def kernel() -> Array:
+    def kernel(x: Queries, estimator: Estimator) -> Array:
+        copy = quantized_part(estimator)
+        assert copy is not None
         how = dict(bits=copy.bits, buckets=buckets, per_bucket=per_bucket)
-        winners = score_kernel.winners(inner, copy.codes, copy.scale, **how)
+        winners = score_kernel.winners(projected(x, estimator), copy.codes, copy.scale, **how)
         return jnp.asarray(best_winners(list(winners), candidates, -(-rows // buckets)))
 
-    return by_form(form, plain, kernel)
+    return by_form(form, plain, kernel, x, estimator)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@pytree
 class Cascade:
     """Estimators of the same rows, each better and dearer than the one before: the i-th nominates its kept[i] best to the next.
 
     An Estimator itself, so that every search takes it. Our choice: the paper names low rank and quantization, not one after the
-    other. Raises ValueError unless there is one number kept for each but the last, falling, and all are of the same rows, as many.
+    other. Raises ValueError unless there is one number kept for each but the last, falling, and all were fitted to the same rows.
     """
 
     estimators: tuple[Estimator, ...]
     kept: tuple[int, ...] = field(metadata=dict(static=True))
 
     def __post_init__(self):
-        if not 0 < len(self.kept) == len(self.estimators) - 1 or list(self.kept) != sorted(self.kept, reverse=True):
-            raise ValueError(f"kept = {self.kept} of {len(self.estimators)} estimators: expected falling numbers, one less")
-        shapes = {tuple(each.shape) for each in self.estimators if hasattr(each, "shape")}  # jax also puts placeholders in
+        shapes = {tuple(each.shape) for each in self.estimators}
         if len(shapes) > 1:
             raise ValueError(f"estimators of rows {', '.join(map(str, sorted(shapes)))}: expected all to be of the same")
-        for m, _ in shapes:
-            check_count("kept", self.kept[0], 1, m, "the number of rows")
+        [(m, _)] = shapes or [(0, 0)]
+        counts = tuple(check_count("kept", count, 1, m, "the number of rows") for count in self.kept)
+        if not 0 < len(counts) == len(self.estimators) - 1 or list(counts) != sorted(counts, reverse=True):
+            raise ValueError(f"kept = {counts} of {len(self.estimators)} estimators: expected falling numbers, one less")
+        object.__setattr__(self, "kept", counts)
+        for one, other in pairwise(self.estimators):
+            check_same_rows(one.fingerprint, other.fingerprint, f"estimators of rows {(m, _)}")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -88,7 +105,7 @@ class Cascade:
         return sum(each.nbytes for each in self.estimators)
 
     @property
-    def fingerprint(self) -> UInt32[Array, ""]:
+    def fingerprint(self) -> Fingerprint | None:
         return self.estimators[0].fingerprint
 
     def bytes_read(self, candidates: int) -> int:
@@ -132,7 +149,8 @@ def log_ratio(exact: Float[Array, "b c"], guessed: Float[Array, "b c"]) -> tuple
     """Log of the sum of exp(exact) over that of exp(guessed), and its sampling error, the rows being a weighted sample."""
     weights = jax.nn.softmax(guessed, axis=1)
     ratio = jax.nn.logsumexp(exact, axis=1) - jax.nn.logsumexp(guessed, axis=1)
-    apart = jnp.expm1(exact - guessed - ratio[:, None])
+    counts = guessed > -jnp.inf  # what fills a shard up has no weight, and -inf less -inf is no number
+    apart = jnp.where(counts, jnp.expm1(jnp.where(counts, exact - guessed, 0.0) - ratio[:, None]), 0.0)
     return ratio, jnp.sqrt(jnp.sum((weights * apart) ** 2, axis=1))
 
 
@@ -154,30 +172,51 @@ def pool(scores: Float[Array, "b m"]) -> Float[Array, "b m"]:
 
 
 def high_recall_top_k(
-    x: Queries, rows: Rows | Blocks | Quantized, estimator: Estimator, *, k: int, candidates: int, form: str = "auto"
+    x: States, rows: Rows | Blocks | Quantized, estimator: Estimator, *, k: int, candidates: int, form: str = "auto"
 ) -> TopK:
-    """The k best rows (m, d) for each query (b, d), of the `candidates` (k') that the estimator puts first.
+    """The k best rows (m, d) for each query (b, d), or for one (d,), of the `candidates` (k') that the estimator puts first.
 
     The returned float32 values (b, k) are exact scores; the indices (b, k) are the true top-k whenever all of them are
-    among the candidates. Reads the estimator and k' rows instead of m (PAPER claim estimator).
+    among the candidates. Reads the estimator and k' rows instead of m (PAPER claim estimator). Queries and rows meet in float32, or
+    in their 16-bit float type when they share one. Rows in numpy are sent to the device at every call: give it jax arrays.
 
     `form` is "plain" JAX, the TPU "kernel"s or, by default, "auto": those on a TPU, for the parts that they take. They take rows
     in hire.kernels.rows.blocks, which a TPU can fetch one by one, and quantized copies; named, they never become something else.
-    Raises ValueError when 1 <= k <= candidates <= m does not hold, shapes do not fit, or a kernel that is named does not take them.
+    Raises ValueError when 1 <= k <= candidates <= m does not hold, shapes do not fit, the estimator was fitted to other rows (which
+    inside jax.jit nobody can tell), or a kernel that is named does not take them.
     """
-    check_search(rows, estimator, k, candidates)
+    k, candidates = check_search(rows, estimator, k, candidates)
+    check_fitted(rows, estimator)
     check_queries(x, estimator)
     check_form(form)
     if form == "kernel" and len(rows.shape) == 2:
         raise ValueError(f"form = 'kernel': expected rows in hire.kernels.rows.blocks, not {tuple(rows.shape)}")
+    return for_any_lead(lambda x: top_k_of(x, rows, estimator, k, candidates, form), x)
+
+
+def top_k_of(
+    x: Queries, rows: Rows | Blocks | Quantized, estimator: Estimator, k: int, candidates: int, form: str = "auto"
+) -> TopK:
+    """`high_recall_top_k` of queries (b, d), of which all is known to fit."""
     chosen = foremost(x, estimator, candidates, form)
     return best_of(chosen, row_scores_at(x, rows, chosen, form=form), k)
 
 
-def check_queries(x: Queries, estimator: Estimator) -> None:
-    """Raise ValueError unless queries are (b, d)."""
-    if x.ndim != 2 or x.shape[1] != estimator.shape[1]:
-        raise ValueError(f"queries of shape {x.shape}: expected (b, {estimator.shape[1]}), the width of the rows")
+def check_queries(x: States, estimator: Estimator) -> None:
+    """Raise ValueError unless queries are (*b, d)."""
+    if x.ndim < 1 or x.shape[-1] != estimator.shape[1]:
+        turned = " (are rows stored (d, v)? pass rows.T)" if x.ndim and x.shape[-1] == estimator.shape[0] else ""
+        raise ValueError(f"queries of shape {x.shape}: expected (b, {estimator.shape[1]}), the width of the rows{turned}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"queries of type {x.dtype}: expected a float type")
+
+
+def for_any_lead(function: Callable[[Queries], Any], x: States) -> Any:
+    """What a function of queries (b, d) gives for queries (*b, d): arrays (b, …) become (*b, …)."""
+    if x.ndim == 2:
+        return function(x)
+    lead = x.shape[:-1]
+    return jax.tree.map(lambda part: part.reshape(*lead, *part.shape[1:]), function(jnp.asarray(x).reshape(-1, x.shape[-1])))
 
 
 def best_of(chosen: Indices, exact: Float[Array, "b c"], k: int) -> TopK:
@@ -186,8 +225,8 @@ def best_of(chosen: Indices, exact: Float[Array, "b c"], k: int) -> TopK:
     return TopK(best.values, jnp.take_along_axis(chosen, best.indices, axis=-1))
 
 
-def check_search(rows: Rows | Blocks | Quantized, estimator: Estimator, k: int, candidates: int) -> None:
-    """Raise ValueError unless the estimator is of rows of this shape and 1 <= k <= candidates <= m."""
+def check_search(rows: Rows | Blocks | Quantized, estimator: Estimator, k: int, candidates: int) -> tuple[int, int]:
+    """k and candidates as ints. Raise ValueError unless the estimator is of rows of this shape and 1 <= k <= candidates <= m."""
     if len(rows.shape) not in (2, 3):
         raise ValueError(f"rows of shape {rows.shape}: expected (m, d), or hire.kernels.rows.blocks of them")
     width = math.prod(rows.shape[1:])
@@ -195,19 +234,41 @@ def check_search(rows: Rows | Blocks | Quantized, estimator: Estimator, k: int, 
         width = min(width, estimator.shape[1])
     if tuple(estimator.shape) != (rows.shape[0], width):
         raise ValueError(f"estimator of rows {tuple(estimator.shape)}: expected {tuple(rows.shape)}, as the rows are")
-    check_count("k", k, 1, rows.shape[0], "the number of rows")
-    check_count("candidates", candidates, k, rows.shape[0], "from k to the number of rows")
+    k = check_count("k", k, 1, rows.shape[0], "the number of rows")
+    candidates = check_count("candidates", candidates, k, rows.shape[0], "from k to the number of rows")
     if isinstance(estimator, Cascade):
         check_count("candidates", candidates, k, estimator.kept[-1], "from k to what the last of the cascade sees")
+    return k, candidates
 
 
 def check_fitted(rows: Rows | Blocks | Quantized, estimator: Estimator) -> None:
-    """Raise ValueError when the estimator was fitted to other rows of that shape. Reads all rows; inside jax.jit it cannot tell."""
-    known = estimator.fingerprint
+    """Raise ValueError when the estimator was fitted to other rows of that shape. Reads all rows, of a jax array once in its life;
+    inside jax.jit it cannot tell.
+    """
     own = rows.fingerprint if isinstance(rows, Quantized) else rows
-    if isinstance(own, Tracer) or isinstance(known, Tracer):
+    known = estimator.fingerprint
+    if known is None or isinstance(own, Tracer) or isinstance(known, Tracer):
         return
     if not isinstance(rows, Quantized):
-        own = fingerprint(rows.reshape(len(rows), -1)[:, : estimator.shape[1]])
-    if own != known:
-        raise ValueError(f"estimator of other rows {tuple(rows.shape)}: expected one fitted to these; fit it again")
+        with jax.ensure_compile_time_eval():
+            own = known_fingerprint(rows) if rows.ndim == 2 else block_fingerprint(estimator.shape[1])(rows)
+    check_same_rows(own, known, f"estimator of other rows {tuple(rows.shape)}")
+
+
+@functools.cache
+def block_fingerprint(width: int) -> OncePerArray:
+    """`fingerprint` of the rows of this width that blocks hold."""
+    return OncePerArray(lambda blocks: fingerprint(blocks.reshape(len(blocks), -1)[:, :width]))
+
+
+def check_same_rows(one: Fingerprint | None, other: Fingerprint | None, what: str) -> None:
+    """Raise ValueError when two fingerprints are known, and of other rows."""
+    if any(part is None or isinstance(part, Tracer) for part in (one, other)):
+        return
+    if not same_rows(one, other):
+        raise ValueError(f"{what}: expected one fitted to these; fit it again")
+
+
+def on_device(rows: AnyArray | Quantized) -> Any:
+    """Rows as a jax array: those of numpy are sent to the device once, here."""
+    return rows if isinstance(rows, Quantized) else jnp.asarray(rows)

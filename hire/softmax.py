@@ -1,16 +1,28 @@
 """HiRE-Softmax: the best words of a vocabulary, and their probabilities, without reading most of it."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hire.axes import AnyArray, Array, Blocks, Float, Int, Queries, Rows
+from hire.axes import AnyArray, Array, Blocks, Bool, Float, Int, Queries, Rows, States
 from hire.distributed import Axis, da_top_k, merged, told_again
 from hire.estimators import Estimator, Quantized, row_nbytes, row_scores_at
 from hire.kernels.form import check_form
-from hire.search import best_of, check_fitted, check_queries, check_search, high_recall_top_k, log_ratio, nominate, ranked
+from hire.pytrees import pytree
+from hire.search import (
+    best_of,
+    check_fitted,
+    check_queries,
+    check_search,
+    for_any_lead,
+    foremost,
+    high_recall_top_k,
+    log_ratio,
+    on_device,
+    ranked,
+)
 from hire.topk import TopK
 
 
@@ -25,21 +37,21 @@ class Words(NamedTuple):
     error: Float[Array, " b"]
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@pytree
 class HireSoftmax:
     """HiRE-Softmax (PAPER claim softmax-speedup): top-k logits of the words whose embeddings are `rows` (v, d), tied or not.
-    The rows are held, never copied.
+    Rows that are jax arrays are held, never copied; those of numpy are sent to the device once, here.
 
     Rows may also be Quantized ones: "exact" then means the logits that those give.
 
     On a TPU give them in hire.kernels.rows.blocks and quantize the copy, for its kernels; `form` as in `high_recall_top_k`.
 
-    `softmax(hidden)` maps hidden states (b, d) to the values and indices (b, k) of the k best words. It is compiled
-    already; inside another compiled function pass it as an argument, since jax.jit(softmax) would bake the rows into the
-    program as constants. With an `axis`, whose mesh jax.set_mesh has set, the rows lie over several devices, as `sharded` puts
-    them, and DA-TOP-k searches; all else reads the same. Raises ValueError when built with 1 <= k <= candidates <= v not
-    holding, with an estimator of other rows or for another form, and when called with hidden states of another width.
+    `softmax(hidden)` maps hidden states (b, d), or (*b, d), after the model's final norm, to the values and indices (b, k) of the
+    k best words. It is compiled already; inside another compiled function pass it as an argument, since jax.jit(softmax) would
+    bake the rows into the program as constants. With an `axis`, whose mesh jax.set_mesh has set, the rows lie over several
+    devices, as `sharded` puts them, and DA-TOP-k searches; all else reads the same. Raises ValueError when built with
+    1 <= k <= candidates <= v not holding, with an estimator of other rows or for another form, and when called with hidden states
+    of another width.
     """
 
     rows: Rows | Blocks | Quantized
@@ -50,25 +62,33 @@ class HireSoftmax:
     axis: str | Axis | None = field(metadata=dict(static=True), default=None)
 
     def __post_init__(self):
-        if isinstance(getattr(self.rows, "codes", self.rows), AnyArray):  # jax also builds it around placeholders and shapes
-            check_search(self.rows, self.estimator, self.k, self.candidates)
-            check_fitted(self.rows, self.estimator)
-            check_form(self.form)
+        k, candidates = check_search(self.rows, self.estimator, self.k, self.candidates)
+        check_form(self.form)
+        object.__setattr__(self, "rows", on_device(self.rows))
+        object.__setattr__(self, "k", k)
+        object.__setattr__(self, "candidates", candidates)
+        check_fitted(self.rows, self.estimator)
 
     def sharded(self, axis: str | Axis) -> "HireSoftmax":
-        """The same with its rows on the devices of an axis of the mesh, as Axis says, filled up where they do not divide."""
+        """The same with its rows on the devices of an axis of the mesh, as Axis says, filled up where they do not divide.
+
+        Raises ValueError when it is sharded already.
+        """
+        if self.axis is not None:
+            raise ValueError(f"softmax over the axis {Axis.of(self.axis).name!r}: expected one that is not sharded yet")
         axis, v = Axis.of(axis), self.rows.shape[0]
         axis = replace(axis, rows=v if v % axis.size else None)
         rows = axis.put(self.rows)
         return replace(self, rows=rows, estimator=told_again(axis.put(self.estimator), rows), axis=axis)
 
     @jax.jit
-    def __call__(self, hidden: Queries) -> TopK:
+    def __call__(self, hidden: States) -> TopK:
+        check_queries(hidden, self.estimator)
         how: dict[str, Any] = dict(k=self.k, candidates=self.candidates, form=self.form)
-        if self.axis:
-            axis = Axis.of(self.axis)
-            return axis.mapped(lambda own, x: da_top_k(x, **own, **how, axis=axis), self.parts, hidden)
-        return high_recall_top_k(hidden, self.rows, self.estimator, **how)
+        if self.axis is None:
+            return high_recall_top_k(hidden, self.rows, self.estimator, **how)
+        axis = Axis.of(self.axis)
+        return for_any_lead(lambda x: axis.mapped(lambda own, x: da_top_k(x, **own, **how, axis=axis), self.parts, x), hidden)
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -76,8 +96,9 @@ class HireSoftmax:
         return dict(rows=self.rows, estimator=self.estimator)
 
     @jax.jit
-    def words(self, hidden: Queries) -> Words:
-        """The k best words of hidden states (b, d), and the log, in nats, of the sum over the whole vocabulary, estimated.
+    def words(self, hidden: States) -> Words:
+        """The k best words of hidden states (b, d), the same as a call finds, and the log, in nats, of the sum over the whole
+        vocabulary, estimated.
 
         The candidates count with their exact logits, the tail with the estimator's times a correction, since errors that cancel in
         a logit do not in a sum of exponentials. The lower half of the candidates, which the estimator picked like any row of the
@@ -85,27 +106,28 @@ class HireSoftmax:
         times its sampling error and its drift from the quarter of the candidates above. Our choice: the paper names no normaliser.
         """
         check_queries(hidden, self.estimator)
-        if self.axis:
-            return Axis.of(self.axis).mapped(self.words_of_all, self.parts, hidden)
-        return self.words_of(hidden, self.estimator.scores(hidden))
+        if self.axis is None:
+            return for_any_lead(self.words_of, hidden)
+        axis = Axis.of(self.axis)
+        return for_any_lead(lambda x: axis.mapped(self.words_of_all, self.parts, x), hidden)
 
     def words_of_all(self, own: dict[str, Any], hidden: Queries) -> Words:
-        """`words` on every device of the axis: each estimates the sum over its own."""
+        """`words` on every device of the axis: each estimates the sum over its own, from the candidates that da_top_k has."""
         axis, held = Axis.of(self.axis or ""), own["rows"].shape[0]
-        total = axis.total(held)
-        most = held - (axis.size * held - total)  # of the smallest shard
-        k, candidates = (axis.share(count, most) for count in (self.k, self.candidates))
-        real = axis.whole(jnp.arange(held), held) < total
-        estimated = jnp.where(real[None], own["estimator"].scores(hidden), -jnp.inf)  # so that no filling is nominated
-        found = HireSoftmax(**own, k=k, candidates=candidates, form=self.form).words_of(hidden, estimated)
+        k, candidates = (axis.with_filling(count, held) for count in (self.k, self.candidates))
+        real = axis.whole(jnp.arange(held), held) < axis.total(held)
+        found = HireSoftmax(**own, k=k, candidates=candidates, form=self.form).words_of(hidden, real)
         sums, errors = jax.lax.all_gather(jnp.stack([found.log_normalizer, found.error]), axis.name, axis=1)
         whole = jax.nn.logsumexp(sums, axis=0)
-        return Words(merged(found.top, axis, held, k, self.k), whole, jnp.linalg.norm(jnp.exp(sums - whole[None]) * errors, axis=0))
+        top = merged(found.top, axis, held, axis.share(self.k, held), self.k)
+        return Words(top, whole, jnp.linalg.norm(jnp.exp(sums - whole[None]) * errors, axis=0))
 
-    def words_of(self, hidden: Queries, estimated: Float[Array, "b m"]) -> Words:
-        """`words` by the estimated scores of all."""
-        chosen = nominate(estimated, self.candidates)
-        exact = self.exact_logits(hidden, chosen)
+    def words_of(self, hidden: Queries, real: Bool[Array, " m"] | None = None) -> Words:
+        """`words` of rows of which some are `real`, the others filling (all are by default)."""
+        chosen = foremost(hidden, self.estimator, self.candidates, self.form)
+        estimated, exact = self.estimator.scores(hidden), self.exact_logits(hidden, chosen)
+        if real is not None:
+            estimated, exact = jnp.where(real[None], estimated, -jnp.inf), jnp.where(real[chosen], exact, -jnp.inf)
         guessed = jnp.take_along_axis(estimated, chosen, axis=1)
         half = self.candidates // 2
         correction, scatter = log_ratio(*ranked(exact, guessed, half))
@@ -118,7 +140,8 @@ class HireSoftmax:
     @jax.jit
     def exact_logits(self, hidden: Queries, words: Int[AnyArray, "b n"]) -> Float[Array, "b n"]:
         """Exact logits of words (b, n) after hidden states (b, d): their rows alone are read."""
-        if self.axis:
+        check_queries(hidden, self.estimator)
+        if self.axis is not None:
             return Axis.of(self.axis).mapped(self.logits_of_own, self.parts, hidden, words)
         return row_scores_at(hidden, self.rows, words, form=self.form)
 

@@ -1,7 +1,8 @@
 """Top-k of scores, exact and in two stages, and the recall of an approximate answer."""
 
 import math
-from typing import NamedTuple
+import operator
+from typing import NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,15 @@ class TopK(NamedTuple):
     indices: Int[AnyArray, "*b k"]
 
 
-def check_count(name: str, value: int, low: int, high: int, of: str) -> None:
-    """Raise ValueError, naming the value, unless it is a whole number from low to high."""
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+def check_count(name: str, value: SupportsIndex, low: int, high: int, of: str) -> int:
+    """The value as an int. Raise ValueError, naming it, unless it is a whole number (also one of numpy) from low to high."""
+    try:
+        count = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = None
+    if count is None or not low <= count <= high:
         raise ValueError(f"{name} = {value!r}: expected a whole number from {low} to {high} ({of})")
+    return count
 
 
 def at_most(share: float, count: int) -> int:
@@ -33,7 +39,7 @@ def exact_top_k(scores: Scores, k: int) -> TopK:
 
     Of equal scores the lower index comes first. Raises ValueError when k is not in 1..m.
     """
-    check_count("k", k, 1, scores.shape[-1], "the number of rows")
+    k = check_count("k", k, 1, scores.shape[-1], "the number of rows")
     # On a CPU XLA's top-k is about a hundred times slower on bfloat16 than on float32; and where it sees only a part of what comes
     # out used, it sorts all rows, thirty times slower. Beyond the barrier it sees nothing. (Values first, it would take the pair
     # for the top-k itself, and fail to spread that over devices.)
@@ -54,9 +60,9 @@ def bucketed_top_k(scores: Scores, k: int, *, buckets: int, per_bucket: int = 1)
     1..m, per_bucket not within a bucket, or when the buckets together keep fewer than k.
     """
     rows = scores.shape[-1]
-    check_count("k", k, 1, rows, "the number of rows")
-    check_count("buckets", buckets, 1, rows, "the number of rows")
-    check_count("per_bucket", per_bucket, 1, -(-rows // buckets), "the rows of a bucket")
+    k = check_count("k", k, 1, rows, "the number of rows")
+    buckets = check_count("buckets", buckets, 1, rows, "the number of rows")
+    per_bucket = check_count("per_bucket", per_bucket, 1, -(-rows // buckets), "the rows of a bucket")
     kept = min(per_bucket * buckets, rows)
     check_count("k", k, 1, kept, f"what {buckets} buckets keep at {per_bucket} each")
     indices = bucketed_indices(scores, k, buckets, per_bucket)
@@ -98,7 +104,7 @@ def keep_groups(activations: Float[Array, "*b f"], scores: Float[Array, "*b m"],
 
 def kth_score(scores: Scores, k: int) -> Float[Array, "*b 1"]:
     """The k-th largest of each row of scores (*b, m), float32 (*b, 1). Raises ValueError when k is not in 1..m."""
-    check_count("k", k, 1, scores.shape[-1], "the number of rows")
+    k = check_count("k", k, 1, scores.shape[-1], "the number of rows")
     found = kth_key(ordered(jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)), k)
     return jax.lax.bitcast_convert_type(ordered(found), jnp.float32)
 
@@ -109,7 +115,7 @@ def expected_recall(rows: int, k: int, *, buckets: int, per_bucket: int = 1) -> 
     arXiv 2506.04165: 1 - (B/K) sum over r > K' of (r - K') C(K, r) C(N-K, N/B-r) / C(N, N/B), with N rows, B buckets,
     K' per bucket. Raises ValueError when k is not in 1..rows or the buckets do not divide the rows.
     """
-    check_count("k", k, 1, rows, "the number of rows")
+    k = check_count("k", k, 1, rows, "the number of rows")
     if rows % buckets:
         raise ValueError(f"buckets = {buckets}: expected a divisor of the {rows} rows")
     depth = rows // buckets
@@ -137,14 +143,18 @@ def recall(indices: Indices, scores: Scores, k: int) -> Float[Array, "*b"]:
     """Share, 0 to 1, of the true top-k of the exact scores (*b, m) that is among indices (*b, c).
 
     Ties count by value: among rows equal to the k-th score any will do, but no more of them than the top-k holds.
-    An index given twice counts once. The result is (*b,). Raises ValueError when k is not in 1..m.
+    An index given twice counts once, and one that is no row (below 0, or m and more) does not count. The result is (*b,), NaN for
+    queries whose scores hold a NaN: then there is no true top-k. Raises ValueError when k is not in 1..m.
     """
-    check_count("k", k, 1, scores.shape[-1], "the number of rows")
-    ordered = jnp.sort(indices, axis=-1)
-    repeated = jnp.concatenate([jnp.zeros_like(ordered[..., :1], bool), ordered[..., 1:] == ordered[..., :-1]], axis=-1)
-    found = jnp.where(repeated, -jnp.inf, jnp.take_along_axis(scores, ordered, axis=-1).astype(jnp.float32))
+    rows = scores.shape[-1]
+    k = check_count("k", k, 1, rows, "the number of rows")
+    indices, scores = jnp.sort(jnp.asarray(indices), axis=-1), jnp.asarray(scores).astype(jnp.float32)
+    repeated = jnp.concatenate([jnp.zeros_like(indices[..., :1], bool), indices[..., 1:] == indices[..., :-1]], axis=-1)
+    counts = ~repeated & (indices >= 0) & (indices < rows)
+    found = jnp.take_along_axis(scores, jnp.clip(indices, 0, rows - 1), axis=-1)
     best = exact_top_k(scores, k).values
     last = best[..., -1:]
-    above = jnp.sum(found > last, axis=-1)
-    tied = jnp.minimum(jnp.sum(found == last, axis=-1), jnp.sum(best == last, axis=-1))
-    return (above + tied) / k
+    above = jnp.sum(counts & (found > last), axis=-1)
+    tied = jnp.minimum(jnp.sum(counts & (found == last), axis=-1), jnp.sum(best == last, axis=-1))
+    known = ~jnp.any(jnp.isnan(scores), axis=-1)
+    return jnp.where(known, (above + tied).astype(jnp.float32) / k, jnp.nan)

@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hire
-from hire.certify import certified_top_k, margins, nominated
+from hire.certify import certified_top_k, top_upper_bounds as nominated
 
 AS_SHIPPED = dict(xla_backend_optimization_level=3, xla_cpu_use_fusion_emitters=True)  # a proof is about how sums are rounded
 
 
 def search(x, rows, copy, k, candidates, **how):
     prove = jax.jit(lambda *parts: certified_top_k(*parts, k=k, candidates=candidates, **how), compiler_options=AS_SHIPPED)
-    return prove(x, rows, copy, margins(rows, copy))
+    return prove(x, rows, copy)
 
 
 def true_scores(x, rows) -> np.ndarray:
@@ -33,7 +33,7 @@ def holds(found, x, rows, k) -> np.ndarray:
 def test_by_hand():
     rows = jnp.asarray([[4.0, 0.0], [3.0, 1.0], [1.0, 2.6], [0.0, 1.0]])
     copy = hire.Quantized.fit(rows, 4)  # steps of 1/7 of a row's largest: (3, 1) is kept as 3, 6/7 and (1, 2.6) as 7.8/7, 2.6
-    np.testing.assert_allclose(margins(rows, copy), [0, 1 / 7, 0.8 / 7, 0], atol=1e-4)
+    np.testing.assert_allclose(copy.error_bounds, [0, 1 / 7, 0.8 / 7, 0], atol=1e-4)
     found = search(jnp.asarray([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), rows, copy, 1, 1)
     # 4 against 3 + 1/7; 2.6 against 1; 4, 4 and 3.6: a tie that the estimates cannot settle
     assert found.proved.tolist() == [True, True, False]
@@ -84,7 +84,7 @@ def test_most_are_granted_where_scores_lie_apart(rng):
 def test_with_the_fallback_it_is_always_the_dense_answer(rng, dtype):
     rows = jnp.asarray(rng.normal(size=(512, 16)), dtype)
     x = jnp.asarray(rng.normal(size=(8, 16)), dtype)
-    found = search(x, rows, hire.LowRank.fit(rows, 2), 4, 8, always=True)
+    found = search(x, rows, hire.LowRank.fit(rows, 2), 4, 8, dense_fallback=True)
     assert not found.proved.all()  # so little of the rows proves little
     assert hire.recall(found.top.indices, true_scores(x, rows).astype(np.float32), 4).min() == 1
 

@@ -15,11 +15,24 @@ def by_platform(cpu: Callable, others: Callable):
 FORMS = ("auto", "plain", "kernel")
 
 
-def by_form(form: str, plain: Callable[[], Array], kernel: Callable[[], Array]) -> Array:
-    """plain() or kernel(), a Pallas TPU kernel, as `form` says; of "auto" the kernel on a TPU. A named one stays it."""
-    if form == "auto":
-        return jax.lax.platform_dependent(tpu=kernel, default=plain)
-    return kernel() if form == "kernel" else plain()
+def by_form(form: str, plain: Callable[..., Array], kernel: Callable[..., Array], *arguments) -> Array:
+    """plain(*arguments) or kernel(*arguments), a Pallas TPU kernel, as `form` says; of "auto" the kernel on a TPU. A named one
+    stays it. Arguments are pytrees; the functions close over no array that may be differentiated.
+
+    Pallas kernels have no derivatives, and JAX differentiates the branch of a platform even where it never runs. The derivative is
+    that of plain, whichever runs.
+    """
+    if form == "plain":
+        return plain(*arguments)
+
+    @jax.custom_jvp
+    def run(*arguments):
+        if form == "kernel":
+            return kernel(*arguments)
+        return jax.lax.platform_dependent(*arguments, tpu=kernel, default=plain)
+
+    run.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    return run(*arguments)
 
 
 def check_form(form: str) -> None:

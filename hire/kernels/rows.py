@@ -20,7 +20,7 @@ HELD = 3  # chunks in VMEM: while one is computed with, the next two (1 MB at a 
 def scores_reference(x: Queries, blocks: Blocks, indices: Indices) -> Float[Array, "b c"]:
     """What `scores` computes, in plain JAX."""
     rows = blocks[indices].reshape(*indices.shape, -1)[..., : x.shape[1]]
-    return jnp.einsum("bd,bcd->bc", x.astype(rows.dtype), rows, preferred_element_type=jnp.float32)
+    return jnp.einsum("bd,bcd->bc", x.astype(jnp.float32), rows.astype(jnp.float32))
 
 
 def blocks(rows: Rows) -> Blocks:
@@ -45,8 +45,7 @@ def kernel(indices, x, blocks, out, held, arrived, *, per_query: int):
     def compute(step):
         place = jax.lax.rem(step, HELD)
         pltpu.make_async_copy(blocks.at[pl.ds(0, CHUNK)], held.at[place], arrived.at[place]).wait()  # for as many bytes
-        query = x[jax.lax.div(step, per_query)].astype(jnp.float32)
-        products = held[place].astype(jnp.float32) * query[None]
+        products = held[place].astype(jnp.float32) * x[jax.lax.div(step, per_query)][None]
         out[pl.ds(step, 1)] = jnp.sum(jnp.sum(products, axis=1), axis=1)[None]
 
     def steady(step, _):
@@ -69,7 +68,7 @@ def scores(x: Queries, blocks: Blocks, indices: Indices, *, interpret=False) -> 
     """
     (b, c), (_, s, lanes) = indices.shape, blocks.shape
     per_query = -(-c // CHUNK)
-    x = jnp.pad(x.astype(blocks.dtype), ((0, 0), (0, s * lanes - x.shape[1]))).reshape(b, s, lanes)
+    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, s * lanes - x.shape[1]))).reshape(b, s, lanes)
     listed = jnp.pad(indices.astype(jnp.int32), ((0, 0), (0, per_query * CHUNK - c))).reshape(-1)
     call = pl.pallas_call(
         functools.partial(kernel, per_query=per_query),

@@ -16,7 +16,7 @@ import pyarrow.csv
 
 import hire
 from hire.axes import AnyArray, Array, Float, Int, Queries, Rows
-from hire.certify import Certified, certified_top_k, margins
+from hire.certify import Certified, certified_top_k
 from hire.choose import Tuned, candidates_needed, true_top_k
 from hire.estimators import Estimator, LowRank, Quantized, orthonormal
 from hire.lab import prefills, records
@@ -104,9 +104,9 @@ def at_recall(
 
 
 @partial(jax.jit, static_argnames=("k", "candidates"))
-def prover(x: Queries, rows: Rows, copy: LowRank | Quantized, margin: Float[Array, " m"], k: int, candidates: int) -> Certified:
+def prover(x: Queries, rows: Rows, copy: LowRank | Quantized, k: int, candidates: int) -> Certified:
     """certified_top_k with the dense fallback, compiled."""
-    return certified_top_k(x, rows, copy, margin, k=k, candidates=candidates, always=True)
+    return certified_top_k(x, rows, copy, k=k, candidates=candidates, dense_fallback=True)
 
 
 def proofs(rows: Rows, copy: LowRank | Quantized, states: States, best: TopK, candidates: int, repeats: int = 0) -> dict:
@@ -115,12 +115,12 @@ def proofs(rows: Rows, copy: LowRank | Quantized, states: States, best: TopK, ca
     shares of the float32 rows; and, with repeats, how many times as fast as the fastest dense form it and dense int8 rows are at
     batch 1, fallback included.
     """
-    margin, true = margins(rows, copy), np.asarray(best.values)
+    true = np.asarray(best.values)
     k = true.shape[1]
-    prove = partial(prover, rows=rows, copy=copy, margin=margin, k=k, candidates=candidates)
+    prove = partial(prover, rows=rows, copy=copy, k=k, candidates=candidates)
     found = in_batches(prove, states.hidden, 32)
     wrong = np.abs(found.top.values - true).max(1) > 1e-5 * np.abs(true).max(1)
-    read = (copy.bytes_read(candidates) + margin.nbytes) / (4 * rows.size) + candidates / len(rows)
+    read = (copy.bytes_read(candidates) + 4 * len(rows)) / (4 * rows.size) + candidates / len(rows)
     told = dict(
         proved=rate(found.proved.astype(float), states.documents),
         wrong=int(wrong.sum()),

@@ -65,13 +65,13 @@ def nbytes(shapes: Sequence[jax.ShapeDtypeStruct]) -> int:
 
 def quantized(m: int, d: int, bits: int) -> Quantized:
     codes = jnp.zeros((m, d * bits // 8), jnp.int8 if bits == 8 else jnp.uint8)
-    return Quantized(codes, jnp.zeros(m), jnp.uint32(0), bits, d)
+    return Quantized(codes, jnp.zeros(m), None, bits, d)
 
 
 def low_rank(m: int, d: int, rank: int, bits: int | None) -> LowRank:
     if bits is None:
-        return LowRank(jnp.zeros((rank, d)), jnp.zeros((m, rank), jnp.bfloat16), jnp.uint32(0))
-    return LowRank(quantized(rank, d, 8), quantized(m, rank, bits), jnp.uint32(0))
+        return LowRank(jnp.zeros((rank, d)), jnp.zeros((m, rank), jnp.bfloat16), None)
+    return LowRank(quantized(rank, d, 8), quantized(m, rank, bits), None)
 
 
 COPIES: dict[str, Callable[[int, int, int], Estimator]] = {

@@ -66,7 +66,7 @@ class Growing:
 
     def copy(self, held: Copied) -> LowRank:
         """The estimator of the rows (s, e) that one head holds."""
-        none = jnp.uint32(0)  # no fingerprint: the rows grow
+        none = None  # no fingerprint: the rows grow
         return LowRank(self.projection, Quantized(held.codes, held.scale, none, 8, len(self.projection)), none)
 
     def sums(self, weights: Float[AnyArray, "g s"], held: Copied) -> Float[Array, "g e"]:
