@@ -17,6 +17,7 @@ from hire.estimators import UNDERFLOW, LowRank, Quantized, exact_rounding, lengt
 from hire.search import check_fitted, check_queries, check_search, for_any_lead
 from hire.topk import TopK, exact_top_k
 
+LARGEST = 2.0**100  # of the powers of two whose inverse is a normal number with room to spare
 SMALLEST = 2.0**-90  # of a query's largest entry: below, the entries that a CPU takes for 0 may matter
 TOGETHER = 16  # queries that are searched at once: of 262,144 rows they take 17 MB for estimates, and 2 candidates' rows each
 
@@ -56,7 +57,7 @@ def top_upper_bounds(upper: Scores, candidates: int) -> tuple[Indices, Float[Arr
 
 
 def scaled_queries(x: Queries) -> tuple[Float[Array, "b d"], Float[Array, "b 1"], Bool[Array, " b"]]:
-    """Queries (b, d) in float32 over a power of two (b, 1), so that their largest entries are in [1, 2); that power; and whether it
+    """Queries (b, d) in float32 over a power of two (b, 1), so that their largest entries are at least 1; that power; and whether it
     is so. A query whose largest entry is not finite, or below SMALLEST, stays as it is.
     """
     wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
@@ -64,7 +65,7 @@ def scaled_queries(x: Queries) -> tuple[Float[Array, "b d"], Float[Array, "b 1"]
     exponent_alone = jax.lax.bitcast_convert_type(largest, jnp.int32) & jnp.int32(0x7F800000)
     power = jax.lax.bitcast_convert_type(exponent_alone, jnp.float32)
     usable = jnp.isfinite(largest) & (largest >= SMALLEST)
-    power = jnp.where(usable, power, 1.0)
+    power = jnp.where(usable, jnp.minimum(power, LARGEST), 1.0)
     return (wide / power.astype(wide.dtype)).astype(jnp.float32), power, usable[:, 0]
 
 

@@ -136,10 +136,9 @@ def checksums(rows: Rows | Blocks, precision: int) -> Fingerprint:
         mixed = (bits ^ place) * jnp.uint32(0x85EBCA6B)
         mixed = (mixed ^ jax.lax.shift_right_logical(mixed, jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
         # In short runs first: of longer ones XLA writes out what it is to add. Whole numbers give the same in any order.
-        added, either = jax.lax.optimization_barrier(
-            (jnp.sum(mixed, axis=-1, dtype=jnp.uint32), jax.lax.reduce_xor(mixed, (mixed.ndim - 1,)))
-        )
-        words += [jnp.sum(added, dtype=jnp.uint32), jax.lax.reduce_xor(either, tuple(range(either.ndim)))]
+        again = (mixed ^ jax.lax.shift_right_logical(mixed, jnp.uint32(16))) * jnp.uint32(0x27D4EB2F)
+        sums = [jnp.sum(part, axis=-1, dtype=jnp.uint32) for part in (mixed, again)]
+        words += [jnp.sum(part, dtype=jnp.uint32) for part in jax.lax.optimization_barrier(sums)]
     return jnp.stack(words)
 
 
@@ -159,15 +158,17 @@ def check_finite(name: str, rows: Rows) -> None:
     """Raise ValueError, naming the first row, unless all entries of rows (m, d) are finite. Inside jax.jit it cannot tell."""
     if isinstance(rows, Tracer):
         return
-    with jax.ensure_compile_time_eval():
-        finite = np.asarray(finite_rows(rows))
+    finite = known_finite(rows)
     if not finite.all():
         raise ValueError(f"{name}: row {int(np.argmin(finite))} holds a value that is not finite: expected finite rows")
 
 
-@jax.jit
-def finite_rows(rows: Rows) -> Array:
-    return jnp.all(jnp.isfinite(rows.astype(jnp.float32)), axis=-1)
+def finite_rows(rows: Rows) -> np.ndarray:
+    with jax.ensure_compile_time_eval():
+        return np.asarray(jax.jit(lambda rows: jnp.all(jnp.isfinite(rows.astype(jnp.float32)), axis=-1))(rows))
+
+
+known_finite = OncePerArray(finite_rows)
 
 
 def unpack(codes: Codes, bits: int, width: int) -> Float[Array, "... d"]:
@@ -625,20 +626,54 @@ def second_moment(queries: Queries | Iterable[Queries], shape: tuple[int, int]) 
 
 UNIT_ROUNDOFF = 2.0**-24  # of float32
 UNDERFLOW = 2.0**-112  # above what sums of products of up to 2^20 terms lose where terms are below the smallest normal number
-BOUNDS_AT_ONCE = 2**26  # entries of the rows whose bounds are computed together: 256 MB
+BOUNDS_AT_ONCE = 2**28  # entries of the rows whose bounds are computed together: 1 GB where they are of low rank
 
 
 def length(vectors: Float[Array, "*b d"]) -> Float[Array, "*b"]:
     """Their lengths, no less than they are: of vectors scaled by their largest entry, so that no square over- or underflows."""
-    largest = jnp.max(jnp.abs(vectors), axis=-1, keepdims=True)
-    divisor = jnp.where(largest > 0, largest, 1.0)
-    scaled = jnp.sqrt(jnp.sum((vectors / divisor) ** 2, axis=-1)) * largest[..., 0]
-    return scaled * jnp.float32(1 + (vectors.shape[-1] + 16) * UNIT_ROUNDOFF)
+    [size] = largest_entries(vectors)
+    [squared] = scaled_squares([size], vectors)
+    return length_of_square(squared, size, vectors.shape[-1])
+
+
+# Programs of their own: fused with what is made of them, XLA takes 20 times as long for largest entries and sums.
+@jax.jit
+def largest_entries(*some: Float[Array, "*b d"]) -> list[Float[Array, "*b"]]:
+    """Of each vector, within the numbers whose inverse is a normal number: by it XLA multiplies also where it is told to divide."""
+    return [jnp.clip(jnp.max(jnp.abs(vectors), axis=-1), 2.0**-100, 2.0**100) for vectors in some]
+
+
+@jax.jit
+def scaled_squares(sizes: list[Float[Array, "*b"]], *some: Float[Array, "*b d"]) -> list[Float[Array, "*b"]]:
+    """The squared lengths of vectors over their sizes."""
+    inverses = jax.lax.optimization_barrier([1 / size for size in sizes])
+    return [jnp.sum((vectors * inverse[..., None]) ** 2, axis=-1) for vectors, inverse in zip(some, inverses, strict=True)]
+
+
+def length_of_square(squared: Float[Array, "*b"], size: Float[Array, "*b"], width: int) -> Float[Array, "*b"]:
+    """The lengths, rounded up, of vectors of so many entries whose scaled square it is."""
+    return jnp.sqrt(squared) * size * jnp.float32(1 + (width + 16) * UNIT_ROUNDOFF)
+
+
+@jax.jit
+def largest_of_copy(rows: Rows, rebuilt: Rows | Quantized) -> list[Float[Array, " m"]]:
+    return largest_entries(*parts_of_copy(rows, rebuilt))
+
+
+@jax.jit
+def squares_of_copy(sizes: list[Float[Array, " m"]], rows: Rows, rebuilt: Rows | Quantized) -> list[Float[Array, " m"]]:
+    return scaled_squares(sizes, *parts_of_copy(rows, rebuilt))
+
+
+def parts_of_copy(rows: Rows, rebuilt: Rows | Quantized) -> list[Float[Array, "m d"]]:
+    """What a copy leaves out of rows (m, d), the copy, and the rows."""
+    exact, copy = rows.astype(jnp.float32), floats(rebuilt)
+    return [exact - copy, copy, exact]
 
 
 def error_bounds(rows: Rows, estimator: "LowRank | Quantized") -> Float[Array, " m"]:
-    """How far each row's estimated score may lie from its own, all rounding included, for a query of length 1 or more whose largest
-    entry is in [1, 2): inf where that is not known to be finite.
+    """How far each row's estimated score may lie from its own, all rounding included, for a query of length 1 whose largest entry,
+    after scaling, is 1 or more: inf where that is not known to be finite.
 
     A score is the estimate plus the query's product with what the copy leaves out of the row, at most the product of their lengths
     (Cauchy and Schwarz). Estimates are sums in float32 of products of float32 numbers, whatever the types of the parts.
@@ -652,22 +687,27 @@ def part_of(estimator: "LowRank | Quantized", some: slice) -> "LowRank | Quantiz
     return estimator[some] if isinstance(estimator, Quantized) else replace(estimator, factors=estimator.factors[some])
 
 
-@jax.jit
 def part_bounds(rows: Rows, estimator: "LowRank | Quantized") -> Float[Array, " m"]:
-    exact, width = jnp.asarray(rows).astype(jnp.float32), rows.shape[1]
-    if isinstance(estimator, LowRank):
-        factors, projection = floats(estimator.factors), floats(estimator.projection)
-        rebuilt = jnp.matmul(factors, projection, precision="highest")
-        span, own = length(length(projection)), length(factors)  # of the sums that an estimate is made of
-    else:
-        rebuilt = floats(estimator)
-        span, own = jnp.float32(1.0), length(rebuilt)
+    """`error_bounds` of a few rows."""
+    rows, width = jnp.asarray(rows), rows.shape[1]
+    rebuilt: Array | Quantized = estimator if isinstance(estimator, Quantized) else product_of_parts(estimator)
+    sizes = largest_of_copy(rows, rebuilt)
+    squares = squares_of_copy(sizes, rows, rebuilt)
+    left_out, own, whole = (length_of_square(*part, width) for part in zip(squares, sizes, strict=True))
+    span = jnp.float32(1.0)
+    if isinstance(estimator, LowRank):  # an estimate is made of sums of products of these lengths
+        own, span = length(floats(estimator.factors)), length(length(floats(estimator.projection)))
     # A sum of n products, in any order, is off by n / 2^24 of the lengths of both sides at most. An estimate is two such sums of up
     # to d, what was rebuilt a third; the rest is for scales, comparisons and the lengths.
     summed = UNIT_ROUNDOFF * (3 * width + 40) * own * span
-    bounds = length(exact - rebuilt) + summed + exact_rounding(width) * length(exact)
-    bounds = (1 + 16 * UNIT_ROUNDOFF) * bounds + UNDERFLOW * width * (1 + own) * (1 + span)
+    bounds = (1 + 16 * UNIT_ROUNDOFF) * (left_out + summed + exact_rounding(width) * whole)
+    bounds += UNDERFLOW * width * (1 + own) * (1 + span)
     return jnp.where(jnp.isfinite(bounds), bounds, jnp.inf)
+
+
+@jax.jit
+def product_of_parts(estimator: "LowRank") -> Float[Array, "m d"]:
+    return jnp.matmul(floats(estimator.factors), floats(estimator.projection), precision="highest")
 
 
 def floats(part: Rows | Quantized) -> Float[Array, "m d"]:
