@@ -2,7 +2,8 @@
 
 import errno
 import hashlib
-import multiprocessing
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -80,21 +81,33 @@ def test_a_lock_is_held_by_one(tmp_path):
     assert not names(tmp_path)
 
 
-def count_up(path, times):
-    for _ in range(times):
+COUNT = """
+import importlib.util, pathlib, sys
+spec = importlib.util.spec_from_file_location("storage", sys.argv[1])  # alone, for the package takes seconds to import
+storage = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(storage)
+path = pathlib.Path(sys.argv[2])
+def count_up():
+    for _ in range(30):
         with storage.replacing(path) as [scratch]:
             scratch.write_text(str(int(path.read_text() if path.exists() else 0) + 1))
+"""
 
 
 def test_two_processes_and_two_threads_lose_no_change(tmp_path):
     path = tmp_path / "count"
-    spawn = multiprocessing.get_context("spawn")
-    workers = [spawn.Process(target=count_up, args=(path, 30)) for _ in range(2)]
-    workers += [threading.Thread(target=count_up, args=(path, 30)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    command = [sys.executable, "-c", COUNT + "count_up()", storage.__file__, str(path)]
+    processes = [subprocess.Popen(command) for _ in range(2)]
+    space = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["", storage.__file__, str(path)])
+        exec(COUNT, space)
+    threads = [threading.Thread(target=space["count_up"]) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [process.wait() for process in processes] == [0, 0]
     assert path.read_text() == "120" and names(tmp_path) == ["count"]
 
 
