@@ -4,6 +4,7 @@ A GGUF's blocks take a while to unpack (PyPI's 270M: about 15 s), so that is don
 chooses another), see hire.models.storage. What a file says of its model is honoured or refused, see hire.models.formats.
 """
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -162,9 +163,14 @@ def damaged_blobs(folder: Path) -> list[str]:
 
 def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every weight by our name, from the model itself, built without memory."""
+    return dict(_expected_shapes(config))
+
+
+@functools.cache
+def _expected_shapes(config: DecoderConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {".".join(map(str, path)): value.shape for path, value in flat}
+    return tuple((".".join(map(str, path)), value.shape) for path, value in flat)
 
 
 def named(config: DecoderConfig, column: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -278,6 +284,8 @@ def read_gguf(path: Path, config: DecoderConfig) -> tuple[dict[str, np.ndarray],
         if not len(pieces) == len(scores) == len(kinds) <= config.vocabulary:
             counts = f"{len(pieces)} pieces, {len(scores)} scores, {len(kinds)} types"
             raise ValueError(f"{counts} for {config.vocabulary} tokens")
+        if len(set(pieces)) < len(pieces) or "<unk>" not in pieces:
+            raise ValueError("a piece occurs twice, or <unk> is missing")
         tokenizer = sentencepiece_bpe(pieces, scores, kinds)
     except Exception as error:  # the library raises plain ones
         raise ValueError(f"{path}: its tokenizer cannot be read ({type(error).__name__}: {error}); fetch it again") from None
