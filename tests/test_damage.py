@@ -430,6 +430,17 @@ def test_a_truncated_folder_is_named(tiny, presets, tmp_path):
         (folder / name).write_bytes(whole)
 
 
+def test_a_tokenizer_of_another_model_is_named(tiny, presets, tmp_path):
+    folder = write_folder(tmp_path / "model", tiny)
+    more = [f"x{index}" for index in range(33)]
+    large = sentencepiece_bpe(PIECES + more, SCORES + [0.0] * 33, KINDS + [1] * 33)
+    moved = sentencepiece_bpe(["<bos>", *PIECES[:2], *PIECES[3:]], SCORES, KINDS)
+    for tokenizer, value in ((large, "301"), (moved, "0")):
+        tokenizer.save(str(folder / "tokenizer.json"))
+        with pytest.raises(ValueError, match=rf"tokenizer\.json.*\b{value}\b"):
+            load_gemma("tiny", folder)
+
+
 def test_truncation_and_padding_of_a_tokenizer_are_switched_off(tiny, presets, tmp_path):
     folder = write_folder(tmp_path / "model", tiny)
     tokenizer = sentencepiece_bpe(PIECES, SCORES, KINDS)

@@ -4,14 +4,13 @@ import concurrent.futures
 import functools
 import hashlib
 import os
-import shutil
 import weakref
 import zipfile
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import jaxlib
 import numpy as np
 from flax import nnx
 
@@ -36,12 +35,12 @@ def code() -> str:
 
 def environment() -> tuple[str, ...]:
     """What else decides the numbers that XLA computes."""
-    return jax.__version__, jaxlib.__version__, os.environ.get("XLA_FLAGS", ""), jax.default_backend()
+    return jax.__version__, version("jaxlib"), os.environ.get("XLA_FLAGS", ""), jax.default_backend()
 
 
 def forget() -> None:
     """Let all be made anew."""
-    shutil.rmtree(cache_folder() / "prefills", ignore_errors=True)
+    storage.clear(*(cache_folder() / "prefills").glob("[!.]*"))  # not what another process is writing now
 
 
 def once(make: Callable[[np.ndarray], list], items: np.ndarray, *made_of) -> list[np.ndarray]:
@@ -94,7 +93,7 @@ def array_digest(array: jax.Array | np.ndarray) -> str:
         return entry[1]
     values = np.ascontiguousarray(np.asarray(array))
     digest = hashlib.sha256(f"{values.dtype} {values.shape} ".encode())
-    digest.update(values.reshape(-1).view(np.uint8))
+    digest.update(values.reshape(-1).view(np.uint8).data)
     if isinstance(array, jax.Array):
         place = id(array)
         _ARRAY_DIGESTS[place] = weakref.ref(array, lambda _: _ARRAY_DIGESTS.pop(place, None)), digest.hexdigest()

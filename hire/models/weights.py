@@ -307,6 +307,15 @@ def check_names(path: Path, found: Iterable[str], expected: Sequence[str], head:
         raise ValueError(f"{path}: tensor {min(unknown)} is none of this model's; is it another model?")
 
 
+def check_tokenizer(path: Path, tokenizer: Tokenizer, config: DecoderConfig) -> None:
+    """Raise ValueError for a tokenizer of another vocabulary; a few added tokens, such as Gemma's for images, may go beyond it."""
+    size, begin = tokenizer.get_vocab_size(with_added_tokens=False), tokenizer.token_to_id("<bos>")
+    if size > config.vocabulary:
+        raise ValueError(f"{path}: {size} tokens, expected at most {config.vocabulary}; is it another model's?")
+    if begin not in (None, 2):  # see TextModel.tokens
+        raise ValueError(f"{path}: <bos> is token {begin}, expected 2; is it another model's?")
+
+
 def untied(path: Path, head: str) -> ValueError:
     return ValueError(f"{path}: {head} is another matrix than the embedding; only tied LM heads are supported so far")
 
@@ -325,6 +334,7 @@ def read_folder(folder: Path, config: DecoderConfig) -> tuple[dict[str, np.ndarr
     if (folder / "config.json").exists():
         formats.check_folder_config(folder / "config.json", config)
     tokenizer = read_tokenizer(words)
+    check_tokenizer(words, tokenizer, config)
     names = {ours: (theirs, shape) for ours, theirs, shape in named(config, 1)}
     file_of: dict[str, Path] = {}
 
