@@ -7,6 +7,7 @@ import tarfile
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import hire
 from hire.choose import true_top_k
@@ -54,10 +55,10 @@ def test_word_vectors_are_fetched_once_and_checked(tmp_path, monkeypatch):
     monkeypatch.setenv("HIRE_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "vectors.tgz"
     monkeypatch.setattr(beyond, "VECTORS", file.as_uri())
-    with pytest.raises(ConnectionError, match="could not be fetched"):
+    with pytest.raises(ConnectionError, match="vectors.tgz"):
         beyond.word_vectors()
     file.write_bytes(packed({"sea": [1.5] * 102, "whale": [0.25] * 102}))
-    with pytest.raises(ConnectionError, match="of another digest than"):
+    with pytest.raises(ConnectionError, match="vectors.tgz"):
         beyond.word_vectors()
     import hashlib
 
@@ -102,7 +103,36 @@ def test_what_notebooks_share_is_made_once_and_again_for_other_code(tmp_path, mo
     assert asked[2:] == [items[:1].tolist()] * 2
     prefills.forget()
     prefills.once(make, items[:1], "a")
-    assert len(asked) == 5 and sorted(path.suffix for path in tmp_path.rglob("*.*")) == [".npz"]
+    assert len(asked) == 5 and sorted(path.suffix for path in tmp_path.rglob("*.*")) == [".json", ".npz"]
+    prefills.once(make, items[:1].astype(np.int32).view(np.float32), "a")  # the same bytes of another type
+    monkeypatch.setenv("XLA_FLAGS", "--other")
+    prefills.once(make, items[:1], "a")
+    assert len(asked) == 7
+
+
+def test_processes_that_make_hidden_states_at_once_lose_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("HIRE_CACHE", str(tmp_path))
+    items = np.arange(12).reshape(4, 3)
+
+    def make(some):
+        if len(some) == 2:  # another one comes in between
+            prefills.once(lambda other: [other.sum(1)], items[2:3], "a")
+        return [some.sum(1)]
+
+    prefills.once(make, items[:2], "a")
+    assert prefills.once(lambda _: pytest.fail("all is known"), items[:3], "a")[0].tolist() == items[:3].sum(1).tolist()
+
+
+def test_other_weights_anywhere_in_a_model_make_other_states(tmp_path, monkeypatch):
+    monkeypatch.setenv("HIRE_CACHE", str(tmp_path))
+    subject, texts = load_text_model("tiny"), documents("evaluation", ["novel"])[:1]
+    first = prefills.states(subject, texts, 12, skip=3).hidden
+    ffn = subject.model.blocks[0].ffn
+    ffn.up = nnx.Param(jnp.roll(ffn.up[...], 1, axis=0))
+    changed = prefills.states(subject, texts, 12, skip=3).hidden
+    expected = evaluation.collect(subject.model, *evaluation.windows(subject, texts, 12), skip=3).hidden
+    np.testing.assert_allclose(changed, expected, atol=1e-5)
+    assert np.abs(changed - first).max() > 1e-3
 
 
 def test_states_of_text_are_those_that_are_collected(tmp_path, monkeypatch):

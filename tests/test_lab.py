@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 
 import matplotlib
 import nbformat
@@ -30,19 +31,19 @@ def test_no_document_is_in_two_splits_and_all_kinds_are_there():
 
 
 @pytest.mark.parametrize(
-    "call, error, message",
+    "call, error, value",
     [
-        (lambda: documents("test"), ValueError, "split 'test': expected one of train, calibration, evaluation"),
-        (lambda: documents("train", ["poem"]), ValueError, "kind 'poem': expected one of speech"),
-        (lambda: roofline.V5E and register.register("99"), ValueError, "figure '99': expected one of 01, 02"),
-        (lambda: register.parameters("gpu"), ValueError, "profile 'gpu': expected one of smoke, cpu, tpu"),
-        (lambda: run.Run("01", "fast"), ValueError, "profile 'fast'"),
-        (lambda: run.Run("01", "tpu"), RuntimeError, "profile 'tpu' but jax runs on cpu"),
-        (lambda: timing.interleaved({}, [1], 2), ValueError, "1 queries for 2 repeats"),
+        (lambda: documents("test"), ValueError, "'test'"),
+        (lambda: documents("train", ["poem"]), ValueError, "'poem'"),
+        (lambda: register.register("99"), ValueError, "'99'"),
+        (lambda: register.parameters("gpu"), ValueError, "'gpu'"),
+        (lambda: run.Run("01", "fast"), ValueError, "'fast'"),
+        (lambda: run.Run("01", "tpu"), RuntimeError, "'tpu'.*cpu"),
+        (lambda: timing.interleaved({}, [1], 2), ValueError, "1 .* 2"),
     ],
 )
-def test_bad_names_are_named(call, error, message):
-    with pytest.raises(error, match=message):
+def test_bad_names_are_named(call, error, value):
+    with pytest.raises(error, match=value):
         call()
 
 
@@ -51,8 +52,9 @@ def test_the_hub_out_of_reach_is_one_line(monkeypatch):
         raise OSError("Couldn't reach the hub\nTraceback and more")
 
     monkeypatch.setattr("datasets.load_dataset", offline)
-    with pytest.raises(ConnectionError, match=r"^data set 'a/b' \(None, test\) could not be loaded: Couldn't reach the hub; .*$"):
+    with pytest.raises(ConnectionError, match="'a/b'.*Couldn't reach the hub") as error:
         documents("test", source="a/b")
+    assert "\n" not in str(error.value)
 
 
 def test_windows_start_with_bos_and_states_keep_their_documents():
@@ -71,7 +73,7 @@ def test_windows_start_with_bos_and_states_keep_their_documents():
     logits = np.asarray(subject.model.logits(states.hidden), np.float64)
     expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(logits)), states.targets]
     np.testing.assert_allclose(losses, expected, atol=1e-4)
-    with pytest.raises(ValueError, match="3 documents: none has 1000000 tokens"):
+    with pytest.raises(ValueError, match="1000000"):
         evaluation.windows(subject, texts, 10**6)
 
 
@@ -138,6 +140,15 @@ def test_a_commit_is_dirty_when_code_differs(tmp_path, monkeypatch):
         subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
     assert not differs(0, "what a run writes")
     assert differs(1, "x = 2") and not differs(1, "x = 1")
+    for new in ("hire/new.py", "hire/lab/new.py", "notebooks/profiles/new.yaml", "notebooks/12_new.ipynb", "constraints.txt"):
+        (tmp_path / new).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / new).write_text('{"cells": []}')
+        assert records.commit.__wrapped__().endswith("-dirty"), new
+        (tmp_path / new).unlink()
+    for new in ("figures/new.png", "data/records/new.jsonl", "out/new.py"):  # what a run writes is no code
+        (tmp_path / new).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / new).touch()
+    assert not differs(1, "x = 1")
 
 
 def test_a_record_replaces_the_one_with_its_id(tmp_path):
@@ -148,11 +159,43 @@ def test_a_record_replaces_the_one_with_its_id(tmp_path):
     kept = records.read(tmp_path)
     assert [(entry["id"], entry["results"]["x"]) for entry in kept] == [("a", 2), ("b", 3)]
     assert {"commit", "date", "machine"} <= set(kept[0]) and "CPU" in kept[0]["machine"]["device"]
-    with pytest.raises(ValueError, match="kind 'guessed': expected one of measured"):
+    with pytest.raises(ValueError, match="guessed"):
         records.write(tmp_path, "topic", "c", results={}, **(facts | dict(kind="guessed")))
     (tmp_path / "topic.jsonl").write_text('{"id": "a"}\n{"id": \n')
-    with pytest.raises(ValueError, match=r"topic.jsonl:2: not a record"):
+    with pytest.raises(ValueError, match=r"topic\.jsonl:2"):
         records.read(tmp_path)
+
+
+WRITE = """
+import sys
+from pathlib import Path
+from hire.lab import records
+records.machine, records.commit = dict, lambda: "0000000"
+facts = dict(kind="measured", weights="none", setting={})
+for number in range(200):
+    records.write(Path(sys.argv[1]), "topic", f"{sys.argv[2]}/{number:03}", results=dict(x=number), **facts)
+"""
+
+
+def test_two_processes_that_write_records_lose_none(tmp_path):
+    processes = [subprocess.Popen([sys.executable, "-c", WRITE, str(tmp_path), name]) for name in "ab"]
+    assert [process.wait() for process in processes] == [0, 0]
+    kept = [entry["id"] for entry in records.read(tmp_path)]
+    assert kept == [f"{name}/{number:03}" for name in "ab" for number in range(200)]
+    assert [path.name for path in tmp_path.iterdir()] == ["topic.jsonl"]
+
+
+def test_records_of_before_there_were_checksums_are_read_and_kept(tmp_path):
+    facts = dict(kind="measured", weights="none", setting={})
+    (tmp_path / "topic.jsonl").write_text('{"id": "a",  "results": {"x": 1}}\n')
+    records.write(tmp_path, "topic", "b", results=dict(x=2), **facts)
+    assert [entry["results"]["x"] for entry in records.read(tmp_path)] == [1, 2]
+    path = tmp_path / "topic.jsonl"
+    path.write_text(path.read_text().replace('"x": 1', '"x": 7'))
+    with pytest.raises(ValueError, match=r"topic\.jsonl:1"):
+        records.read(tmp_path)
+    with pytest.raises(ValueError, match="colour"):
+        records.write(tmp_path, "other", "b", results=dict(x=2), colour="red", **facts)
 
 
 def test_series_are_compared_within_their_tolerance():
@@ -204,7 +247,7 @@ def test_answers_take_their_numbers_from_records(monkeypatch):
     where = f"[{name}](../notebooks/{name}.ipynb), notebook 99, not written yet"
     assert pages.answers() == f"1. **How much?** Of 25.0%, not *not measured yet*. ({where})"
     question["answer"] = "{r|results.x.7|.1f}"
-    with pytest.raises(ValueError, match="record 'r' has no 'results.x.7'"):
+    with pytest.raises(ValueError, match=r"'r'.*'results\.x\.7'"):
         pages.answers()
 
 

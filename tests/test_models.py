@@ -234,8 +234,8 @@ def test_a_damaged_cache_is_made_again(files, tmp_path, capsys):
     cached.write_bytes(damaged)
     assert (load_gemma("tiny", files[0]).model.embedding[...] == first).all()
     assert "the cached copy is damaged, made again" in capsys.readouterr().out
-    (seal,) = (tmp_path / "cache").glob("*.seal.json")
-    assert json.loads(seal.read_text())["stored"] == "ALL_F32 weights"
+    (checksums,) = (tmp_path / "cache").glob("*.sha256.json")
+    assert json.loads(checksums.read_text())["covers"]["metadata"]["stored"] == "ALL_F32 weights"
 
 
 def test_an_interrupted_unpacking_leaves_nothing_that_passes_for_whole(files, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from hire.lab import evaluation, questions, tasks
 from hire.lab.harness import Harness
 from hire.lab.text import Document
 from hire.models import TextModel
+from hire.models.storage import digest
 from hire.models.tokenizer import byte_tokenizer
 
 TEXTS = [Document("one", "novel", "Call me Ishmael. Some years ago, never mind how long."), Document("two", "novel", "The sea.")]
@@ -170,11 +171,12 @@ def wheel(tmp_path, monkeypatch):
     monkeypatch.setenv("HIRE_CACHE", str(tmp_path))
 
     def write(*rows):
-        path = tmp_path / "evals" / "evals-0-py3-none-any.whl"
+        path = tmp_path / "evals" / questions.WHEEL
         path.parent.mkdir(exist_ok=True)
         with zipfile.ZipFile(path, "w") as file:
             for name in questions.SETS.values():
                 file.writestr(f"evals/registry/data/{name}", "\n".join(map(json.dumps, rows)))
+        monkeypatch.setattr(questions, "WHEEL_SHA256", digest(path))
 
     return write
 

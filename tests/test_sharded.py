@@ -73,6 +73,18 @@ def test_it_is_loaded_on_other_devices_than_it_was_saved_on(four, sizes, tmp_pat
     same(loaded, four)
 
 
+def test_a_model_loaded_on_a_mesh_runs_there(alone, four, tmp_path, rng):
+    tokens = jnp.asarray(rng.integers(3, 512, (2, 5)), jnp.int32)
+    save_sharded(str(tmp_path / "model"), four)
+    with jax.set_mesh(mesh(4)):
+        loaded = load_sharded(str(tmp_path / "model"), CONFIG)
+        assert {len(array.devices()) for array in named_arrays(loaded).values()} == {4}  # norms, too, which every device holds
+        hidden = jax.jit(lambda tokens: loaded.prefill(tokens)[0])(tokens)
+        words = hire.generate(loaded, tokens, new_tokens=4)
+    np.testing.assert_allclose(hidden, alone.prefill(tokens)[0], atol=1e-5)
+    assert words.tolist() == hire.generate(alone, tokens, new_tokens=4).tolist()
+
+
 def test_its_own_float_type_is_kept(tmp_path):
     save_sharded(tmp_path / "model", Decoder(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     assert load_sharded(tmp_path / "model").embedding[...].dtype == jnp.bfloat16

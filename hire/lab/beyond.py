@@ -8,6 +8,7 @@ import tarfile
 import urllib.request
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from hire.lab.evaluation import States, in_batches, judge, rate
 from hire.lab.paths import RECORDS
 from hire.lab.text import Document, documents
 from hire.lab.timing import dense_forms, gains, interleaved
-from hire.models import load_gemma
+from hire.models import load_gemma, storage
 from hire.models.weights import cache_folder
 from hire.outliers import Outliers
 from hire.softmax import HireSoftmax
@@ -37,9 +38,12 @@ DIGEST = "466bd0d180db48ab6a239f59cf2b9d8f48f631c7"
 
 
 def word_vectors() -> tuple[list[str], np.ndarray]:
-    """Words and their vectors (m, 100), fetched once into the cache folder. Raises ConnectionError where they cannot be."""
-    path = cache_folder() / "glove-100d.npz"
-    if not path.exists():
+    """Words and their vectors (m, 100), fetched once into the cache folder, and again when the file there is damaged.
+
+    Raises ConnectionError where they cannot be fetched, OSError where they cannot be written.
+    """
+
+    def make(parts: list[Path]) -> dict[str, str]:
         try:
             with urllib.request.urlopen(VECTORS, timeout=300) as answer:
                 packed = answer.read()
@@ -53,11 +57,14 @@ def word_vectors() -> tuple[list[str], np.ndarray]:
         lines = b"\n".join(each.partition(b"]")[0] for each in vectors.split(b'":[')[1:])  # json takes ten seconds more
         columns = pyarrow.csv.read_csv(io.BytesIO(lines), pyarrow.csv.ReadOptions(autogenerate_column_names=True)).columns
         values = np.stack([column.to_numpy().astype(np.float32) for column in columns[:100]], axis=1)  # then a norm and a number
-        with path.with_suffix(".part").open("wb") as part:
-            np.savez(part, words=np.asarray(json.loads(head + b"}")["words"]), values=values)
-        path.with_suffix(".part").replace(path)
-    held = np.load(path)
-    return held["words"].tolist(), held["values"]
+        with parts[0].open("wb") as file:
+            np.savez(file, words=np.asarray(json.loads(head + b"}")["words"]), values=values)
+        return dict(source=VECTORS, sha1=DIGEST)
+
+    path = cache_folder() / f"glove-100d-{DIGEST[:8]}.npz"
+    storage.cached([path], make)
+    with np.load(path) as file:
+        return file["words"].tolist(), file["values"]
 
 
 def similar_words(texts: Sequence[Document], calibration: Sequence[Document]) -> tuple[Array, States, np.ndarray]:

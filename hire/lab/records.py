@@ -6,6 +6,7 @@ one of the same id takes its line, and git keeps the older.
 
 import datetime
 import functools
+import hashlib
 import json
 import os
 import platform
@@ -18,13 +19,18 @@ from typing import Any
 import jax
 
 from hire.lab.paths import NOTEBOOKS, RECORDS, ROOT
+from hire.models import storage
 
 KINDS = ("measured", "compiler-estimate", "simulated", "published")
+# What a record may state. A checksum alone would not notice that its own name is damaged.
+FIELDS = {"id", "kind", "weights", "setting", "results", "durations", "claims", "command", "peak_memory"}
+FIELDS |= {"date", "commit", "machine", "sha256"}
 
 
 @functools.cache
 def commit() -> str:
-    """The commit that this process began at, "-dirty" when code differs from it, "unknown" outside git.
+    """The commit that this process began at, "-dirty" when code differs from it or is not in it, "unknown"
+    outside git.
 
     What a run itself writes (figures, records, pages, the notebooks' text) is not code, or every second figure would be dirty.
     """
@@ -37,6 +43,8 @@ def commit() -> str:
 
     found = git("rev-parse", "--short", "HEAD").stdout.strip()
     changed = git("diff", "--quiet", "HEAD", "--", "hire", "notebooks/profiles", "constraints.txt").returncode
+    new = git("ls-files", "--others", "--exclude-standard", "--", "hire", "notebooks", "constraints.txt").stdout
+    changed |= bool(new.strip())
     for path in NOTEBOOKS.glob("*.ipynb"):
         changed |= cells(git("show", f"HEAD:notebooks/{path.name}").stdout) != cells(path.read_text())
     return f"{found}{'-dirty' if changed else ''}" if found else "unknown"
@@ -64,34 +72,62 @@ def write(
 ) -> dict:
     """Put a record into folder/topic.jsonl in place of the one with its id (or after it, with append), and return it.
 
-    `more` may hold `durations` (raw seconds by form), `claims` (see scorecard.py) and `command`. Raises ValueError for an unknown
-    kind. The file is written whole and renamed.
+    `more` may hold `durations` (raw seconds by form), `claims` (see scorecard.py), `command` and `peak_memory`. Raises ValueError
+    for an unknown kind or field, and when the file is damaged, OSError when it cannot be written. The file is written whole and
+    renamed; processes that write at the same time lose nothing.
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r}: expected one of {', '.join(KINDS)}")
+    for field in set(more) - FIELDS:
+        raise ValueError(f"field {field!r}: expected one of {', '.join(sorted(FIELDS))}")
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record: dict = dict(id=id, kind=kind, weights=weights, setting=setting, results=results, **more)
     record |= dict(date=now, commit=commit(), machine=machine())
     path = folder / f"{topic}.jsonl"
-    kept = [old for old in read(folder, topic) if append or old["id"] != id]
-    lines = [json.dumps(entry) for entry in sorted([*kept, record], key=lambda entry: entry["id"])]
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".partial")
-    scratch.write_text("\n".join(lines) + "\n")
-    scratch.replace(path)
+    with storage.replacing(path) as [scratch]:  # under a lock, so that no record of another process is lost
+        kept = [old for old in read(folder, topic) if append or old["id"] != id]
+        lines = [line_of(entry) for entry in sorted([*kept, record], key=lambda entry: entry["id"])]
+        scratch.write_text("\n".join(lines) + "\n")
     return record
 
 
+def line_of(record: dict) -> str:
+    """A record as a line of its file: JSON that ends in a SHA-256 of what comes before."""
+    text = json.dumps(record)
+    return f'{text[:-1]}, "sha256": "{hashlib.sha256(text.encode()).hexdigest()}"}}'
+
+
 def read(folder: Path = RECORDS, topic: str = "*") -> list[dict]:
-    """All records of a folder, or of one topic. Raises ValueError, naming file and line, for one that is no JSON."""
+    """All records of a folder, or of one topic.
+
+    Raises ValueError, naming file and line, for one that is no JSON, or that is not as it was written. Files of before there were
+    checksums have none in any line.
+    """
     records = []
     for path in sorted(folder.glob(f"{topic}.jsonl")):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not a record ({error}); restore the file with git") from None
+        try:
+            lines = path.read_text().removesuffix("\n").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: cannot be read ({error}); restore the file with git") from None
+        found = [entry_of(path, number, line) for number, line in enumerate(lines, 1)]
+        checked = any("sha256" in entry for entry in found)
+        for number, (entry, line) in enumerate(zip(found, lines, strict=True), 1):
+            unknown = set(entry) - FIELDS
+            known = entry.pop("sha256", None)
+            if unknown or (checked and (known is None or line_of(entry) != line)):
+                raise ValueError(f"{path}:{number}: not as it was written; restore the file with git")
+        records += found
     return records
+
+
+def entry_of(path: Path, number: int, line: str) -> dict:
+    try:
+        entry = json.loads(line)
+        if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
+            raise ValueError("no id")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}:{number}: not a record ({error}); restore the file with git") from None
+    return entry
 
 
 def value(record: dict, field: str) -> Any:

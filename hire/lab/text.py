@@ -1,6 +1,7 @@
 """Real text: the committed public-domain corpus, and data sets from the hub through the same function."""
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -34,7 +35,7 @@ def documents(
     Without a source: the committed corpus (data/text/README.md), split by document into train, calibration and
     evaluation. With one: a data set of the Hugging Face hub that has a `text` column, such as source="Salesforce/wikitext",
     config="wikitext-2-raw-v1", whose rows are the documents and whose kind is its name. Raises ValueError for a split or
-    kind that does not exist, ConnectionError where the hub cannot be reached.
+    kind that does not exist and for a committed file that is damaged, ConnectionError where the hub cannot be reached.
     """
     if source is not None:
         import datasets  # takes two seconds, and the committed corpus does without
@@ -59,5 +60,17 @@ def documents(
 
 @functools.cache
 def committed(split: str) -> list[Document]:
-    table = pyarrow.parquet.read_table(TEXT / f"{split}.parquet", columns=["document", "kind", "text"])
+    """The documents of a split of the committed corpus, whose file is held against data/text/SHA256SUMS.
+
+    Raises ValueError, which names the file, when it is missing or not as it was committed.
+    """
+    path = TEXT / f"{split}.parquet"
+    try:
+        lines = (TEXT / "SHA256SUMS").read_text().splitlines()
+        content = path.read_bytes()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read with its SHA256SUMS ({error}); restore both with git") from None
+    if f"{hashlib.sha256(content).hexdigest()}  {path.name}" not in lines:
+        raise ValueError(f"{path}: not the file that SHA256SUMS beside it states; restore both with git")
+    table = pyarrow.parquet.read_table(pyarrow.BufferReader(content), columns=["document", "kind", "text"])
     return [Document(*row.values()) for row in table.to_pylist()]

@@ -3,6 +3,7 @@
 A child process compiles, so that the caller's jax keeps its devices; schedules.py reads what comes of it.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -23,6 +24,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hire.lab import schedules
+from hire.models import storage
 from hire.models.weights import cache_folder
 
 COMPILER = Path(sys.prefix) / "libtpu"  # not among the packages, or jax would look for a TPU in every process
@@ -42,7 +44,9 @@ def estimate(
     The arguments are pytrees of arrays or of jax.ShapeDtypeStruct; those that are `donated`, by place, may be written over. With
     `specs`, one an array, they lie over the axis "chips" of all chips, and what every chip gets is the same. A child
     process compiles, for at most `limit` seconds; what it found is kept in the user's cache folder, by program, topology and
-    compiler. Raises ModuleNotFoundError without libtpu, and RuntimeError, with the compiler's reason, for an unknown topology, a
+    compiler, and found again when the file there is damaged.
+
+    Raises ModuleNotFoundError without libtpu, and RuntimeError, with the compiler's reason, for an unknown topology, a
     program that does not fit in HBM or does not compile, or no answer in time.
     """
     leaves, tree = jax.tree.flatten(arguments)
@@ -63,13 +67,15 @@ def estimate(
     told = program.mlir_module(), topology, compiler, str(given), *(path.read_text() for path in READERS)
     key = hashlib.sha256("".join(told).encode()).hexdigest()[:16]
     kept = cache_folder() / "tpu" / f"{key}.json"
-    if not kept.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            found = compiled(Path(folder), bytes(program.serialize()), topology, limit, given)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.with_suffix(".partial").write_text(json.dumps(found | dict(topology=topology, compiler=compiler)))
-        kept.with_suffix(".partial").replace(kept)
+    storage.cached([kept], functools.partial(write_estimate, program, topology, compiler, limit, given))
     return json.loads(kept.read_text())
+
+
+def write_estimate(program: export.Exported, topology: str, compiler: str, limit: float, given: Sequence[int], parts: list[Path]):
+    """Compile a program and write what would come of it to the one path in `parts`. Raises RuntimeError as `estimate` does."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = compiled(Path(folder), bytes(program.serialize()), topology, limit, given)
+    parts[0].write_text(json.dumps(found | dict(topology=topology, compiler=compiler)))
 
 
 def compiler_version() -> str:

