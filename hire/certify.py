@@ -57,8 +57,8 @@ def top_upper_bounds(upper: Scores, candidates: int) -> tuple[Indices, Float[Arr
 
 
 def scaled_queries(x: Queries) -> tuple[Float[Array, "b d"], Float[Array, "b 1"], Bool[Array, " b"]]:
-    """Queries (b, d) in float32 over a power of two (b, 1), so that their largest entries are at least 1; that power; and whether it
-    is so. A query whose largest entry is not finite, or below SMALLEST, stays as it is.
+    """Queries (b, d) in float32 over a power of two (b, 1), so that their largest entries are at least 1; that power; and whether
+    it is so. A query whose largest entry is not finite, or below SMALLEST, stays as it is.
     """
     wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(wide), axis=1, keepdims=True).astype(jnp.float32)

@@ -144,11 +144,12 @@ def checksums(rows: Rows | Blocks, precision: int) -> Fingerprint:
 
 def same_rows(one: Fingerprint, other: Fingerprint) -> bool:
     """Whether two fingerprints are of the same rows, of which one may be a copy of the other in 16 bits."""
+    one, other = np.asarray(one), np.asarray(other)  # also within jax.jit, where to take one word of a jax array is traced
     first, second = int(one[0]), int(other[0])
     if first and second and first != second:  # a bfloat16 and a float16 copy: nobody can tell
         return False
     word = 1 + 2 * max(first, second)
-    return np.array_equal(np.asarray(one)[word : word + 2], np.asarray(other)[word : word + 2])
+    return np.array_equal(one[word : word + 2], other[word : word + 2])
 
 
 known_fingerprint = OncePerArray(fingerprint)

@@ -213,9 +213,12 @@ def check_queries(x: States, estimator: Estimator) -> None:
 
 def for_any_lead(function: Callable[[Queries], Any], x: States) -> Any:
     """What a function of queries (b, d) gives for queries (*b, d): arrays (b, …) become (*b, …)."""
+    lead = x.shape[:-1]
+    if 0 in lead:
+        shapes = jax.eval_shape(function, jax.ShapeDtypeStruct((1, x.shape[-1]), x.dtype))
+        return jax.tree.map(lambda part: jnp.zeros((*lead, *part.shape[1:]), part.dtype), shapes)
     if x.ndim == 2:
         return function(x)
-    lead = x.shape[:-1]
     return jax.tree.map(lambda part: part.reshape(*lead, *part.shape[1:]), function(jnp.asarray(x).reshape(-1, x.shape[-1])))
 
 

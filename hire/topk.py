@@ -99,7 +99,8 @@ def keep_groups(activations: Float[Array, "*b f"], scores: Float[Array, "*b m"],
     """The activations (*b, f) of the k groups with the best scores (*b, m), 0 for the others (all that tie with the k-th stay)."""
     last = kth_score(jax.lax.stop_gradient(scores), k)
     groups = activations.reshape(*scores.shape, -1)
-    return jnp.where((scores >= last)[..., None], groups, 0).reshape(activations.shape)
+    # A NaN is below nothing: what is no number stays one.
+    return jnp.where(~(scores < last)[..., None], groups, 0).reshape(activations.shape)
 
 
 def kth_score(scores: Scores, k: int) -> Float[Array, "*b 1"]:

@@ -1,5 +1,7 @@
 """A certificate is never wrong: against float64, on rows made to deceive it; and what it grants on real weights."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hire
-from hire.certify import certified_top_k, top_upper_bounds as nominated
+from hire.certify import certified_top_k, scaled_queries, top_upper_bounds
+from hire.estimators import error_bounds
+from hire.lab import adversary
 
 AS_SHIPPED = dict(xla_backend_optimization_level=3, xla_cpu_use_fusion_emitters=True)  # a proof is about how sums are rounded
 
@@ -65,7 +69,7 @@ def test_no_other_row_reaches_above_what_is_said(m, candidates, kind, seed):
     reached = np.random.default_rng(seed).normal(size=(3, m)).astype(np.float32)
     if kind != "normal":
         reached[:, ::2] = 1.0 if kind == "equal" else -np.inf
-    chosen, others = map(np.asarray, nominated(jnp.asarray(reached), candidates))
+    chosen, others = map(np.asarray, top_upper_bounds(jnp.asarray(reached), candidates))
     assert all(len(set(row)) == candidates for row in chosen.tolist())
     np.put_along_axis(reached, chosen, -np.inf, 1)
     assert (reached.max(1) <= others).all()
@@ -93,3 +97,114 @@ def test_queries_that_are_no_numbers_prove_nothing(rng):
     rows = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32)
     x = jnp.asarray([[np.nan] * 8, [np.inf] * 8], jnp.float32)
     assert not search(x, rows, hire.Quantized.fit(rows, 8), 2, 8).proved.any()
+
+
+def test_a_projected_query_is_not_rounded_unnoticed(rng):
+    """Factors of 16 bits: the query's products with the projection once were rounded to their type, which no bound knew of."""
+    for dtype in (jnp.bfloat16, jnp.float16):
+        rows = jnp.asarray(rng.normal(size=(1, 16)) + rng.normal(size=(256, 16)) * 0.02, dtype)
+        x = jnp.asarray(rng.normal(size=(512, 16)), jnp.float32)
+        found = search(x, rows, hire.LowRank.fit(rows, 16), 1, 4)
+        assert found.proved.mean() > 0.2
+        assert np.all(holds(found, x, rows, 1) | ~np.asarray(found.proved))
+
+
+def test_queries_whose_squares_are_no_normal_numbers():
+    """A length once came out as 0, and with it every bound."""
+    rows = jnp.asarray([[-1.42, 0.26, -0.57], [-1.03, -1.04, 0.27]])
+    copy = hire.Quantized.fit(rows, 4)
+    for scale in (1e-19, 1e-30, 1e-38, 1e19, 1e30, 3e38):  # the last one's length is no float32
+        found = search(jnp.full((1, 3), scale), rows, copy, 1, 1)
+        assert found.proved.tolist() == [False] or found.top.indices.tolist() == [[0]], scale
+    assert search(jnp.full((1, 3), 1e-19), rows, copy, 1, 2).top.indices.tolist() == [[0]]
+
+
+def test_scaling_a_query_changes_no_proof(rng):
+    rows = jnp.asarray(rng.normal(size=(512, 24)), jnp.float32)
+    copy = hire.Quantized.fit(rows, 8)
+    x = jnp.asarray(rng.normal(size=(40, 24)), jnp.float32)
+    plain = search(x, rows, copy, 2, 16)
+    assert 0.5 < plain.proved.mean() < 1
+    for exponent in (-80, -20, 20, 100):
+        found = search(x * 2.0**exponent, rows, copy, 2, 16)
+        np.testing.assert_array_equal(found.proved, plain.proved)
+        np.testing.assert_array_equal(found.top.indices, plain.top.indices)
+        np.testing.assert_allclose(found.top.values, plain.top.values * np.float32(2.0) ** exponent, rtol=1e-6)
+
+
+def test_scaled_queries_by_hand():
+    x = jnp.asarray([[3.0, -5.0], [0.0, 0.0], [2.0**-95, 0.0], [jnp.inf, 1.0], [1.0, jnp.nan], [2.0**120, 1.0]])
+    scaled, power, usable = scaled_queries(x)
+    assert usable.tolist() == [True, False, False, False, False, True]
+    assert power[:, 0].tolist() == [4.0, 1.0, 1.0, 1.0, 1.0, 2.0**100]
+    assert scaled[0].tolist() == [0.75, -1.25] and scaled[5].tolist() == [2.0**20, 2.0**-100]
+
+
+def test_a_query_of_zeros_has_an_answer_and_no_proof(rng):
+    rows = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32)
+    found = search(jnp.zeros((1, 8)), rows, hire.Quantized.fit(rows, 8), 2, 8)
+    assert found.top.values.tolist() == [[0.0, 0.0]] and not found.proved.any()
+
+
+def test_bounds_hold_for_rows_of_any_scale_and_type(rng):
+    """Against float64: no estimate is off by more than its bound says, for a query of length 1."""
+    x = rng.normal(size=(64, 24))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    for dtype, scales in ((jnp.float32, (1e-30, 1.0, 1e30)), (jnp.bfloat16, (1e-30, 1.0, 1e30)), (jnp.float16, (1e-3, 1.0, 1e3))):
+        for scale in scales:
+            rows = jnp.asarray(rng.normal(size=(100, 24)) * scale, jnp.float32).astype(dtype)
+            copies = [hire.LowRank.fit(rows, 10, bits=bits) for bits in (None, 8, 4)] + [
+                hire.Quantized.fit(rows, bits) for bits in (8, 4)
+            ]
+            for copy in copies:
+                exact = x.astype(np.float64) @ np.asarray(rows, np.float64).T
+                off = np.abs(np.asarray(copy.scores(jnp.asarray(x)), np.float64) - exact).max(0)
+                assert (off <= np.asarray(copy.error_bounds, np.float64)).all()
+                assert (np.asarray(copy.error_bounds) < 3 * np.linalg.norm(np.asarray(rows, np.float64), axis=1) + 1e-25).all()
+
+
+def test_rows_that_are_not_finite_have_infinite_bounds(rng):
+    rows = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32)
+    copy = hire.Quantized.fit(rows, 8)
+    broken = rows.at[3, 0].set(jnp.inf).at[5, 1].set(jnp.nan)
+    bounds = np.asarray(error_bounds(broken, copy))
+    assert np.flatnonzero(~np.isfinite(bounds)).tolist() == [3, 5] and (bounds[[3, 5]] == np.inf).all()
+    x = jnp.asarray(rng.normal(size=(20, 8)), jnp.float32)
+    assert not search(x, broken, replace(copy, error_bounds=jnp.asarray(bounds), fingerprint=None), 2, 8).proved.any()
+
+
+def test_a_copy_without_bounds_or_of_other_rows_proves_nothing(rng):
+    rows = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32)
+    copy = hire.Quantized.fit(rows, 8)
+    with pytest.raises(ValueError, match="Quantized"):
+        certified_top_k(rows[:2], rows, replace(copy, error_bounds=None), k=1, candidates=4)
+    with pytest.raises(ValueError, match=r"\(64, 8\)"):
+        certified_top_k(rows[:2], rows + 1, copy, k=1, candidates=4)
+
+
+def test_memory_of_many_queries_is_that_of_a_few():
+    rows, x = jnp.zeros((20_000, 64)), jnp.zeros((256, 64))
+    copy = hire.Quantized.fit(rows, 8)
+    prove = jax.jit(lambda x, rows, copy: certified_top_k(x, rows, copy, k=4, candidates=128))
+
+    def used(queries: int) -> int:
+        return prove.lower(x[:queries], rows, copy).compile().memory_analysis().temp_size_in_bytes
+
+    assert used(256) < 2 * used(32)
+    assert used(256) < 3 * 16 * (4 * len(rows) + 2 * 4 * 128 * 64)
+
+
+def test_an_adversary_finds_no_wrong_proof():
+    """A few of the attacks of `make certify-adversary`, of which every one is drawn."""
+    told = adversary.attack_proofs(20 * adversary.QUERIES, seed=7)
+    assert told["all"]["wrong"] == 0 and told["all"].get("wrong_fallbacks", 0) == 0
+    assert told["all"]["proved"] > 0.2 * told["all"]["queries"]
+    assert set(adversary.TYPES) <= set(told)
+
+
+def test_an_adversary_would_see_a_wrong_proof(rng):
+    rows, x = rng.normal(size=(64, 12)), rng.normal(size=(8, 12))
+    worst = np.argsort(x @ rows.T, axis=1)[:, :2].astype(np.int32)
+    found = hire.certify.Certified(hire.TopK(np.zeros((8, 2), np.float32), worst), np.arange(8) % 2 == 0)
+    np.testing.assert_array_equal(adversary.wrong_proofs(found, x, rows), found.proved)
+    assert adversary.wrong_fallbacks(found, x, rows).all()

@@ -44,19 +44,45 @@ def test_words_are_drawn_as_often_as_their_probability_says():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(temperature=-0.1), "temperature = -0.1: expected a finite number of at least 0"),
-        (dict(temperature=float("nan")), "temperature = nan"),
-        (dict(temperature=float("inf")), "temperature = inf"),
-        (dict(top_p=0.0), "top_p = 0.0: expected a number above 0 and at most 1"),
-        (dict(top_p=1.1), "top_p = 1.1"),
-        (dict(top_p=float("nan")), "top_p = nan"),
-        (dict(top_k=0), "top_k = 0: expected a whole number from 1 to 3"),
-        (dict(top_k=4), "top_k = 4: expected a whole number from 1 to 3 .the words that the softmax finds"),
+        (dict(temperature=-0.1), "-0.1"),
+        (dict(temperature=float("nan")), "temperature.*nan"),
+        (dict(temperature=float("inf")), "temperature.*inf"),
+        (dict(top_p=0.0), "top_p.*0.0"),
+        (dict(top_p=1.1), "top_p.*1.1"),
+        (dict(top_p=float("nan")), "top_p.*nan"),
+        (dict(top_k=0), "top_k.*0"),
+        (dict(top_k=4), "top_k.*4"),
     ],
 )
 def test_settings_that_draw_nothing_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         hire.sample(top_of(0.5, 0.3, 0.2), jax.random.key(0), **settings)
+
+
+def test_top_p_of_one_drops_no_word():
+    """Also where the sum of better words rounds to 1 in float32."""
+    values = jnp.concatenate([jnp.zeros(1), jnp.full(100, -18.0)])[None]
+    found = hire.sampling_probabilities(hire.TopK(values, jnp.arange(101, dtype=jnp.int32)[None]))
+    assert int((found > 0).sum()) == 101
+
+
+def test_without_a_distribution_nothing_is_drawn():
+    values = jnp.asarray([[-jnp.inf, -jnp.inf], [1.0, jnp.nan], [2.0, -jnp.inf]])
+    top = hire.TopK(values, jnp.asarray([[7, 8]] * 3, jnp.int32))
+    for settings in (dict(), dict(temperature=0.0), dict(top_p=0.5)):
+        found = hire.sampling_probabilities(top, **settings)
+        assert jnp.isnan(found).all(1).tolist() == [True, True, False] and found[2].tolist() == [1.0, 0.0]
+        assert hire.sample(top, jax.random.key(0), **settings).tolist() == [-1, -1, 7]
+
+
+def test_settings_may_be_traced_or_each_query_its_own():
+    top = jax.tree.map(lambda part: jnp.repeat(part, 3, 0), top_of(0.5, 0.3, 0.2))
+    found = hire.sampling_probabilities(top, temperature=jnp.asarray([0.0, 0.5, 1.0]), top_p=np.asarray([1.0, 1.0, 0.8]))
+    np.testing.assert_allclose(found, [[1, 0, 0], [25 / 38, 9 / 38, 4 / 38], [5 / 8, 3 / 8, 0]], atol=1e-6)
+    traced = jax.jit(lambda temperature: hire.sampling_probabilities(top, temperature=temperature))(0.5)
+    np.testing.assert_allclose(traced[0], [25 / 38, 9 / 38, 4 / 38], atol=1e-6)
+    with pytest.raises(ValueError, match="-1"):
+        hire.sampling_probabilities(top, temperature=np.asarray([1.0, -1.0, 1.0]))
 
 
 def test_total_variation_by_hand():
@@ -110,5 +136,5 @@ def test_an_estimator_of_other_rows_is_refused_and_one_in_another_precision_is_n
     for estimator in (hire.LowRank.fit(rows, 4), hire.LowRank.fit(rows, 4, bits=8), hire.Quantized.fit(rows, 4)):
         hire.HireSoftmax(rows.astype(jnp.bfloat16), estimator, 4, 20)
         for wrong in (others, rows[::-1], rows.at[7, 3].add(0.5)):
-            with pytest.raises(ValueError, match=r"estimator of other rows \(300, 8\)"):
+            with pytest.raises(ValueError, match=r"\(300, 8\)"):
                 hire.HireSoftmax(wrong, estimator, 4, 20)

@@ -78,7 +78,7 @@ def kernel(groups, x, up, down, out, active, held, arrived, *, group: int, count
 def keep_best(active, k: int, group: int) -> None:
     """Set to 0 what is not in the k groups with the largest sums: their k-th is found bit by bit, as in `hire.topk.kth_score`."""
     steps, n, tall = active.shape
-    one, other = (jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, (tall, tall), axis), group) for axis in (0, 1))
+    one, other = (jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, (tall, tall), axis), jnp.int32(group)) for axis in (0, 1))
     same = jnp.where(one == other, 1.0, 0.0).astype(jnp.bfloat16)
 
     def sums(rest):
