@@ -121,10 +121,10 @@ def test_queries_whose_squares_are_no_normal_numbers():
 
 def test_scaling_a_query_changes_no_proof(rng):
     rows = jnp.asarray(rng.normal(size=(512, 24)), jnp.float32)
-    copy = hire.Quantized.fit(rows, 8)
+    copy = hire.Quantized.fit(rows, 4)
     x = jnp.asarray(rng.normal(size=(40, 24)), jnp.float32)
     plain = search(x, rows, copy, 2, 16)
-    assert 0.5 < plain.proved.mean() < 1
+    assert 0.1 < plain.proved.mean() < 1
     for exponent in (-80, -20, 20, 100):
         found = search(x * 2.0**exponent, rows, copy, 2, 16)
         np.testing.assert_array_equal(found.proved, plain.proved)
@@ -153,9 +153,8 @@ def test_bounds_hold_for_rows_of_any_scale_and_type(rng):
     for dtype, scales in ((jnp.float32, (1e-30, 1.0, 1e30)), (jnp.bfloat16, (1e-30, 1.0, 1e30)), (jnp.float16, (1e-3, 1.0, 1e3))):
         for scale in scales:
             rows = jnp.asarray(rng.normal(size=(100, 24)) * scale, jnp.float32).astype(dtype)
-            copies = [hire.LowRank.fit(rows, 10, bits=bits) for bits in (None, 8, 4)] + [
-                hire.Quantized.fit(rows, bits) for bits in (8, 4)
-            ]
+            copies = [hire.LowRank.fit(rows, 10, bits=bits) for bits in (None, 8, 4)]
+            copies += [hire.Quantized.fit(rows, bits) for bits in (8, 4)]
             for copy in copies:
                 exact = x.astype(np.float64) @ np.asarray(rows, np.float64).T
                 off = np.abs(np.asarray(copy.scores(jnp.asarray(x)), np.float64) - exact).max(0)
@@ -196,7 +195,7 @@ def test_memory_of_many_queries_is_that_of_a_few():
 
 def test_an_adversary_finds_no_wrong_proof():
     """A few of the attacks of `make certify-adversary`, of which every one is drawn."""
-    told = adversary.attack_proofs(20 * adversary.QUERIES, seed=7)
+    told = adversary.attack_proofs(12 * adversary.QUERIES, seed=7)
     assert told["all"]["wrong"] == 0 and told["all"].get("wrong_fallbacks", 0) == 0
     assert told["all"]["proved"] > 0.2 * told["all"]["queries"]
     assert set(adversary.TYPES) <= set(told)
