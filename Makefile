@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 # with AVX-512 `make bench XLA_FLAGS=--xla_cpu_prefer_vector_width=512` is faster, here it slows the dense product by a third.
 export XLA_FLAGS ?=
 
-.PHONY: help env figures test floor colab demo bench distributed questions keys fits train v5e verify pages checks lint format lock budgets clean
+.PHONY: help env figures test floor colab demo bench distributed questions keys fits certify-adversary train v5e verify pages checks lint format lock budgets clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -85,6 +85,9 @@ questions: $(STAMP)  ## Gemma on multiple-choice sets and a cloze, exact and sea
 
 fits: $(STAMP)  ## how many queries a copy is fitted to, how, and to which text, as a record, about 4 minutes
 	@$(LAB) fits
+
+certify-adversary: $(STAMP)  ## attack proofs with a million drawn queries of every type, scale and kind, as a record
+	@$(LAB) certify-adversary
 
 keys: $(STAMP)  ## Gemma at 1K to 8K tokens with its keys searched, about 10 minutes, as a record
 	@$(LAB) keys

@@ -11,6 +11,7 @@ PLAIN = {  # command -> (function without arguments, what it is for)
     "checks": ("hire.lab.pages:keep_checks", "take the check cells' outputs of the last smoke run into the notebooks"),
     "compiler": ("hire.lab.tpu:install", "install the TPU compiler that goes with this jax"),
     "questions": ("hire.lab.tasks:judge_questions", "Gemma on multiple-choice sets and a cloze, exact and searched, as a record"),
+    "certify-adversary": ("hire.lab.adversary:certify_adversary", "attack proofs with a million drawn queries, as a record"),
     "fits": ("hire.lab.beyond:judge_fits", "recall of fitted copies by queries, ridge and kind of text, as a record"),
     "keys": ("hire.lab.keys:judge_keys", "Gemma at long contexts with its keys searched, as a record"),
 }

@@ -39,7 +39,7 @@ class Attack:
 
 def attacks(rng: np.random.Generator) -> Iterator[Attack]:
     """Attacks without an end: every type with every copy in turn, all else drawn."""
-    for dtype, copy in itertools.cycle(itertools.product(TYPES, COPIES)):
+    for copy, dtype in itertools.cycle(itertools.product(COPIES, TYPES)):
         trap, way = rng.choice(TRAPS), rng.choice(WAYS, p=[0.45, 0.27, 0.27, 0.01])
         rank = int(rng.integers(1, WIDTH + 1))
         yield Attack(trap, dtype, copy, way, ASKED[(rank + WAYS.index(way)) % len(ASKED)], rank)  # few programs to compile
