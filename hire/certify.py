@@ -60,7 +60,7 @@ def scaled_queries(x: Queries) -> tuple[Float[Array, "b d"], Float[Array, "b 1"]
     """Queries (b, d) in float32 over a power of two (b, 1), so that their largest entries are at least 1; that power; and whether
     it is so. A query whose largest entry is not finite, or below SMALLEST, stays as it is.
     """
-    wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    wide = jnp.asarray(x if x.dtype == jnp.float64 else x.astype(jnp.float32))
     largest = jnp.max(jnp.abs(wide), axis=1, keepdims=True).astype(jnp.float32)
     exponent_alone = jax.lax.bitcast_convert_type(largest, jnp.int32) & jnp.int32(0x7F800000)
     power = jax.lax.bitcast_convert_type(exponent_alone, jnp.float32)

@@ -159,17 +159,22 @@ def check_finite(name: str, rows: Rows) -> None:
     """Raise ValueError, naming the first row, unless all entries of rows (m, d) are finite. Inside jax.jit it cannot tell."""
     if isinstance(rows, Tracer):
         return
-    finite = known_finite(rows)
+    finite = np.isfinite(known_largest(rows))
     if not finite.all():
         raise ValueError(f"{name}: row {int(np.argmin(finite))} holds a value that is not finite: expected finite rows")
 
 
-def finite_rows(rows: Rows) -> np.ndarray:
+@jax.jit
+def largest_of_rows(rows: Rows) -> Float[Array, " m"]:
+    """The size of each row's largest entry, inf for a row that is not finite: a CPU's maximum may pass over a NaN."""
+    exact = rows.astype(jnp.float32)
+    return jnp.max(jnp.where(jnp.isfinite(exact), jnp.abs(exact), jnp.inf), axis=-1)
+
+
+@OncePerArray
+def known_largest(rows: Rows) -> np.ndarray:
     with jax.ensure_compile_time_eval():
-        return np.asarray(jax.jit(lambda rows: jnp.all(jnp.isfinite(rows.astype(jnp.float32)), axis=-1))(rows))
-
-
-known_finite = OncePerArray(finite_rows)
+        return np.asarray(largest_of_rows(rows))
 
 
 def unpack(codes: Codes, bits: int, width: int) -> Float[Array, "... d"]:
@@ -250,7 +255,7 @@ class Quantized:
         """
         check_bits(bits)
         check_finite("rows", rows)
-        known = None if calibration is None else np.linalg.cholesky(covariance_of(calibration, rows.shape))
+        known = None if calibration is None else np.linalg.cholesky(covariance_of(calibration, (rows.shape[0], rows.shape[1])))
         codes, scale = rounded(rows, bits, None if known is None else jnp.asarray(known, jnp.float32))
         copy = cls(codes, scale, known_fingerprint(rows), bits, rows.shape[1])
         return replace(copy, error_bounds=error_bounds(rows, copy))
@@ -517,7 +522,7 @@ class LowRank:
         factors = factors * jnp.float32(2.0 ** (exponent // 2)) * jnp.float32(2.0 ** (exponent - exponent // 2))
         if bits is None:
             copy = cls(projection, factors.astype(given.dtype if given.dtype in HALF_TYPES else jnp.float32), known)
-            check_finite(f"factors in the rows' type {given.dtype}", copy.factors)
+            check_finite(f"factors in the rows' type {given.dtype}", jnp.asarray(copy.factors))
         else:
             copy = cls(quantized(projection, 8), quantized(factors, bits), known)
         return replace(copy, error_bounds=error_bounds(given, copy))
@@ -545,14 +550,15 @@ MOST_COLUMNS = 4096  # of a matrix with more columns than rows: any more, and it
 
 def quantized(rows: Rows, bits: int) -> Quantized:
     """A part of an estimator in fewer bits: without a fingerprint or bounds of its own."""
-    return Quantized(*rounded(rows, bits), None, bits, rows.shape[1])
+    codes, scale = rounded(rows, bits)
+    return Quantized(codes, scale, None, bits, rows.shape[1])
 
 
 def near_one(rows: Rows) -> tuple[Rows, int]:
     """Rows times a power of two, and that power's exponent with the sign turned, where their squares may not be normal numbers."""
     if isinstance(rows, Tracer):
         return rows, 0
-    largest = float(jnp.max(jnp.abs(rows).astype(jnp.float32)))
+    largest = float(known_largest(rows).max())
     exponent = math.frexp(largest)[1]
     if abs(exponent) <= 30 or not 0 < largest < math.inf:
         return rows, 0
@@ -668,7 +674,7 @@ def squares_of_copy(sizes: list[Float[Array, " m"]], rows: Rows, rebuilt: Rows |
 
 def parts_of_copy(rows: Rows, rebuilt: Rows | Quantized) -> list[Float[Array, "m d"]]:
     """What a copy leaves out of rows (m, d), the copy, and the rows."""
-    exact, copy = rows.astype(jnp.float32), floats(rebuilt)
+    exact, copy = floats(rows), floats(rebuilt)
     return [exact - copy, copy, exact]
 
 

@@ -248,11 +248,12 @@ def check_fitted(rows: Rows | Blocks | Quantized, estimator: Estimator) -> None:
     """Raise ValueError when the estimator was fitted to other rows of that shape. Reads all rows, of a jax array once in its life;
     inside jax.jit it cannot tell.
     """
-    own = rows.fingerprint if isinstance(rows, Quantized) else rows
     known = estimator.fingerprint
-    if known is None or isinstance(own, Tracer) or isinstance(known, Tracer):
+    if known is None or isinstance(known, Tracer) or isinstance(rows, Tracer):
         return
-    if not isinstance(rows, Quantized):
+    if isinstance(rows, Quantized):
+        own = rows.fingerprint
+    else:
         with jax.ensure_compile_time_eval():
             own = known_fingerprint(rows) if rows.ndim == 2 else block_fingerprint(estimator.shape[1])(rows)
     check_same_rows(own, known, f"estimator of other rows {tuple(rows.shape)}")
@@ -266,7 +267,7 @@ def block_fingerprint(width: int) -> OncePerArray:
 
 def check_same_rows(one: Fingerprint | None, other: Fingerprint | None, what: str) -> None:
     """Raise ValueError when two fingerprints are known, and of other rows."""
-    if any(part is None or isinstance(part, Tracer) for part in (one, other)):
+    if one is None or other is None or isinstance(one, Tracer) or isinstance(other, Tracer):
         return
     if not same_rows(one, other):
         raise ValueError(f"{what}: expected one fitted to these; fit it again")

@@ -115,7 +115,7 @@ class HireSoftmax:
         """`words` on every device of the axis: each estimates the sum over its own, from the candidates that da_top_k has."""
         axis, held = Axis.of(self.axis or ""), own["rows"].shape[0]
         k, candidates = (axis.with_filling(count, held) for count in (self.k, self.candidates))
-        real = axis.whole(jnp.arange(held), held) < axis.total(held)
+        real = jnp.asarray(axis.whole(jnp.arange(held), held) < axis.total(held))
         found = HireSoftmax(**own, k=k, candidates=candidates, form=self.form).words_of(hidden, real)
         sums, errors = jax.lax.all_gather(jnp.stack([found.log_normalizer, found.error]), axis.name, axis=1)
         whole = jax.nn.logsumexp(sums, axis=0)
