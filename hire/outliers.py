@@ -29,8 +29,8 @@ class Outliers:
         estimator of other rows, for rows or queries that are not finite, or without queries.
         """
         check_search(rows, estimator, 1, 1)
-        check_fitted(rows, estimator)
         check_finite("rows", rows)
+        check_fitted(rows, estimator)
         count = check_count("count", count, 1, rows.shape[0], "the number of rows")
         some = batches(calibration, 64) if isinstance(calibration, AnyArray) else calibration
         error = sum(np.asarray(squared_errors(rows, estimator, batch), np.float64) for batch in some)
