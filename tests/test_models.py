@@ -1,6 +1,7 @@
 """The decoder against plain numpy, its cache step by step, and its files: read, refused, made again."""
 
 import dataclasses
+import importlib
 import json
 import re
 
@@ -13,9 +14,12 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 import hire
+from hire.kernels.form import FORMS
+from hire.kernels.rows import blocks
 from hire.lab import reference
 from hire.models import Decoder, convert, generate, load_gemma, preset, weights
-from hire.models.generation import Split, compiled_step, compiled_words, prefill, step
+from hire.models.decoder import best_words
+from hire.models.generation import Split, compiled_step, prefill, step
 from hire.models.tokenizer import byte_tokenizer, sentencepiece_bpe
 from hire.models.weights import gguf_names, named
 
@@ -72,7 +76,7 @@ def test_a_step_copies_neither_weights_nor_cache(unchecked, rng, searched):
     compiled = compiled_step.lower(parts.trunk, jnp.zeros((1,), jnp.int32), cache).compile()
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.keys, cache.values)))
     assert compiled.memory_analysis().alias_size_in_bytes >= held  # every key and value is donated to its successor
-    words = compiled_words.lower(*parts.words, jnp.zeros((1, 64)), 4).compile()
+    words = best_words.lower(*parts.words, jnp.zeros((1, 64)), 4).compile()
     entries = "".join(text[text.index("ENTRY") :] for text in (compiled.as_text(), words.as_text()))
     copied = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", entries)]
     assert max(copied, default=0) < 64 * 16  # less than the keys of the shortest cache
@@ -103,8 +107,101 @@ def test_a_converted_model_writes_the_same_text_with_the_same_weights(rng):
 
 def test_a_softmax_of_another_model_is_refused():
     one, other = (Decoder(preset("tiny", vocabulary=300, layers=1), rngs=nnx.Rngs(seed)) for seed in (0, 1))
-    with pytest.raises(ValueError, match=r"estimator of other rows \(300, 64\): expected one fitted to these; fit it again"):
-        convert(other, softmax=softmax_of(one, candidates=20))
+    rows = one.embedding[...]
+    for softmax in (
+        softmax_of(one, candidates=20),
+        dataclasses.replace(softmax_of(one, candidates=20), rows=blocks(rows)),
+        dataclasses.replace(softmax_of(one, candidates=20), rows=hire.Quantized.fit(rows, 8)),
+    ):
+        with pytest.raises(ValueError, match="300"):
+            convert(other, softmax=softmax)
+        convert(one, softmax=softmax)
+    narrow = blocks(rows.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match="bfloat16"):
+        convert(one, softmax=dataclasses.replace(softmax, rows=narrow))
+    nearly = blocks(rows.at[299, 63].multiply(1 + 2**-10))
+    with pytest.raises(ValueError, match="300"):
+        convert(one, softmax=dataclasses.replace(softmax_of(one, candidates=20), rows=nearly))
+
+
+def same_model(ours, theirs, tokens, atol=0.0):
+    """The same hidden states, logits and best words."""
+    hidden, _ = theirs.prefill(tokens)
+    np.testing.assert_allclose(ours.prefill(tokens)[0], hidden, atol=atol)
+    np.testing.assert_allclose(ours.logits(hidden), theirs.logits(hidden), atol=1e-4)
+    best = ours.best(hidden[:, -1], 8).indices.tolist()
+    assert best == theirs.best(hidden[:, -1], 8).indices.tolist()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_implementation_survives_a_conversion(tiny, form):
+    softmax = softmax_of(tiny, candidates=300, form=form)
+    converted = convert(tiny, softmax=softmax)
+    assert converted.softmax.over(tiny.embedding[...]).form == form
+    again = convert(converted, softmax=converted.softmax.over(converted.embedding[...]))
+    assert again.softmax.form == form
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_rows_in_blocks_become_the_embedding_and_turn_back(tiny, rng, own):
+    tokens, rows = texts(rng, 2, 20), blocks(tiny.embedding[...])
+    softmax = dataclasses.replace(softmax_of(tiny, candidates=300), rows=rows)
+    converted = convert(tiny, softmax=softmax)
+    assert converted.embedding[...] is rows and tiny.embedding[...].ndim == 2
+    same_model(converted, tiny, tokens)
+    assert hire.generate(converted, tokens, new_tokens=3).tolist() == hire.generate(tiny, tokens, new_tokens=3).tolist()
+    assert convert(converted, softmax=softmax).embedding[...] is rows
+    other = softmax_of(tiny, candidates=300)
+    if own:
+        other = dataclasses.replace(other, rows=hire.Quantized.fit(tiny.embedding[...], 8))
+    for back in (convert(converted), convert(converted, softmax=other)):
+        assert (back.embedding[...] == tiny.embedding[...]).all()
+        np.testing.assert_array_equal(back.prefill(tokens)[0], tiny.prefill(tokens)[0])
+    assert convert(convert(converted)).softmax is None
+
+
+def ffns_of(model, **more):
+    found = []
+    for block in model.blocks:
+        up, down, gate = (getattr(block.ffn, name)[...] for name in ("up", "down", "gate"))
+        found.append(hire.HireFFN(up, down, hire.Quantized.fit(gate, 8), gate, k=4, candidates=8, **more))
+    return found
+
+
+def test_tokens_that_share_a_call_are_kept_or_refused(tiny):
+    ffns = ffns_of(tiny, shared=True)
+    searched = convert(tiny, ffn=ffns, together=4)
+    for kept in (convert(searched), convert(searched, softmax=softmax_of(tiny, 300)), convert(searched, ffn=ffns)):
+        assert [block.ffn.together for block in kept.blocks] == [4, 4]
+    assert convert(searched, together=2).blocks[0].ffn.together == 2
+    assert convert(tiny, ffn=ffns).blocks[0].ffn.together == 1
+    for model, together in ((tiny, 4), (searched, 0)):
+        with pytest.raises(ValueError, match=f"together = {together}"):
+            convert(model, together=together)
+
+
+def test_ffns_of_another_kind_are_refused(tiny):
+    ffns = ffns_of(tiny)
+    with pytest.raises(ValueError, match="False, True"):
+        up, down = ffns[0].up, ffns[0].down
+        convert(tiny, ffn=[hire.HireFFN(up, down, hire.Quantized.fit(up, 8), k=4, candidates=8), ffns[1]])
+    with pytest.raises(ValueError, match="64"):
+        convert(tiny, ffn=ffns[:1])
+    routed = Decoder(preset("tiny", vocabulary=300, group_size=8, kept=0.5, routed=True), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="routed = True"):
+        convert(routed, ffn=ffns)
+
+
+def test_parts_of_a_model_are_mapped_and_stacked_as_pytrees(unchecked, tiny, rng):
+    """JAX builds them around shapes and placeholders, which nothing validates."""
+    converted = convert(tiny, softmax=softmax_of(tiny, 300))
+    _, cache = prefill(Split.of(converted), texts(rng, 2, 5), 9, 4)
+    for part in (converted.softmax, cache, Split.of(converted)):
+        shapes = jax.eval_shape(lambda part: part, part)
+        for made in (shapes, jax.tree.map(lambda leaf: None, part), jax.tree.map(lambda leaf: object(), part)):
+            assert type(made) is type(part)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), part, part)
+        assert [leaf.shape[0] for leaf in jax.tree.leaves(stacked)] == [2] * len(jax.tree.leaves(part))
 
 
 def test_generation_takes_the_likeliest_word_each_time(tiny, rng):
@@ -176,6 +273,93 @@ def test_a_text_that_does_not_fit_is_refused(tiny, rng):
 def test_a_generation_that_cannot_be_is_refused(tiny, rng, settings, message):
     with pytest.raises(ValueError, match=message):
         generate(tiny, texts(rng, 1, 9), **settings)
+
+
+PROMPT = [3, 200, 299, 7, 256]
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        [PROMPT],
+        PROMPT,
+        np.asarray([PROMPT], np.uint16),
+        np.asarray([PROMPT], np.uint64),
+        np.asarray([PROMPT], np.int16),
+        np.asarray(PROMPT),
+        jnp.asarray([PROMPT], jnp.uint16),
+    ],
+    ids=lambda prompts: f"{type(prompts).__name__} {getattr(prompts, 'dtype', '')}",
+)
+def test_prompts_of_any_whole_numbers_give_the_same_ids(prompts):
+    """Ids beyond 255 and 65535 do not wrap, whatever type the prompt had."""
+    model = Decoder(preset("tiny", vocabulary=300), rngs=nnx.Rngs(0))
+    expected = generate(model, jnp.asarray([PROMPT], jnp.int32), new_tokens=4)
+    written = generate(model, prompts, new_tokens=np.int64(4), slots=np.int32(9), seed=np.int64(3))
+    assert written.dtype == jnp.int32
+    assert written.tolist() == (expected[0] if np.ndim(prompts) == 1 else expected).tolist()
+
+
+def test_ids_that_do_not_fit_a_prompts_type_are_written(monkeypatch):
+    model = Decoder(preset("tiny", vocabulary=70000, layers=1), rngs=nnx.Rngs(0))
+    best = hire.TopK(jnp.zeros((1, 1)), jnp.full((1, 1), 69999, jnp.int32))
+    monkeypatch.setattr("hire.models.generation.best_words", lambda *_: best)
+    assert generate(model, np.asarray([[1, 2]], np.uint16), new_tokens=2).tolist() == [[1, 2, 69999, 69999]]
+
+
+def test_no_prompts_give_no_texts(tiny):
+    written = generate(tiny, np.zeros((0, 5), np.int64), new_tokens=3)
+    assert written.shape == (0, 8) and written.dtype == jnp.int32
+
+
+@pytest.mark.parametrize(
+    "prompts, value",
+    [
+        ([[3, 300]], "300"),
+        ([[3, -1]], "-1"),
+        (np.asarray([[2**40]]), str(2**40)),
+        (jnp.asarray([[3, 300]]), "300"),
+        ([[3.0, 4.0]], "float64"),
+        ([[True, False]], "bool"),
+        ([[1, 2], [3]], r"\[1, 2\]"),
+        (np.zeros((2, 0), int), r"\(2, 0\)"),
+        (np.zeros((2, 2, 2), int), r"\(2, 2, 2\)"),
+        (7, r"\(\)"),
+    ],
+)
+def test_prompts_that_are_no_ids_are_refused(tiny, prompts, value):
+    with pytest.raises(ValueError, match=value):
+        generate(tiny, prompts, new_tokens=2)
+
+
+def test_ids_beyond_the_vocabulary_have_no_hidden_state(tiny):
+    with pytest.raises(ValueError, match="300"):
+        tiny.prefill(jnp.asarray([[3, 300]]))
+    with pytest.raises(ValueError, match="301"):
+        tiny.best(jnp.zeros((1, 64)), 301)
+
+
+def bits64():
+    """jax.enable_x64(True), which jax 0.7 has elsewhere."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    return importlib.import_module("jax.experimental").enable_x64()
+
+
+def test_with_64_bit_numbers_on_it_writes_the_same(tiny, rng):
+    prompts = np.asarray(texts(rng, 2, 20))
+    hidden = tiny.prefill(prompts)[0]
+    converted = convert(tiny, softmax=softmax_of(tiny, 300))
+    expected = [generate(model, prompts, new_tokens=4, temperature=0.5, top_k=8).tolist() for model in (tiny, converted)]
+    with bits64():
+        made = Decoder(tiny.config, rngs=nnx.Rngs(0))
+        for model in (tiny, made):
+            after, cache = model.prefill(np.asarray(prompts, np.int64), 24)
+            np.testing.assert_allclose(after, hidden, atol=1e-5)
+            model.step(jnp.asarray([1, 2]), cache)
+            assert model.best(after[:, -1], 3).indices.shape == (2, 3)
+        found = [generate(model, prompts, new_tokens=4, temperature=0.5, top_k=8).tolist() for model in (tiny, converted)]
+    assert found == expected
 
 
 # Files. A tiny model is written in both formats with the writers of their own libraries, and must come back the same.

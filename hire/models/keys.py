@@ -6,7 +6,7 @@ names no such use: it is ours.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import Any
 
@@ -18,12 +18,12 @@ from flax import nnx
 from hire.axes import AnyArray, Array, Float, Hidden, Indices, Int, Int8, Queries, Rows
 from hire.estimators import LowRank, Quantized, product, rounded, row_scores, row_sums
 from hire.models.decoder import Attention, KeysOrValues, after, mix, written
+from hire.pytrees import pytree
 from hire.search import log_ratio, nominate
 from hire.topk import check_count, exact_top_k
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@pytree
 class Copied:
     """Int8 factors of cached keys or values (b, s, n, r) and their scales, or (s, r) of one text and head."""
 
@@ -32,8 +32,7 @@ class Copied:
     scale: Float[Array, "*s"] | Any
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@pytree
 class Keys:
     """Cached keys (b, s, n, e) of a searched layer, or (s, e) of one text and head; the copies of them and of their values."""
 
@@ -42,8 +41,7 @@ class Keys:
     values: Copied
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@pytree
 class Growing:
     """A low-rank copy of rows that are still to come: a row is about (row @ mixing) @ projection."""
 
@@ -74,8 +72,7 @@ class Growing:
         return row_sums(weights, self.copy(held).factors) @ self.projection
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@pytree
 class KeySearch:
     """How a layer searches its keys. Raises ValueError when built with fewer than 1 candidates."""
 
