@@ -151,6 +151,30 @@ def test_greedy_text_stops_where_it_is_told_to(subject, softmax):
     assert Harness(subject, every).written("Ahab", asked[0]) == "bbbb"
 
 
+@pytest.mark.parametrize(
+    "settings, value",
+    [
+        (dict(do_sample=True), "True"),
+        (dict(temperature=0.7), "0.7"),
+        (dict(do_sample=True, temperature=0.0), "True"),
+        (dict(num_beams=4), "4"),
+        (dict(max_tokns=3), "max_tokns"),
+        (dict(max_gen_toks=0), "0"),
+        (dict(max_gen_toks=2.5), "2.5"),
+        (dict(max_gen_toks=4, max_new_tokens=8), "8"),
+    ],
+)
+def test_settings_that_greedy_decoding_cannot_have_are_refused(subject, settings, value):
+    with pytest.raises(ValueError, match=value):
+        Harness(subject).generate_until(requested("generate_until", ("Ahab", dict(until=["x"]) | settings)))
+
+
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens"])
+def test_every_name_of_a_length_is_honoured(subject, name):
+    greedy = dict(do_sample=False, temperature=0.0, until="")
+    assert Harness(subject).written("Ahab", greedy | {name: 3}) == "bbb"
+
+
 def test_searched_harnesses_share_a_prefill(subject, softmax, monkeypatch):
     kept = {}
     pairs = requested("loglikelihood", ("The sea", " is wide"), ("Whales", " blow"))

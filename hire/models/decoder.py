@@ -273,9 +273,8 @@ class Attention(nnx.Module):
         def block(start: Int[Array, ""], queries: Float[Array, "b _ h e"]) -> Float[Array, "b _ h e"]:
             first = jnp.clip(start + size - span, 0, t - span)
             near = [jax.lax.dynamic_slice_in_dim(part, first, span, axis=1) for part in (keys, values)]
-            positions = jnp.minimum(
-                start + jnp.arange(size, dtype=jnp.int32), t - 1
-            )  # what fills the last block up sees what the last token does
+            # What fills the last block up sees what the last token does.
+            positions = jnp.minimum(start + jnp.arange(size, dtype=jnp.int32), t - 1)
             age = positions[:, None] - (first + jnp.arange(span, dtype=jnp.int32))[None]
             return attend(queries, (near[0], near[1], (age >= 0) & (age < self.window)))
 
