@@ -20,6 +20,7 @@ from hire.lab import reference
 from hire.models import Decoder, convert, generate, load_gemma, preset, weights
 from hire.models.decoder import best_words
 from hire.models.generation import Split, compiled_step, prefill, step
+from hire.models.keys import KeySearch
 from hire.models.tokenizer import byte_tokenizer, sentencepiece_bpe
 from hire.models.weights import gguf_names, named
 
@@ -247,11 +248,22 @@ def test_presets_have_the_sizes_they_name(name, millions):
         (lambda: preset("tiny", heads=3), "heads = 3"),
         (lambda: preset("tiny", layers=0), "layers = 0"),
         (lambda: preset("tiny", head_width=3), "head_width = 3"),
+        (lambda: preset("tiny", layers=2.5), "2.5"),
+        (lambda: preset("tiny", layers=True), "True"),
+        (lambda: preset("tiny", layers=np.int64(0)), "0"),
+        (lambda: preset("tiny", rope_base=float("nan")), "nan"),
+        (lambda: preset("tiny", kept=float("nan")), "nan"),
+        (lambda: preset("tiny", sparse_layers=(2,)), "2"),
     ],
 )
-def test_a_configuration_that_cannot_be_is_refused(call, value):
+def test_a_configuration_that_cannot_be_is_refused(unchecked, call, value):
     with pytest.raises(ValueError, match=value):
         call()
+
+
+def test_numpys_whole_numbers_are_sizes(unchecked):
+    config = preset("tiny", vocabulary=np.int64(300), layers=np.int8(2))
+    assert config == preset("tiny", vocabulary=300) and json.dumps(dataclasses.asdict(config))
 
 
 def test_a_text_that_does_not_fit_is_refused(tiny, rng):
@@ -273,6 +285,23 @@ def test_a_text_that_does_not_fit_is_refused(tiny, rng):
 def test_a_generation_that_cannot_be_is_refused(tiny, rng, settings, value):
     with pytest.raises(ValueError, match=value):
         generate(tiny, texts(rng, 1, 9), **settings)
+
+
+@pytest.mark.parametrize("searched", [False, True])
+def test_a_text_that_overflows_leaves_the_others_of_its_batch_alone(tiny, rng, searched):
+    broken = nnx.merge(*nnx.split(tiny))
+    broken.embedding = nnx.Param(tiny.embedding[...].at[7].set(jnp.nan))
+    if searched:
+        keys, values, queries = (jnp.asarray(rng.normal(size=(40, 16)), jnp.float32) for _ in range(3))
+        broken = convert(broken, keys={1: KeySearch.fit(keys, values, queries, (8, 8), candidates=4)})
+    tokens = jnp.asarray([[7] * 9, [3, 4, 5, 6, 8, 9, 10, 11, 12]], jnp.int32)
+    parts = Split.of(broken)
+    (_, both), (_, alone) = (prefill(parts, part, 12, 4) for part in (tokens, tokens[1:]))
+    for token in (20, 21):
+        found, both = step(parts, jnp.full((2,), token), both, 4)
+        own, alone = step(parts, jnp.full((1,), token), alone, 4)
+        assert np.isfinite(found.values[1, 1:]).all()  # the word itself has no finite logit
+        np.testing.assert_allclose(found.values[1:], own.values, atol=1e-5)
 
 
 PROMPT = [3, 200, 299, 7, 256]

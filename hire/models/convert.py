@@ -93,12 +93,13 @@ def convert(
 def embedding_for(model: Decoder, softmax: HireSoftmax) -> Rows | Blocks:
     """The embedding that a model has with a softmax. Raises ValueError for one of other rows."""
     rows, layout = softmax.rows, None if softmax.axis is None else Axis.of(softmax.axis)
+    if isinstance(rows, Quantized):
+        plain = model.token_embeddings()
+        check_fitted(plain, rows)
+        return plain
     if rows is model.embedding[...] and layout == model.laid:
         return rows  # as they are already
     plain = model.token_embeddings()
-    if isinstance(rows, Quantized):
-        check_fitted(plain, rows)
-        return plain
     if rows.ndim == 2 and layout is None:
         check_search(plain, softmax.estimator, softmax.k, softmax.candidates)
         check_fitted(plain, softmax.estimator)

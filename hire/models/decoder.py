@@ -54,8 +54,8 @@ class TiedSoftmax:
     axis: str | Axis | None = field(metadata=dict(static=True), default=None)
 
     def over(self, rows: Rows | Blocks) -> HireSoftmax:
-        rows = rows if self.rows is None else self.rows
-        return HireSoftmax(rows, self.estimator, self.k, self.candidates, form=self.form, axis=self.axis)
+        own = rows if self.rows is None else self.rows
+        return HireSoftmax(own, self.estimator, self.k, self.candidates, form=self.form, axis=self.axis)
 
     @property
     def layout(self) -> Axis | None:
@@ -311,7 +311,9 @@ class Attention(nnx.Module):
 
 def after(read: Array, entry: Float[Array, "b 1 n e"]) -> Float[Array, "b 1 n e"]:
     """An entry that depends on what was read, so that XLA sees the reading end before it is written, and copies nothing."""
-    return entry + 0 * read.reshape(-1)[0]
+    first = read.reshape(-1)[0]
+    # 0 * inf is NaN: without the choice one text's overflow would reach the keys of all others.
+    return entry + jnp.where(jnp.isfinite(first), 0 * first, jnp.zeros_like(first))
 
 
 def written(cache: Array, entry: Array, length: Int[Array, ""]) -> Array:

@@ -74,7 +74,9 @@ class Growing:
 
 @pytree
 class KeySearch:
-    """How a layer searches its keys. Raises ValueError when built with fewer than 1 candidates."""
+    """How a layer searches its keys. Raises ValueError when built with fewer than 1 candidates, or with
+    keys and values of different widths.
+    """
 
     keys: Growing
     values: Growing
@@ -82,6 +84,9 @@ class KeySearch:
 
     def __post_init__(self):
         check_count("candidates", self.candidates, 1, 2**31 - 1, "keys of one layer")
+        widths = self.keys.mixing.shape[0], self.values.mixing.shape[0]
+        if widths[0] != widths[1]:
+            raise ValueError(f"keys and values of widths {widths}: expected the same")
 
     @classmethod
     def fit(cls, keys: Rows, values: Rows, queries: Queries, ranks: Sequence[int], *, candidates: int) -> "KeySearch":
@@ -104,9 +109,12 @@ class KeySearch:
         """The candidates (c,) among the first `length` keys of one head for the queries (g, e) that share it: those that get most
         weight from all of them, best first. And the logarithms of the weights (g, s) that all keys are estimated to have.
         """
-        held = jnp.arange(len(keys.rows))[None] < length
+        held = jnp.arange(len(keys.rows), dtype=jnp.int32)[None] < length
         estimated = jnp.where(held, self.keys.copy(keys.keys).scores(x) * self.width**-0.5, -jnp.inf)
-        together = jax.nn.logsumexp(jax.nn.log_softmax(estimated, axis=1), axis=0)
+        weights = jax.nn.log_softmax(estimated, axis=1)
+        # A head whose query is not finite chooses nothing, and the others choose as without it.
+        weights = jnp.where(jnp.isnan(weights), -jnp.inf, weights)
+        together = jax.nn.logsumexp(weights, axis=0)
         chosen = nominate(together, min(self.candidates, len(keys.rows)))
         return chosen[exact_top_k(together[chosen], len(chosen)).indices], estimated
 
