@@ -103,6 +103,8 @@ def with_auto_axes(function: Callable, *arrays: Any, out_sharding: P = P()) -> A
         return function(*arrays)
     leaves, tree = jax.tree.flatten(arrays)
     call = jax.sharding.auto_axes(lambda *leaves: function(*tree.unflatten(leaves)), out_sharding=out_sharding)
+    if jax.__version_info__ < (0, 10):  # jax 0.7 chooses shardings outside jit that do not divide
+        call = jax.jit(call)
     return call(*leaves)
 
 
