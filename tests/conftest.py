@@ -1,6 +1,13 @@
-"""Every test runs with checked shapes and types, strict promotion, and four CPU devices."""
+"""Every test runs with checked shapes and types, strict promotion, four CPU devices, and a cache folder of its own."""
 
+import contextlib
 import os
+
+from scratch_cache import scratch_cache
+
+ENDS = contextlib.ExitStack()
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the folder of the process that starts them
+    ENDS.enter_context(scratch_cache())
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
 os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
@@ -21,6 +28,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("hire", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.load_profile("hire")
+
+
+def pytest_unconfigure():
+    ENDS.close()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The decoder against plain numpy, its cache step by step, and its files: read, refused, made again."""
 
 import dataclasses
+import importlib
 import json
 import re
 
@@ -13,9 +14,13 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 import hire
+from hire.kernels.form import FORMS
+from hire.kernels.rows import blocks
 from hire.lab import reference
 from hire.models import Decoder, convert, generate, load_gemma, preset, weights
-from hire.models.generation import Split, compiled_step, compiled_words, prefill, step
+from hire.models.decoder import best_words
+from hire.models.generation import Split, compiled_step, prefill, step
+from hire.models.keys import KeySearch
 from hire.models.tokenizer import byte_tokenizer, sentencepiece_bpe
 from hire.models.weights import gguf_names, named
 
@@ -58,7 +63,7 @@ def test_decoding_a_word_at_a_time_is_the_prefill(rng, gated, start, batch, kv_h
         top, cache = step(parts, tokens[:, position], cache, 300)
         np.testing.assert_allclose(by_word(top), whole[:, position], atol=2e-4)
     assert cache.length == 44
-    with pytest.raises(ValueError, match="the cache's 44 slots are full: expected room for one more token"):
+    with pytest.raises(ValueError, match="44"):
         step(parts, tokens[:, 0], cache, 300)
     assert {keys.shape[1] for keys in cache.keys} == {16, 44}  # local layers keep their window only
 
@@ -72,7 +77,7 @@ def test_a_step_copies_neither_weights_nor_cache(unchecked, rng, searched):
     compiled = compiled_step.lower(parts.trunk, jnp.zeros((1,), jnp.int32), cache).compile()
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.keys, cache.values)))
     assert compiled.memory_analysis().alias_size_in_bytes >= held  # every key and value is donated to its successor
-    words = compiled_words.lower(*parts.words, jnp.zeros((1, 64)), 4).compile()
+    words = best_words.lower(*parts.words, jnp.zeros((1, 64)), 4).compile()
     entries = "".join(text[text.index("ENTRY") :] for text in (compiled.as_text(), words.as_text()))
     copied = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", entries)]
     assert max(copied, default=0) < 64 * 16  # less than the keys of the shortest cache
@@ -103,8 +108,101 @@ def test_a_converted_model_writes_the_same_text_with_the_same_weights(rng):
 
 def test_a_softmax_of_another_model_is_refused():
     one, other = (Decoder(preset("tiny", vocabulary=300, layers=1), rngs=nnx.Rngs(seed)) for seed in (0, 1))
-    with pytest.raises(ValueError, match=r"estimator of other rows \(300, 64\): expected one fitted to these; fit it again"):
-        convert(other, softmax=softmax_of(one, candidates=20))
+    rows = one.embedding[...]
+    for softmax in (
+        softmax_of(one, candidates=20),
+        dataclasses.replace(softmax_of(one, candidates=20), rows=blocks(rows)),
+        dataclasses.replace(softmax_of(one, candidates=20), rows=hire.Quantized.fit(rows, 8)),
+    ):
+        with pytest.raises(ValueError, match="300"):
+            convert(other, softmax=softmax)
+        convert(one, softmax=softmax)
+    narrow = blocks(rows.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match="bfloat16"):
+        convert(one, softmax=dataclasses.replace(softmax, rows=narrow))
+    nearly = blocks(rows.at[299, 63].multiply(1 + 2**-10))
+    with pytest.raises(ValueError, match="300"):
+        convert(one, softmax=dataclasses.replace(softmax_of(one, candidates=20), rows=nearly))
+
+
+def same_model(ours, theirs, tokens, atol=0.0):
+    """The same hidden states, logits and best words."""
+    hidden, _ = theirs.prefill(tokens)
+    np.testing.assert_allclose(ours.prefill(tokens)[0], hidden, atol=atol)
+    np.testing.assert_allclose(ours.logits(hidden), theirs.logits(hidden), atol=1e-4)
+    best = ours.best(hidden[:, -1], 8).indices.tolist()
+    assert best == theirs.best(hidden[:, -1], 8).indices.tolist()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_implementation_survives_a_conversion(tiny, form):
+    softmax = softmax_of(tiny, candidates=300, form=form)
+    converted = convert(tiny, softmax=softmax)
+    assert converted.softmax.over(tiny.embedding[...]).form == form
+    again = convert(converted, softmax=converted.softmax.over(converted.embedding[...]))
+    assert again.softmax.form == form
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_rows_in_blocks_become_the_embedding_and_turn_back(tiny, rng, own):
+    tokens, rows = texts(rng, 2, 20), blocks(tiny.embedding[...])
+    softmax = dataclasses.replace(softmax_of(tiny, candidates=300), rows=rows)
+    converted = convert(tiny, softmax=softmax)
+    assert converted.embedding[...] is rows and tiny.embedding[...].ndim == 2
+    same_model(converted, tiny, tokens)
+    assert hire.generate(converted, tokens, new_tokens=3).tolist() == hire.generate(tiny, tokens, new_tokens=3).tolist()
+    assert convert(converted, softmax=softmax).embedding[...] is rows
+    other = softmax_of(tiny, candidates=300)
+    if own:
+        other = dataclasses.replace(other, rows=hire.Quantized.fit(tiny.embedding[...], 8))
+    for back in (convert(converted), convert(converted, softmax=other)):
+        assert (back.embedding[...] == tiny.embedding[...]).all()
+        np.testing.assert_array_equal(back.prefill(tokens)[0], tiny.prefill(tokens)[0])
+    assert convert(convert(converted)).softmax is None
+
+
+def ffns_of(model, **more):
+    found = []
+    for block in model.blocks:
+        up, down, gate = (getattr(block.ffn, name)[...] for name in ("up", "down", "gate"))
+        found.append(hire.HireFFN(up, down, hire.Quantized.fit(gate, 8), gate, k=4, candidates=8, **more))
+    return found
+
+
+def test_tokens_that_share_a_call_are_kept_or_refused(tiny):
+    ffns = ffns_of(tiny, shared=True)
+    searched = convert(tiny, ffn=ffns, together=4)
+    for kept in (convert(searched), convert(searched, softmax=softmax_of(tiny, 300)), convert(searched, ffn=ffns)):
+        assert [block.ffn.together for block in kept.blocks] == [4, 4]
+    assert convert(searched, together=2).blocks[0].ffn.together == 2
+    assert convert(tiny, ffn=ffns).blocks[0].ffn.together == 1
+    for model, together in ((tiny, 4), (searched, 0)):
+        with pytest.raises(ValueError, match=f"together = {together}"):
+            convert(model, together=together)
+
+
+def test_ffns_of_another_kind_are_refused(tiny):
+    ffns = ffns_of(tiny)
+    with pytest.raises(ValueError, match="False, True"):
+        up, down = ffns[0].up, ffns[0].down
+        convert(tiny, ffn=[hire.HireFFN(up, down, hire.Quantized.fit(up, 8), k=4, candidates=8), ffns[1]])
+    with pytest.raises(ValueError, match="64"):
+        convert(tiny, ffn=ffns[:1])
+    routed = Decoder(preset("tiny", vocabulary=300, group_size=8, kept=0.5, routed=True), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="routed = True"):
+        convert(routed, ffn=ffns)
+
+
+def test_parts_of_a_model_are_mapped_and_stacked_as_pytrees(unchecked, tiny, rng):
+    """JAX builds them around shapes and placeholders, which nothing validates."""
+    converted = convert(tiny, softmax=softmax_of(tiny, 300))
+    _, cache = prefill(Split.of(converted), texts(rng, 2, 5), 9, 4)
+    for part in (converted.softmax, cache, Split.of(converted)):
+        shapes = jax.eval_shape(lambda part: part, part)
+        for made in (shapes, jax.tree.map(lambda leaf: None, part), jax.tree.map(lambda leaf: object(), part)):
+            assert type(made) is type(part)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), part, part)
+        assert [leaf.shape[0] for leaf in jax.tree.leaves(stacked)] == [2] * len(jax.tree.leaves(part))
 
 
 def test_generation_takes_the_likeliest_word_each_time(tiny, rng):
@@ -144,38 +242,153 @@ def test_presets_have_the_sizes_they_name(name, millions):
 
 
 @pytest.mark.parametrize(
-    "call, message",
+    "call, value",
     [
-        (lambda: preset("gemma4"), "preset 'gemma4': expected one of gemma3_270m"),
-        (lambda: preset("tiny", heads=3), "heads = 3: expected a multiple of kv_heads = 2"),
-        (lambda: preset("tiny", layers=0), "layers = 0: expected at least 1"),
-        (lambda: preset("tiny", head_width=3), "head_width = 3: expected an even number"),
+        (lambda: preset("gemma4"), "gemma4"),
+        (lambda: preset("tiny", heads=3), "heads = 3"),
+        (lambda: preset("tiny", layers=0), "layers = 0"),
+        (lambda: preset("tiny", head_width=3), "head_width = 3"),
+        (lambda: preset("tiny", layers=2.5), "2.5"),
+        (lambda: preset("tiny", layers=True), "True"),
+        (lambda: preset("tiny", layers=np.int64(0)), "0"),
+        (lambda: preset("tiny", rope_base=float("nan")), "nan"),
+        (lambda: preset("tiny", kept=float("nan")), "nan"),
+        (lambda: preset("tiny", sparse_layers=(2,)), "2"),
     ],
 )
-def test_a_configuration_that_cannot_be_is_refused(call, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_configuration_that_cannot_be_is_refused(unchecked, call, value):
+    with pytest.raises(ValueError, match=value):
         call()
 
 
+def test_numpys_whole_numbers_are_sizes(unchecked):
+    config = preset("tiny", vocabulary=np.int64(300), layers=np.int8(2))
+    assert config == preset("tiny", vocabulary=300) and json.dumps(dataclasses.asdict(config))
+
+
 def test_a_text_that_does_not_fit_is_refused(tiny, rng):
-    with pytest.raises(ValueError, match="9 tokens and 8 cache slots"):
+    with pytest.raises(ValueError, match="9 .* 8"):
         tiny.prefill(texts(rng, 1, 9), 8)
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    "settings, value",
     [
-        (dict(new_tokens=0), "new_tokens = 0 after 9 in a cache of 9: expected at least 1"),
-        (dict(new_tokens=504), "new_tokens = 504 after 9 in a cache of 513: .* within the context of 512"),
-        (dict(new_tokens=3, slots=11), "new_tokens = 3 after 9 in a cache of 11: expected at least 1, all within the cache"),
-        (dict(new_tokens=3, temperature=-1.0), "temperature = -1.0: expected a finite number of at least 0"),
-        (dict(new_tokens=3, temperature=1.0, top_k=301), "top_k = 301: expected a whole number from 1 to 300"),
-        (dict(new_tokens=3, temperature=1.0, top_p=0.0), "top_p = 0.0: expected a number above 0 and at most 1"),
+        (dict(new_tokens=0), "new_tokens = 0"),
+        (dict(new_tokens=504), "504 .* 512"),
+        (dict(new_tokens=3, slots=11), "3 .* 11"),
+        (dict(new_tokens=3, temperature=-1.0), "-1.0"),
+        (dict(new_tokens=3, temperature=1.0, top_k=301), "301"),
+        (dict(new_tokens=3, temperature=1.0, top_p=0.0), "0.0"),
     ],
 )
-def test_a_generation_that_cannot_be_is_refused(tiny, rng, settings, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_generation_that_cannot_be_is_refused(tiny, rng, settings, value):
+    with pytest.raises(ValueError, match=value):
         generate(tiny, texts(rng, 1, 9), **settings)
+
+
+@pytest.mark.parametrize("searched", [False, True])
+def test_a_text_that_overflows_leaves_the_others_of_its_batch_alone(tiny, rng, searched):
+    broken = nnx.merge(*nnx.split(tiny))
+    broken.embedding = nnx.Param(tiny.embedding[...].at[7].set(jnp.nan))
+    if searched:
+        keys, values, queries = (jnp.asarray(rng.normal(size=(40, 16)), jnp.float32) for _ in range(3))
+        broken = convert(broken, keys={1: KeySearch.fit(keys, values, queries, (8, 8), candidates=4)})
+    tokens = jnp.asarray([[7] * 9, [3, 4, 5, 6, 8, 9, 10, 11, 12]], jnp.int32)
+    parts = Split.of(broken)
+    (_, both), (_, alone) = (prefill(parts, part, 12, 4) for part in (tokens, tokens[1:]))
+    for token in (20, 21):
+        found, both = step(parts, jnp.full((2,), token), both, 4)
+        own, alone = step(parts, jnp.full((1,), token), alone, 4)
+        assert np.isfinite(found.values[1, 1:]).all()  # the word itself has no finite logit
+        np.testing.assert_allclose(found.values[1:], own.values, atol=1e-5)
+
+
+PROMPT = [3, 200, 299, 7, 256]
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        [PROMPT],
+        PROMPT,
+        np.asarray([PROMPT], np.uint16),
+        np.asarray([PROMPT], np.uint64),
+        np.asarray([PROMPT], np.int16),
+        np.asarray(PROMPT),
+        jnp.asarray([PROMPT], jnp.uint16),
+    ],
+    ids=lambda prompts: f"{type(prompts).__name__} {getattr(prompts, 'dtype', '')}",
+)
+def test_prompts_of_any_whole_numbers_give_the_same_ids(prompts):
+    """Ids beyond 255 and 65535 do not wrap, whatever type the prompt had."""
+    model = Decoder(preset("tiny", vocabulary=300), rngs=nnx.Rngs(0))
+    expected = generate(model, jnp.asarray([PROMPT], jnp.int32), new_tokens=4)
+    written = generate(model, prompts, new_tokens=np.int64(4), slots=np.int32(9), seed=np.int64(3))
+    assert written.dtype == jnp.int32
+    assert written.tolist() == (expected[0] if np.ndim(prompts) == 1 else expected).tolist()
+
+
+def test_ids_that_do_not_fit_a_prompts_type_are_written(monkeypatch):
+    model = Decoder(preset("tiny", vocabulary=70000, layers=1), rngs=nnx.Rngs(0))
+    best = hire.TopK(jnp.zeros((1, 1)), jnp.full((1, 1), 69999, jnp.int32))
+    monkeypatch.setattr("hire.models.generation.best_words", lambda *_: best)
+    assert generate(model, np.asarray([[1, 2]], np.uint16), new_tokens=2).tolist() == [[1, 2, 69999, 69999]]
+
+
+def test_no_prompts_give_no_texts(tiny):
+    written = generate(tiny, np.zeros((0, 5), np.int64), new_tokens=3)
+    assert written.shape == (0, 8) and written.dtype == jnp.int32
+
+
+@pytest.mark.parametrize(
+    "prompts, value",
+    [
+        ([[3, 300]], "300"),
+        ([[3, -1]], "-1"),
+        (np.asarray([[2**40]]), str(2**40)),
+        (jnp.asarray([[3, 300]]), "300"),
+        ([[3.0, 4.0]], "float64"),
+        ([[True, False]], "bool"),
+        ([[1, 2], [3]], r"\[1, 2\]"),
+        (np.zeros((2, 0), int), r"\(2, 0\)"),
+        (np.zeros((2, 2, 2), int), r"\(2, 2, 2\)"),
+        (7, r"\(\)"),
+    ],
+)
+def test_prompts_that_are_no_ids_are_refused(tiny, prompts, value):
+    with pytest.raises(ValueError, match=value):
+        generate(tiny, prompts, new_tokens=2)
+
+
+def test_ids_beyond_the_vocabulary_have_no_hidden_state(tiny):
+    with pytest.raises(ValueError, match="300"):
+        tiny.prefill(jnp.asarray([[3, 300]]))
+    with pytest.raises(ValueError, match="301"):
+        tiny.best(jnp.zeros((1, 64)), 301)
+
+
+def bits64():
+    """jax.enable_x64(True), which jax 0.7 has elsewhere."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    return importlib.import_module("jax.experimental").enable_x64()
+
+
+def test_with_64_bit_numbers_on_it_writes_the_same(tiny, rng):
+    prompts = np.asarray(texts(rng, 2, 20))
+    hidden = tiny.prefill(prompts)[0]
+    converted = convert(tiny, softmax=softmax_of(tiny, 300))
+    expected = [generate(model, prompts, new_tokens=4, temperature=0.5, top_k=8).tolist() for model in (tiny, converted)]
+    with bits64():
+        made = Decoder(tiny.config, rngs=nnx.Rngs(0))
+        for model in (tiny, made):
+            after, cache = model.prefill(np.asarray(prompts, np.int64), 24)
+            np.testing.assert_allclose(after, hidden, atol=1e-5)
+            model.step(jnp.asarray([1, 2]), cache)
+            assert model.best(after[:, -1], 3).indices.shape == (2, 3)
+        found = [generate(model, prompts, new_tokens=4, temperature=0.5, top_k=8).tolist() for model in (tiny, converted)]
+    assert found == expected
 
 
 # Files. A tiny model is written in both formats with the writers of their own libraries, and must come back the same.
@@ -253,31 +466,31 @@ def test_an_interrupted_unpacking_leaves_nothing_that_passes_for_whole(files, tm
 @pytest.mark.parametrize("keep", [10, 5000, -3000])
 def test_a_truncated_gguf_is_named(files, keep):
     files[0].write_bytes(files[0].read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"tiny.gguf: not a whole GGUF file .*fetch it again"):
+    with pytest.raises(ValueError, match="tiny.gguf"):
         load_gemma("tiny", files[0])
 
 
 def test_truncated_tensors_are_named(files):
     file = files[1] / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="a .safetensors file is not whole"):
+    with pytest.raises(ValueError, match="tensors"):
         load_gemma("tiny", files[1])
 
 
 def test_weights_of_another_model_are_named(files, monkeypatch, tiny):
     monkeypatch.setattr("hire.models.config.PRESETS", {"tiny": dataclasses.replace(tiny.config, ffn_width=64)})
-    with pytest.raises(ValueError, match=r"ffn\.\w+ has shape \(128, 64\), expected \(64, 64\); is it another model\?"):
+    with pytest.raises(ValueError, match=r"\(128, 64\)"):
         load_gemma("tiny", files[0])
     monkeypatch.setattr("hire.models.config.PRESETS", {"tiny": dataclasses.replace(tiny.config, layers=3)})
     for source in files:
-        with pytest.raises(ValueError, match="no tensor"):
+        with pytest.raises(ValueError, match="tiny|tensors"):
             load_gemma("tiny", source)
 
 
 def test_missing_weights_are_named(files, tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match="nothing.gguf"):
         load_gemma("tiny", tmp_path / "nothing.gguf")
-    with pytest.raises(ValueError, match="expected a .gguf or a folder"):
+    with pytest.raises(ValueError, match="tokenizer.json"):
         load_gemma("tiny", files[1] / "tokenizer.json")
     with pytest.raises(ValueError, match="tokenizer.json"):
         (files[1] / "tokenizer.json").unlink()
@@ -287,13 +500,13 @@ def test_missing_weights_are_named(files, tmp_path, monkeypatch):
         raise ConnectionError("Name or service not known\nmore")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(FileNotFoundError, match=r"tiny: no weights here and none from the hub \(Name or service not known\)"):
+    with pytest.raises(FileNotFoundError, match="Name or service not known"):
         load_gemma("tiny")
 
 
 def test_too_little_memory_is_said_before_anything_is_built(monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("memory", (), dict(available=2**30)))
-    with pytest.raises(MemoryError, match=r"gemma3_1b: needs about 8.0 GB of memory, 1.1 GB are free"):
+    with pytest.raises(MemoryError, match="gemma3_1b.*8.0 GB.*1.1 GB"):
         load_gemma("gemma3_1b")
 
 

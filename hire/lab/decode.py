@@ -39,7 +39,7 @@ class StepForms:
     def __init__(self, model: Decoder, slots: int, k: int = 1, held: Cache | None = None):
         self.model = Split.of(model)
         self.k, self.words = k, model.config.vocabulary
-        self.held = held or self.empty(slots)
+        self.held = self.empty(slots) if held is None else held
 
     def empty(self, slots: int) -> Cache:
         """A cache for one text, whose first half counts as filled: nothing is compiled to make it."""
@@ -66,7 +66,7 @@ class StepForms:
         own, or one that forms share.
         """
         apart = 7919 * np.arange(batch)  # a prime: words all over the vocabulary, or a search would read the same rows for all
-        held = cache or self.cache(batch)
+        held = self.cache(batch) if cache is None else cache
 
         def form(x):
             words = 3 + (np.argmax(x) + apart) % (self.words - 3)

@@ -83,12 +83,18 @@ class Harness(TemplateLM):
         return self.answered([each for _, each in asked], [place for place, _ in asked], len(requests))[0].tolist()
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Greedy continuations, each up to the first of the strings that it is to stop at."""
+        """Greedy continuations, each up to the first of the strings that it is to stop at. Raises ValueError as `written` does."""
         return [self.written(*request.args) for request in requests]
 
     def written(self, context: str, settings: dict) -> str:
-        """A greedy continuation: at most settings["max_gen_toks"] tokens (256), up to the first of settings["until"]."""
-        tokens, most, until = self.subject.tokens(context), settings.get("max_gen_toks", 256), settings.get("until") or []
+        """A greedy continuation: at most settings["max_gen_toks"] (or "max_new_tokens") tokens, 256 by default, up to the first of
+        settings["until"].
+
+        Raises ValueError for settings that ask for sampling, that it does not know or that contradict each other, and for a
+        context that leaves no room for so many tokens.
+        """
+        most, until = generation_settings(settings)
+        tokens = self.subject.tokens(context)
         if len(tokens) + most > self.max_length:
             raise ValueError(f"{len(tokens)} tokens and {most} to write: expected at most {self.max_length}, the model's context")
         parts, slots = Split.of(self.model), filled_length(len(tokens) + most, self.max_length)
@@ -101,14 +107,43 @@ class Harness(TemplateLM):
         while len(ids) < most and (word := int(top.indices[0, 0])) != EOS:
             ids.append(word)
             text = self.subject.tokenizer.decode(ids)
-            if any(stop in text for stop in stops(until)):
+            if len(ids) == most or any(stop in text for stop in until):
                 break
             top, cache = step(parts, jnp.asarray([word]), cache, 1)
-        return cut(text, stops(until))
+        return cut(text, until)
 
 
-def stops(until: str | Iterable[str]) -> list[str]:
-    return [until] if isinstance(until, str) else [stop for stop in until if stop]
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")  # one meaning, as in lm-eval's own adapters
+UNUSED = ("top_p", "top_k", "min_p", "seed", "num_beams")  # of draws and beams
+
+
+def generation_settings(settings: dict) -> tuple[int, list[str]]:
+    """The most tokens to write, and the strings to stop at. Raises ValueError for settings that greedy decoding cannot have."""
+    unknown = sorted(set(settings) - {*LENGTHS, "until", "do_sample", "temperature", *UNUSED})
+    if unknown:
+        known = ", ".join((*LENGTHS, "until", "do_sample", "temperature"))
+        raise ValueError(f"generation setting {unknown[0]!r}: expected one of {known}")
+    if settings.get("do_sample"):
+        raise ValueError(f"do_sample = {settings['do_sample']!r}: expected False; this adapter decodes greedily")
+    temperature = settings.get("temperature")
+    if temperature is not None and temperature != 0:
+        raise ValueError(f"temperature = {temperature!r}: expected 0; this adapter decodes greedily")
+    beams = settings.get("num_beams")
+    if beams is not None and beams != 1:
+        raise ValueError(f"num_beams = {beams!r}: expected 1; this adapter decodes greedily")
+    given = {name: settings[name] for name in LENGTHS if settings.get(name) is not None}
+    if len(set(given.values())) > 1:
+        raise ValueError(f"{' and '.join(f'{name} = {count!r}' for name, count in given.items())}: expected one length")
+    most = next(iter(given.values()), 256)
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise ValueError(f"{next(iter(given))} = {most!r}: expected a whole number of at least 1")
+    return most, stops(settings.get("until"))
+
+
+def stops(until: str | Iterable[str] | None) -> list[str]:
+    """The strings to stop at, none of them empty."""
+    listed = [] if until is None else [until] if isinstance(until, str) else until
+    return [stop for stop in listed if stop]
 
 
 def cut(text: str, until: Iterable[str]) -> str:

@@ -25,6 +25,7 @@ from hire.models import Decoder, DecoderConfig, TextModel, preset
 from hire.models.convert import SearchedFFN
 from hire.models.decoder import FFN
 from hire.models.weights import require_memory
+from hire.pytrees import pytree
 from hire.topk import TopK, at_most, exact_top_k
 
 GROUP = 8
@@ -53,7 +54,7 @@ class Ladder:
         Copies are fitted to hidden states and to the layers' `inputs`; without them, as for random weights, of which no direction
         says more than another, they keep random ones. The common path are the first groups (see sparsity.most_used_first).
         """
-        rows, fit = model.embedding[...], hire.LowRank.fit
+        rows, fit = model.token_embeddings(), hire.LowRank.fit
         if hidden is None:
             fit = functools.partial(fit, directions="random")
         copies = {
@@ -138,7 +139,7 @@ def judged(subject: TextModel, rungs: dict[str, Decoder], windows: np.ndarray, n
         key = name if ffns_of(rung) else "dense"  # a search for words changes no hidden state
         if key not in known:
             states = collect(rung, windows, names)
-            known[key] = states, true_top_k(rung.embedding[...], states.hidden, k)
+            known[key] = states, true_top_k(rung.token_embeddings(), states.hidden, k)
         own = next(iter(told.values()))["nats"] if told else None
         told[name] = quality(replace(subject, model=rung), *known[key], own)
     return told
@@ -174,7 +175,8 @@ def timed_rungs(
         kind = model.embedding[...].dtype
         made = decode.StepForms(model, slots, k, texts.get(kind))
         texts[kind] = made.held
-        caches[kind] = caches.get(kind) or made.cache(batch)
+        if kind not in caches:
+            caches[kind] = made.cache(batch)
         steps[name] = made.whole(batch, caches[kind])
     durations = interleaved(steps | forms, queries, repeats)
     give_back(programs=not keep)
@@ -226,8 +228,7 @@ def unselected(model: Decoder) -> Decoder:
     return nnx.merge(graph, nnx.state(model))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@pytree
 class SmallSoftmax:
     """The best words by rows of fewer bytes, all of them read: in the place of a model's search."""
 
@@ -265,8 +266,8 @@ def bfloat16(rows: Rows) -> Rows:
 
 def in_small_rows(model: Decoder, k: int, small: Callable) -> Decoder:
     """What a user would pick instead: the dense model with the rows of softmax and FFN as `small` makes them, and nothing exact."""
-    dense = nnx.merge(*nnx.split(model))
-    setattr(dense, "softmax", nnx.data(SmallSoftmax(small(model.embedding[...]), k)))
+    dense = hire.convert(model)
+    setattr(dense, "softmax", nnx.data(SmallSoftmax(small(model.token_embeddings()), k)))
     for block, ffn in zip(dense.blocks, layers_of(model), strict=True):
         block.ffn = SmallFFN(ffn, small)
     return dense
@@ -275,8 +276,13 @@ def in_small_rows(model: Decoder, k: int, small: Callable) -> Decoder:
 def on_int8(model: Decoder) -> Decoder:
     """A searched model whose exact rows are int8 ones, too."""
     softmax = softmax_of(model)
-    small = None if softmax is None else replace(softmax, rows=int8(model.embedding[...]))
-    return hire.convert(model, softmax=small, ffn=[replace(ffn, up=int8(ffn.up), down=int8(ffn.down)) for ffn in ffns_of(model)])
+    if softmax is not None:
+        softmax = replace(softmax, rows=int8(model.token_embeddings()))
+    ffns = []
+    for ffn in ffns_of(model):
+        gate = None if ffn.gate is None else int8(ffn.gate)
+        ffns.append(replace(ffn, up=int8(ffn.up), down=int8(ffn.down), gate=gate))
+    return hire.convert(model, softmax=softmax, ffn=ffns if ffns else None)
 
 
 SMALLER = {"paper_1b": "paper_half", "paper_half": "small"}

@@ -161,8 +161,7 @@ def decode_step(config: DecoderConfig, batch: int, slots: int, parts: tuple[bool
         model = Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
         softmax, ffns, (neurons, width) = None, None, (config.ffn_width, config.width)
         if by_search:
-            rows = row_kernel.blocks(model.embedding[...])
-            model.embedding = nnx.Param(rows)
+            rows = row_kernel.blocks(model.token_embeddings())
             softmax = HireSoftmax(rows, COPIES["LR int8"](config.vocabulary, width, RANK), k=KEPT, candidates=CANDIDATES)
             unread.append(rows.nbytes + softmax.estimator.nbytes - softmax.bytes_for(batch))
         if candidates:

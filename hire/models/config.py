@@ -1,6 +1,9 @@
 """Configurations of the decoder: published ones, the one-billion shape of our choice, and a toy for tests."""
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
 
 from hire.topk import at_most
 
@@ -37,10 +40,17 @@ class DecoderConfig:
     context: int = 32768
 
     def __post_init__(self):
-        for name in self.__slots__:
-            value, least = getattr(self, name), 0 if name == "ffn_width" else 1
-            if isinstance(value, int) and not isinstance(value, bool) and value < least:
-                raise ValueError(f"{name} = {value}: expected at least {least}")
+        for each in fields(self):
+            name, value = each.name, getattr(self, each.name)
+            if each.type is int:
+                least = 0 if name == "ffn_width" else 1
+                if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                    raise ValueError(f"{name} = {value!r}: expected a whole number")
+                if value < least:
+                    raise ValueError(f"{name} = {value}: expected at least {least}")
+                object.__setattr__(self, name, int(value))  # of numpy's, too: a config is hashed and written as JSON
+            elif each.type is float and not 0 < value < math.inf:
+                raise ValueError(f"{name} = {value}: expected a finite number above 0")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads = {self.heads}: expected a multiple of kv_heads = {self.kv_heads}")
         if self.head_width % 2:
@@ -49,7 +59,7 @@ class DecoderConfig:
             raise ValueError(f"group_size = {self.group_size}: expected a divisor of ffn_width = {self.ffn_width}")
         if not 0 < self.kept <= 1 or (self.ffn_width and at_most(self.kept, self.groups) < 1):
             raise ValueError(f"kept = {self.kept}: expected a share, at most 1, that leaves one of {self.groups} groups or more")
-        if not set(self.sparse_layers or ()) <= set(range(self.layers)):
+        if self.sparse_layers is not None and not set(self.sparse_layers) <= set(range(self.layers)):
             raise ValueError(f"sparse_layers = {self.sparse_layers}: expected layers from 0 to {self.layers - 1}")
 
     def is_global(self, layer: int) -> bool:

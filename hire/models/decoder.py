@@ -6,7 +6,7 @@ has one contiguous row in every matrix of the FFN. Norms, positions and softmax 
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from hire.axes import AnyArray, Array, Blocks, Bool, Float, Hidden, Int, Queries, Rows, Tokens
@@ -21,8 +22,9 @@ from hire.distributed import Axis
 from hire.estimators import Estimator, Quantized, product, row_scores, row_sums
 from hire.ffn import activate
 from hire.models.config import DecoderConfig
+from hire.pytrees import pytree
 from hire.softmax import HireSoftmax
-from hire.topk import TopK, exact_top_k, group_scores, keep_groups
+from hire.topk import TopK, check_count, exact_top_k, group_scores, keep_groups
 
 module_list = getattr(nnx, "List", list)  # flax before 0.12 tracks plain lists and has no nnx.List
 
@@ -37,8 +39,7 @@ class WordSearch(Protocol):
     def over(self, rows: Rows | Blocks) -> Callable[[Queries], TopK]: ...
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@pytree
 class TiedSoftmax:
     """A HireSoftmax less its rows, which the model lends at every call: its embedding stays the one copy of them.
 
@@ -49,21 +50,75 @@ class TiedSoftmax:
     rows: Quantized | None
     k: int = field(metadata=dict(static=True))
     candidates: int = field(metadata=dict(static=True))
+    form: str = field(metadata=dict(static=True), default="auto")
     axis: str | Axis | None = field(metadata=dict(static=True), default=None)
 
     def over(self, rows: Rows | Blocks) -> HireSoftmax:
-        return HireSoftmax(rows if self.rows is None else self.rows, self.estimator, self.k, self.candidates, axis=self.axis)
+        own = rows if self.rows is None else self.rows
+        return HireSoftmax(own, self.estimator, self.k, self.candidates, form=self.form, axis=self.axis)
+
+    @property
+    def layout(self) -> Axis | None:
+        """How the rows of the embedding lie over devices; None where they lie in their own order."""
+        return Axis.of(self.axis) if self.rows is None and self.axis is not None else None
 
 
+@functools.partial(jax.jit, static_argnames="k")
 def best_words(softmax: WordSearch | None, rows: Rows | Blocks, hidden: Float[Array, "b d"], k: int) -> TopK:
-    """The k best words (b, k) by exact logits: of all rows, or of those that a search finds."""
-    if softmax is None:
-        return exact_top_k(row_scores(hidden, rows), k)
-    return TopK(*(part[:, :k] for part in softmax.over(rows)(hidden)))
+    """The k best words (b, k) by exact logits: of all rows, or of those that a search finds.
+
+    Compiled, since a softmax that is built of arrays validates its rows, which reads all of them.
+    """
+
+    def best(softmax: WordSearch | None, rows: Rows | Blocks, hidden: Float[Array, "b d"]) -> TopK:
+        if softmax is None:
+            return exact_top_k(row_scores(hidden, rows), k)
+        return TopK(*(part[:, :k] for part in softmax.over(rows)(hidden)))
+
+    return with_auto_axes(best, softmax, rows, hidden)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+def plain_rows(rows: Rows | Blocks, layout: Axis | None, vocabulary: int, width: int) -> Float[Array, "v _"]:
+    """The rows (v, d) in the order of their tokens, of an embedding in blocks, over devices or both.
+
+    Raises ValueError when the rows lie over an axis that no mesh of jax.set_mesh has.
+    """
+    if layout is not None:
+        rows = rows[layout.stored(jnp.arange(vocabulary, dtype=jnp.int32), len(rows))]
+    return jnp.asarray(rows).reshape(vocabulary, -1)[:, :width]
+
+
+def has_explicit_axes() -> bool:
+    """Whether the mesh of jax.set_mesh has axes on which every operation must name its sharding."""
+    return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+
+
+def with_auto_axes(function: Callable, *arrays: Any, out_sharding: P = P()) -> Any:
+    """function(*arrays), of pytrees, where the compiler chooses how intermediate arrays lie.
+
+    That is so anyway, but on a mesh with Explicit axes (the default of jax.make_mesh since 0.9);
+    there the results lie as out_sharding says, by default whole on every device.
+    """
+    if not has_explicit_axes():
+        return function(*arrays)
+    leaves, tree = jax.tree.flatten(arrays)
+    call = jax.sharding.auto_axes(lambda *leaves: function(*tree.unflatten(leaves)), out_sharding=out_sharding)
+    if jax.__version_info__ < (0, 10):  # jax 0.7 chooses shardings outside jit that do not divide
+        call = jax.jit(call)
+    return call(*leaves)
+
+
+def check_tokens(tokens: Any, vocabulary: int) -> None:
+    """Raise ValueError, naming it, for a token id outside 0..vocabulary - 1 (inside jit none can be seen)."""
+    if isinstance(tokens, Tracer) or not tokens.size:
+        return
+    ids = np.asarray(tokens)  # jnp would trace it inside jit, even of a constant
+    for token in (int(ids.min()), int(ids.max())):
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"token {token}: expected ids from 0 to {vocabulary - 1}, the model's vocabulary")
+
+
+@pytree
 class Cache:
     """Keys and values (b, slots, n, e) of every layer, and how many slots hold a token. A local layer has slots for its
     window only, as a ring; one that is searched keeps its keys as hire.models.keys.Keys.
@@ -107,7 +162,11 @@ def spread(rows: int, columns: int = 0) -> P | None:
 def drawing(shape: tuple[int, int], fan_in: int, dtype, lies: P | None) -> Callable[[jax.Array], Rows]:
     # One matrix, one program, which holds it and three like it; of a whole model in one program XLA would hold them all. On a mesh
     # that is so for each device's own rows.
-    return jax.jit(lambda key: jax.random.normal(key, shape, dtype) * jnp.asarray(fan_in**-0.5, dtype), out_shardings=lies)
+    def draw(key: jax.Array) -> Rows:
+        return jax.random.normal(key, shape, dtype) * jnp.asarray(fan_in**-0.5, dtype)
+
+    out = P() if lies is None else lies
+    return jax.jit(lambda key: with_auto_axes(draw, key, out_sharding=out), out_shardings=lies)
 
 
 def matrix(rngs: nnx.Rngs, rows: int, columns: int, fan_in: int, dtype) -> nnx.Param:
@@ -199,7 +258,7 @@ class Attention(nnx.Module):
     def whole(self, x: Hidden, slots: int):
         """Attention within a text that starts at position 0; also keys and values as a cache of so many slots holds them."""
         b, t, _ = x.shape
-        queries, keys, values = self.project(x, jnp.arange(t))
+        queries, keys, values = self.project(x, jnp.arange(t, dtype=jnp.int32))
         mixed = self.causal(queries, keys, values)
         return mix(mixed.reshape(b, t, -1), self.output), self.stored(keys, slots), self.stored(values, slots)
 
@@ -216,14 +275,16 @@ class Attention(nnx.Module):
         def block(start: Int[Array, ""], queries: Float[Array, "b _ h e"]) -> Float[Array, "b _ h e"]:
             first = jnp.clip(start + size - span, 0, t - span)
             near = [jax.lax.dynamic_slice_in_dim(part, first, span, axis=1) for part in (keys, values)]
-            positions = jnp.minimum(start + jnp.arange(size), t - 1)  # what fills the last block up sees what the last token does
-            age = positions[:, None] - (first + jnp.arange(span))[None]
+            # What fills the last block up sees what the last token does.
+            positions = jnp.minimum(start + jnp.arange(size, dtype=jnp.int32), t - 1)
+            age = positions[:, None] - (first + jnp.arange(span, dtype=jnp.int32))[None]
             return attend(queries, (near[0], near[1], (age >= 0) & (age < self.window)))
 
         if size == t:
-            return block(jnp.asarray(0), queries)
+            return block(jnp.int32(0), queries)
         blocks = jnp.pad(queries, ((0, 0), (0, -t % size), (0, 0), (0, 0))).reshape(b, -1, size, *each).swapaxes(0, 1)
-        mixed = jax.lax.map(lambda part: block(*part), (jnp.arange(0, t, size), blocks))
+        starts = jnp.arange(0, t, size, dtype=jnp.int32)
+        mixed = jax.lax.map(lambda part: block(*part), (starts, blocks))
         return mixed.swapaxes(0, 1).reshape(b, -1, *each)[:, :t]
 
     def stored(self, entries: Float[Array, "b t n e"], slots: int) -> KeysOrValues:
@@ -245,13 +306,16 @@ class Attention(nnx.Module):
 
     def seen(self, slots: int, length: Int[Array, ""]) -> Bool[Array, "1 s"]:
         """Which of so many slots hold a position that the token at position `length` attends to."""
-        held = length - 1 - (length % slots - 1 - jnp.arange(slots)) % slots  # the position in each slot, negative if none yet
+        slot = jnp.arange(slots, dtype=jnp.int32)
+        held = length - 1 - (length % slots - 1 - slot) % slots  # each slot's position, or below 0
         return ((held >= 0) & (length - held < self.window))[None]
 
 
 def after(read: Array, entry: Float[Array, "b 1 n e"]) -> Float[Array, "b 1 n e"]:
     """An entry that depends on what was read, so that XLA sees the reading end before it is written, and copies nothing."""
-    return entry + 0 * read.reshape(-1)[0]
+    first = read.reshape(-1)[0]
+    # 0 * inf is NaN: without the choice one text's overflow would reach the keys of all others.
+    return entry + jnp.where(jnp.isfinite(first), 0 * first, jnp.zeros_like(first))
 
 
 def written(cache: Array, entry: Array, length: Int[Array, ""]) -> Array:
@@ -321,24 +385,47 @@ class Decoder(nnx.Module):
         self.softmax: TiedSoftmax | None = nnx.data(None)  # of hire.convert: searches the embedding instead of reading all of it
 
     def embed(self, tokens: Int[AnyArray, "*b"]) -> Float[Array, "*b d"]:
-        rows = self.embedding[...][self.stored(tokens)]  # of a matrix, or of blocks of rows
+        where = self.stored(jnp.asarray(tokens).astype(jnp.int32))
+        rows = self.embedding[...][where]  # of a matrix, or of blocks of rows
         rows = rows.reshape(*tokens.shape, -1)[..., : self.config.width]
         return rows * jnp.asarray(self.config.width**0.5, rows.dtype)
 
     @property
     def laid(self) -> Axis | None:
-        """How the rows of the embedding lie where a softmax over several devices has laid them out."""
-        softmax = self.softmax
-        return Axis.of(softmax.axis) if softmax is not None and softmax.rows is None and softmax.axis else None
+        """How the rows of the embedding lie where a softmax over several devices has put them."""
+        return self.softmax.layout if isinstance(self.softmax, TiedSoftmax) else None
 
     def stored(self, words: Int[AnyArray, "*b"]) -> Int[AnyArray, "*b"]:
         """Where the embedding has the rows of words."""
         return words if self.laid is None else self.laid.stored(words, self.embedding.shape[0])
 
+    def token_embeddings(self) -> Float[Array, "v d"]:
+        """The embedding (v, d), one row a token, in the order of the tokens.
+
+        This is the array itself, or a new one where a conversion has put the rows into blocks or
+        over devices. Raises ValueError when those devices are not of a mesh of jax.set_mesh.
+        """
+        rows, config = self.embedding[...], self.config
+        if rows.ndim == 2 and self.laid is None:
+            return rows
+        lies = spread(config.vocabulary, config.width)
+        plain = functools.partial(plain_rows, layout=self.laid, vocabulary=config.vocabulary, width=config.width)
+        out = P() if lies is None else lies
+        call = functools.partial(with_auto_axes, plain, out_sharding=out)
+        return jax.jit(call, out_shardings=lies)(rows)
+
+    def method(self, function: Callable, *arrays: Any) -> Any:
+        """function(self, *arrays), also on a mesh with Explicit axes, where all are arguments."""
+        if not has_explicit_axes():
+            return function(self, *arrays)
+        graph, state = nnx.split(self)
+        return with_auto_axes(lambda state, *arrays: function(nnx.merge(graph, state), *arrays), state, *arrays)
+
     def prefill(self, tokens: Tokens, slots: int | None = None) -> tuple[Hidden, Cache]:
         """Hidden states (b, t, d) after every token of texts (b, t), and a cache for contexts of up to `slots` tokens.
 
-        Raises ValueError when the text does not fit the slots (its own length by default) or those the model's context.
+        Raises ValueError when the text does not fit the slots (its own length by default) or those the model's context, and for
+        a token id that is not in the vocabulary (inside jit none can be seen).
         """
         t = tokens.shape[1]
         room: int = t if slots is None else slots
@@ -346,23 +433,35 @@ class Decoder(nnx.Module):
             raise ValueError(
                 f"{t} tokens and {room} cache slots: expected 1 <= tokens <= slots <= {self.config.context}, the context"
             )
-        x, keys, values = self.embed(tokens), [], []
-        for block in self.blocks:
-            x, key, value = block(x, block.attention.whole, min(room, block.attention.window))
-            keys.append(key)
-            values.append(value)
-        return self.norm(x), Cache(tuple(keys), tuple(values), t, room)
+        check_tokens(tokens, self.config.vocabulary)
+
+        def prefill(model: Decoder, tokens: Tokens) -> tuple[Hidden, tuple, tuple]:
+            x, keys, values = model.embed(tokens), [], []
+            for block in model.blocks:
+                attention = block.attention
+                x, key, value = block(x, attention.whole, min(room, attention.window))
+                keys.append(key)
+                values.append(value)
+            return model.norm(x), tuple(keys), tuple(values)
+
+        hidden, keys, values = self.method(prefill, tokens)
+        return hidden, Cache(keys, values, t, room)
 
     def step(self, token: Int[AnyArray, " b"], cache: Cache) -> tuple[Float[Array, "b d"], Cache]:
         """Hidden state (b, d) after one more token (b,), and the cache with it. Raises ValueError when its slots are full."""
         cache.check_room()
+
+        def step(model: Decoder, token: Int[AnyArray, " b"], keys, values, length: Int[Array, ""]):
+            x, new_keys, new_values = model.embed(token), [], []
+            for block, *held in zip(model.blocks, keys, values, strict=True):
+                x, key, value = block(x, block.attention.step, *held, length)
+                new_keys.append(key)
+                new_values.append(value)
+            return model.norm(x), tuple(new_keys), tuple(new_values)
+
         length = jnp.asarray(cache.length, jnp.int32)
-        x, keys, values = self.embed(token), [], []
-        for block, *held in zip(self.blocks, cache.keys, cache.values, strict=True):
-            x, key, value = block(x, block.attention.step, *held, length)
-            keys.append(key)
-            values.append(value)
-        return self.norm(x), Cache(tuple(keys), tuple(values), cache.length + 1, cache.slots)
+        hidden, keys, values = self.method(step, token, cache.keys, cache.values, length)
+        return hidden, Cache(keys, values, cache.length + 1, cache.slots)
 
     @property
     def words_found(self) -> int:
@@ -370,12 +469,23 @@ class Decoder(nnx.Module):
         return self.config.vocabulary if self.softmax is None else self.softmax.k
 
     def best(self, hidden: Float[Array, "b d"], k: int) -> TopK:
-        """The k best words (b, k), k at most `words_found`, by exact logits; a converted model searches for them."""
+        """The k best words (b, k), k at most `words_found`, by exact logits; a converted model searches for them.
+
+        Raises ValueError for another k.
+        """
+        check_count("k", k, 1, self.words_found, "the words that the softmax finds")
         return best_words(self.softmax, self.embedding[...], hidden, k)
 
     def logits(self, hidden: Float[AnyArray, "*b d"]) -> Float[Array, "*b v"]:
         """Exact logits, float32, of hidden states."""
-        scores = row_scores(hidden.reshape(-1, self.config.width), self.embedding[...])
-        if self.laid is not None:
-            scores = scores[:, self.stored(jnp.arange(self.config.vocabulary))]
-        return scores.reshape(*hidden.shape[:-1], -1)
+
+        def logits(model: Decoder, hidden: Float[AnyArray, "*b d"]) -> Float[Array, "*b v"]:
+            config, x = model.config, hidden.reshape(-1, model.config.width)
+            rows = model.embedding[...].reshape(model.embedding.shape[0], -1)
+            # Blocks are filled up with zeros.
+            scores = row_scores(jnp.pad(x, ((0, 0), (0, rows.shape[1] - config.width))), rows)
+            if model.laid is not None:
+                scores = scores[:, model.stored(jnp.arange(config.vocabulary, dtype=jnp.int32))]
+            return scores.reshape(*hidden.shape[:-1], -1)
+
+        return self.method(logits, hidden)

@@ -6,7 +6,7 @@ names no such use: it is ours.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import Any
 
@@ -18,12 +18,12 @@ from flax import nnx
 from hire.axes import AnyArray, Array, Float, Hidden, Indices, Int, Int8, Queries, Rows
 from hire.estimators import LowRank, Quantized, product, rounded, row_scores, row_sums
 from hire.models.decoder import Attention, KeysOrValues, after, mix, written
+from hire.pytrees import pytree
 from hire.search import log_ratio, nominate
 from hire.topk import check_count, exact_top_k
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@pytree
 class Copied:
     """Int8 factors of cached keys or values (b, s, n, r) and their scales, or (s, r) of one text and head."""
 
@@ -32,8 +32,7 @@ class Copied:
     scale: Float[Array, "*s"] | Any
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@pytree
 class Keys:
     """Cached keys (b, s, n, e) of a searched layer, or (s, e) of one text and head; the copies of them and of their values."""
 
@@ -42,8 +41,7 @@ class Keys:
     values: Copied
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@pytree
 class Growing:
     """A low-rank copy of rows that are still to come: a row is about (row @ mixing) @ projection."""
 
@@ -74,10 +72,11 @@ class Growing:
         return row_sums(weights, self.copy(held).factors) @ self.projection
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@pytree
 class KeySearch:
-    """How a layer searches its keys. Raises ValueError when built with fewer than 1 candidates."""
+    """How a layer searches its keys. Raises ValueError when built with fewer than 1 candidates, or with
+    keys and values of different widths.
+    """
 
     keys: Growing
     values: Growing
@@ -85,6 +84,9 @@ class KeySearch:
 
     def __post_init__(self):
         check_count("candidates", self.candidates, 1, 2**31 - 1, "keys of one layer")
+        widths = self.keys.mixing.shape[0], self.values.mixing.shape[0]
+        if widths[0] != widths[1]:
+            raise ValueError(f"keys and values of widths {widths}: expected the same")
 
     @classmethod
     def fit(cls, keys: Rows, values: Rows, queries: Queries, ranks: Sequence[int], *, candidates: int) -> "KeySearch":
@@ -107,9 +109,12 @@ class KeySearch:
         """The candidates (c,) among the first `length` keys of one head for the queries (g, e) that share it: those that get most
         weight from all of them, best first. And the logarithms of the weights (g, s) that all keys are estimated to have.
         """
-        held = jnp.arange(len(keys.rows))[None] < length
+        held = jnp.arange(len(keys.rows), dtype=jnp.int32)[None] < length
         estimated = jnp.where(held, self.keys.copy(keys.keys).scores(x) * self.width**-0.5, -jnp.inf)
-        together = jax.nn.logsumexp(jax.nn.log_softmax(estimated, axis=1), axis=0)
+        weights = jax.nn.log_softmax(estimated, axis=1)
+        # A head whose query is not finite chooses nothing, and the others choose as without it.
+        weights = jnp.where(jnp.isnan(weights), -jnp.inf, weights)
+        together = jax.nn.logsumexp(weights, axis=0)
         chosen = nominate(together, min(self.candidates, len(keys.rows)))
         return chosen[exact_top_k(together[chosen], len(chosen)).indices], estimated
 
