@@ -193,7 +193,7 @@ def test_ffns_of_another_kind_are_refused(tiny):
         convert(routed, ffn=ffns)
 
 
-def test_parts_of_a_model_are_mapped_and_stacked_as_pytrees(unchecked, tiny, rng):
+def test_parts_of_a_model_are_mapped_and_stacked_as_pytrees(tiny, rng):
     """JAX builds them around shapes and placeholders, which nothing validates."""
     converted = convert(tiny, softmax=softmax_of(tiny, 300))
     _, cache = prefill(Split.of(converted), texts(rng, 2, 5), 9, 4)

@@ -180,7 +180,7 @@ def table(what: str, timed: dict[int, dict[str, list[float]]]) -> str:
 def bench(k: int = 32, rank: int = 128, candidates: int = 2048) -> None:
     """Print the table for Gemma 3 270M at batch 1 and 8, and append records with the raw durations."""
     gemma = load_gemma()
-    rows = gemma.model.embedding[...]
+    rows = gemma.model.token_embeddings()
     fitted_to = prefills.states(gemma, documents("calibration")[::2], 128, 3, skip=4)
     unseen = prefills.states(gemma, documents("evaluation", ["novel"])[:60])
     softmax = HireSoftmax(rows, hire.LowRank.fit(rows, rank, calibration=fitted_to.hidden, bits=8), k, candidates)

@@ -186,7 +186,7 @@ def judge_fits(rank: int = 112, candidates: int = 2048, k: int = 32) -> None:
     novel; and by the kind of text fitted to and judged on, each of about as many queries.
     """
     gemma = load_gemma()
-    rows = gemma.model.embedding[...]
+    rows = gemma.model.token_embeddings()
 
     every = prefills.states(gemma, documents("calibration"), 128, 3, skip=4).hidden
     texts = {kind: documents("evaluation", [kind])[:60] for kind in ("novel", "speech", "commentary", "scripture_es")}

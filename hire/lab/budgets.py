@@ -1,25 +1,9 @@
 """Budgets of time: minutes by make target."""
 
-import ast
-import io
 import subprocess
 import time
-import tokenize
 
 from hire.lab.paths import ROOT
-
-
-def code_lines(source: str) -> int:
-    """Lines that hold code: no blanks, comments or docstrings."""
-    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    lines = set()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in silent:
-            lines |= set(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            lines -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-    return len(lines)
 
 
 def timed(targets: list[str]) -> int:

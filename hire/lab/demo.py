@@ -16,7 +16,7 @@ K, CANDIDATES, REPEATS = 32, 2048, 15
 def demo() -> None:
     """Print recall, bytes and time of each form on hidden states of a novel, after fitting on speeches and commentary."""
     gemma = load_gemma()
-    rows = gemma.model.embedding[...]
+    rows = gemma.model.token_embeddings()
     fitted_to = prefills.states(gemma, documents("calibration")[::2], 128, skip=4)
     unseen = prefills.states(gemma, documents("evaluation", ["novel"])[:16], 32, skip=12)
     best = true_top_k(rows, unseen.hidden, K)

@@ -174,7 +174,7 @@ def surprise(logits: Float[Array, "*b v"], targets: Int[AnyArray, "*b"]) -> Floa
 
 def losses(model: Decoder, states: States) -> np.ndarray:
     """-log p (n,) of the token that followed each state, in nats, from exact logits."""
-    return in_batches(partial(loss, model.embedding[...]), states.hidden, min(256, len(states.hidden)), states.targets)
+    return in_batches(partial(loss, model.token_embeddings()), states.hidden, min(256, len(states.hidden)), states.targets)
 
 
 def total_variation(one: TopK, other: TopK, **sampling) -> np.ndarray:
@@ -354,7 +354,7 @@ def compared(
     """The summary of a model on texts, and what its every form changes (see against), "ffn, softmax" by "ffn, softmax": None is
     as the model has it. One prefill serves all softmaxes. `windows` as for document_states.
     """
-    rows, own, found = subject.model.embedding[...], document_states(subject, texts, **windows), {}
+    rows, own, found = subject.model.token_embeddings(), document_states(subject, texts, **windows), {}
     exact = told(rows, own, k)
     for layers, ffn in ffns.items():
         model = subject.model if ffn is None else convert(subject.model, ffn=ffn)

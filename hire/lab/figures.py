@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hire.lab.paths import FIGURES
+from hire.models import storage
 
 KIND_TEXT = {
     "measured": "Measured on {device}",
@@ -360,10 +361,10 @@ def prices(axis: Axes, recall: Sequence[float], shares: dict[str, Sequence[float
 
 def save(figure: Figure, folder: Path, name: str, *, note: str, **facts) -> None:
     """Write folder/name.png, with a note of what was measured where, and folder/name.json with the facts: series and finding."""
-    folder.mkdir(parents=True, exist_ok=True)
     figure.supxlabel(note, fontsize=8, color="0.35", x=0.01, ha="left")
-    figure.savefig(folder / f"{name}.png", dpi=120, metadata={"Software": None})
-    (folder / f"{name}.json").write_text(json.dumps(dict(figure=name, **facts), indent=1) + "\n")
+    with storage.replacing(folder / f"{name}.png", folder / f"{name}.json") as (picture, series):
+        figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
+        series.write_text(json.dumps(dict(figure=name, **facts), indent=1) + "\n")
 
 
 def flat(tree: object, name: str = "") -> dict:

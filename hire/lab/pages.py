@@ -11,6 +11,7 @@ from hire.lab.api import api
 from hire.lab.paths import FIGURES, NOTEBOOKS, OUT, ROOT
 from hire.lab.register import load, ready
 from hire.lab.scorecard import scorecard_markdown, write_scorecard
+from hire.models import storage
 
 
 def address() -> str:
@@ -148,5 +149,7 @@ def pages() -> dict:
 def write_pages() -> None:
     """Bring every generated page up to date."""
     for path, text in pages().items():
-        path.write_text(text)
+        if not path.exists() or path.read_text() != text:
+            with storage.replacing(path) as [scratch]:
+                scratch.write_text(text)
     write_scorecard()

@@ -126,5 +126,5 @@ def states(subject: TextModel, texts: Sequence[Document], length: int = 60, each
 
 def best_words(subject: TextModel, hidden: np.ndarray, k: int) -> TopK:
     """true_top_k of hidden states (n, d) of such a model."""
-    rows = subject.model.embedding[...]
+    rows = subject.model.token_embeddings()
     return TopK(*once(lambda hidden: [*true_top_k(rows, hidden, k)], hidden, "words", k, *weights(subject)))

@@ -6,6 +6,7 @@ import subprocess
 from hire.lab import records
 from hire.lab.paths import FIGURES, ROOT
 from hire.lab.register import load
+from hire.models import storage
 
 VERDICTS = (
     "reproduced on TPU (measured)",
@@ -61,7 +62,8 @@ def scorecard_markdown() -> str:
 
 def write_scorecard() -> None:
     """figures/scorecard.json, for programs."""
-    (FIGURES / "scorecard.json").write_text(json.dumps(scorecard(), indent=1, ensure_ascii=False) + "\n")
+    with storage.replacing(FIGURES / "scorecard.json") as [scratch]:
+        scratch.write_text(json.dumps(scorecard(), indent=1, ensure_ascii=False) + "\n")
 
 
 def outdated() -> list[str]:

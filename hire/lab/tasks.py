@@ -106,7 +106,7 @@ def judge_questions(limit: int = 1000, k: int = 32, headline: Sequence[int] = (1
     """Gemma 3 270M, exact and by HiRE-Softmax, on more questions than notebook 10 has minutes for, as a record."""
     gemma = load_gemma()
     fitted_to = prefills.states(gemma, documents("calibration")[::2], 128, 3, skip=4)
-    [(form, softmax)] = softmaxes_of(gemma.model.embedding[...], fitted_to.hidden, k, [headline]).items()
+    [(form, softmax)] = softmaxes_of(gemma.model.token_embeddings(), fitted_to.hidden, k, [headline]).items()
     names = [CLOZE, "local_quartz", "local_medmcqa"]
     found, failed = run_tasks(gemma, {"exact": None, "HiRE": softmax}, names, limit)
     accuracy = pooled([both["HiRE"] for both in found.values()], [both["exact"] for both in found.values()])

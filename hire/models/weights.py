@@ -191,8 +191,14 @@ def fill(config: DecoderConfig, arrays: Mapping[str, AnyArray], dtype) -> Decode
 
 
 def named_arrays(model: Decoder) -> dict[str, jax.Array]:
-    """The weights of a model by our names."""
-    return {".".join(map(str, path)): value[...] for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    """The weights of a model by our names, the embedding's rows in the order of the tokens, however a conversion has put them.
+
+    Raises ValueError for a model whose layers a conversion has replaced.
+    """
+    arrays = {".".join(map(str, path)): value[...] for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    if odd := sorted(arrays.keys() ^ expected_shapes(model.config).keys()):
+        raise ValueError(f"a converted model, which differs in {odd[0]}: expected the model that it was made of")
+    return arrays | dict(embedding=model.token_embeddings())
 
 
 def gguf_names(model: Decoder) -> dict[str, np.ndarray]:
