@@ -10,7 +10,6 @@ import tarfile
 import types
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import gguf
 import jax
@@ -678,11 +677,11 @@ def test_other_weights_have_other_hidden_states(own_cache, tiny):
     first = prefills.model_digest(tiny)
     assert prefills.model_digest(tiny) == first
     for place in (0, 7, -1):
-        other = nnx.merge(*nnx.split(tiny))
+        other = nnx.clone(tiny)
         leaves, tree = jax.tree.flatten(nnx.state(other))
         flat = np.array(leaves[place])
         flat.reshape(-1)[flat.size // 2] *= np.float32(1 + 2**-10)
         leaves[place] = jax.numpy.asarray(flat)
         nnx.update(other, jax.tree.unflatten(tree, leaves))
         assert prefills.model_digest(other) != first
-    assert replace(tiny.config) == tiny.config
+    assert prefills.model_digest(tiny) == first

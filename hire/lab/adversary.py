@@ -4,7 +4,9 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from importlib import import_module
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,11 @@ TYPES = ("float32", "bfloat16", "float16", "float64")
 COPIES = tuple(itertools.product(("LR", "Q"), (None, 8, 4)))[:3] + (("Q", 8), ("Q", 4))
 WAYS = ("jit", "vmap", "fallback", "eager")
 EXPONENTS = dict(float32=30, bfloat16=30, float16=3, float64=30)  # scales are drawn from 10^-e to 10^e
+
+
+def with_64_bits(enabled: bool = True) -> AbstractContextManager:
+    """jax.enable_x64, which jax before 0.8 has elsewhere."""
+    return jax.enable_x64(enabled) if hasattr(jax, "enable_x64") else import_module("jax.experimental").enable_x64(enabled)
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,7 @@ def attack_proofs(count: int, seed: int = 0) -> dict[str, dict[str, int]]:
     """Attack until so many queries were searched. What came of it in all, and by trap, type, copy and way."""
     rng, told = np.random.default_rng(seed), {"all": Counter()}
     for attack in attacks(rng):
-        with jax.enable_x64(attack.dtype == "float64"):
+        with with_64_bits(attack.dtype == "float64"):
             found = attack_once(rng, attack)
         kind, bits = attack.copy
         copy = f"{kind} {'in the type of the rows' if bits is None else f'int{bits}'}"

@@ -1,7 +1,7 @@
 """Evidence, one JSON line each: what was obtained, of which kind, by which code, where, from which weights.
 
-A kind is `measured`, `compiler-estimate`, `simulated` (arithmetic on published or assumed figures) or `published`. A record has an id; a newer
-one of the same id takes its line, and git keeps the older.
+A kind is `measured`, `compiler-estimate`, `simulated` (arithmetic on published or assumed figures) or `published`. A record has an
+id; a newer one of the same id takes its line, and git keeps the older.
 """
 
 import datetime
