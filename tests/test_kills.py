@@ -5,6 +5,7 @@ undisturbed one gives, and nothing is left behind. HIRE_KILLS=20 kills each of t
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,12 +37,23 @@ def server():
         process.stdin.close()
 
 
-def kill_at_random(server, name: str, folder: Path, most: float, rounds: int) -> None:
-    """Kill the work after several random delays, then let it end undisturbed. One round may end before it is killed."""
-    delays = np.random.default_rng(KILLS).uniform(0.02, most, KILLS)
-    statuses = [server(name, folder, rounds, kill_after=delay) for delay in delays]
-    assert -signal.SIGKILL in statuses and set(statuses) <= {-signal.SIGKILL, 0 if rounds == 1 else -signal.SIGKILL}
-    assert server(name, folder) == 0
+@pytest.fixture
+def kill_at_random(server, record_property):
+    """Kills work KILLS times after random delays, then lets it end undisturbed. A run that ends before it is killed begins anew."""
+
+    def kill(name: str, folder: Path, most: float, rounds: int) -> None:
+        rng, killed = np.random.default_rng(KILLS), 0
+        while killed < KILLS:
+            status = server(name, folder, rounds, kill_after=rng.uniform(0.02, most))
+            assert status in (-signal.SIGKILL, 0)
+            killed += status == -signal.SIGKILL
+            if status == 0:
+                shutil.rmtree(folder)
+                folder.mkdir()
+        record_property("kills", killed)  # to `make robustness`
+        assert server(name, folder) == 0
+
+    return kill
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -57,20 +69,20 @@ def folders(tmp_path):
     return tmp_path / "undisturbed", tmp_path / "killed"
 
 
-def test_kills_while_weights_are_unpacked(server, folders, tmp_path, tiny):
+def test_kills_while_weights_are_unpacked(server, kill_at_random, folders, tmp_path, tiny):
     from test_damage import write_gguf
 
     write_gguf(tmp_path / "source.gguf", tiny)
     expected, found = folders
     assert server("unpack", expected) == 0
-    kill_at_random(server, "unpack", found, 2.0, rounds=10**6)
+    kill_at_random("unpack", found, 2.0, rounds=10**6)
     assert digests(found) == digests(expected) and len(digests(found)) == 3
 
 
-def test_kills_while_a_figure_and_records_are_written(server, folders):
+def test_kills_while_a_figure_and_records_are_written(server, kill_at_random, folders):
     expected, found = folders
     assert server("write", expected) == 0
-    kill_at_random(server, "write", found, 1.5, rounds=10**6)
+    kill_at_random("write", found, 1.5, rounds=10**6)
     assert list(digests(found)) == list(digests(expected))
     assert {name: digest for name, digest in digests(found).items() if "topic" not in name} == {
         name: digest for name, digest in digests(expected).items() if "topic" not in name
@@ -78,13 +90,13 @@ def test_kills_while_a_figure_and_records_are_written(server, folders):
     assert [entry["results"]["x"] for entry in records.read(found)] == [[name] * 2000 for name in "abcdefgh"]  # dates differ
 
 
-def test_kills_while_a_model_is_trained(server, folders, tmp_path):
+def test_kills_while_a_model_is_trained(server, kill_at_random, folders, tmp_path):
     expected, found = folders
     assert server("train", expected) == 0
     losses = np.load(tmp_path / "losses.npy")
     assert np.isfinite(losses).all() and len(losses) == 12
     (tmp_path / "losses.npy").unlink()
-    kill_at_random(server, "train", found, 2.0, rounds=1)
+    kill_at_random("train", found, 2.0, rounds=1)
     np.testing.assert_allclose(np.load(tmp_path / "losses.npy"), losses, rtol=1e-5)
 
     def names(folder: Path) -> set[str]:  # Orbax names its data files at random

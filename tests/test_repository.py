@@ -284,12 +284,17 @@ def listing(folder: Path) -> list[tuple]:
     return found
 
 
+def filled(folder):
+    """Put something of every kind into a cache folder, and list it."""
+    for name in ("prefills/one.npz", "evals/two.whl", "three.safetensors", "four.lock"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    return listing(folder)
+
+
 def test_tests_leave_the_users_cache_as_it_is(tmp_path):
     """A test run of a user whose cache holds hidden states, in which a test lets them be made anew and leaves something."""
-    for name in ("prefills/one.npz", "evals/two.whl", "three.safetensors", "four.lock"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name)
-    before = listing(tmp_path)
+    before = filled(tmp_path)
     program = """
 import conftest
 from hire.lab import prefills
@@ -306,10 +311,7 @@ conftest.pytest_unconfigure()"""
 
 
 def test_a_scratch_cache_has_the_users_files_and_none_of_its_changes(tmp_path):
-    for name in ("prefills/one.npz", "evals/two.whl", "three.safetensors", "four.lock"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name)
-    before = listing(tmp_path)
+    before = filled(tmp_path)
     program = """
 import os, pathlib
 folder = pathlib.Path(os.environ["HIRE_CACHE"])

@@ -12,6 +12,7 @@ PLAIN = {  # command -> (function without arguments, what it is for)
     "compiler": ("hire.lab.tpu:install", "install the TPU compiler that goes with this jax"),
     "questions": ("hire.lab.tasks:judge_questions", "Gemma on multiple-choice sets and a cloze, exact and searched, as a record"),
     "certify-adversary": ("hire.lab.adversary:certify_adversary", "attack proofs with a million drawn queries, as a record"),
+    "robustness": ("hire.lab.robustness:judge_robustness", "damaged files, concurrent writers and killed runs, as a record"),
     "fits": ("hire.lab.beyond:judge_fits", "recall of fitted copies by queries, ridge and kind of text, as a record"),
     "keys": ("hire.lab.keys:judge_keys", "Gemma at long contexts with its keys searched, as a record"),
 }
