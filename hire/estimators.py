@@ -645,13 +645,13 @@ def length(vectors: Float[Array, "*b d"]) -> Float[Array, "*b"]:
 
 # Programs of their own: fused with what is made of them, XLA takes 20 times as long for largest entries and sums.
 @jax.jit
-def largest_entries(*some: Float[Array, "*b d"]) -> list[Float[Array, "*b"]]:
+def largest_entries(*some: Float[Array, "..."]) -> list[Float[Array, "..."]]:
     """Of each vector, within the numbers whose inverse is a normal number: by it XLA multiplies also where it is told to divide."""
     return [jnp.clip(jnp.max(jnp.abs(vectors), axis=-1), 2.0**-100, 2.0**100) for vectors in some]
 
 
 @jax.jit
-def scaled_squares(sizes: list[Float[Array, "*b"]], *some: Float[Array, "*b d"]) -> list[Float[Array, "*b"]]:
+def scaled_squares(sizes: list[Float[Array, "..."]], *some: Float[Array, "..."]) -> list[Float[Array, "..."]]:
     """The squared lengths of vectors over their sizes."""
     inverses = jax.lax.optimization_barrier([1 / size for size in sizes])
     return [jnp.sum((vectors * inverse[..., None]) ** 2, axis=-1) for vectors, inverse in zip(some, inverses, strict=True)]
@@ -663,19 +663,21 @@ def length_of_square(squared: Float[Array, "*b"], size: Float[Array, "*b"], widt
 
 
 @jax.jit
-def largest_of_copy(rows: Rows, rebuilt: Rows | Quantized) -> list[Float[Array, " m"]]:
-    return largest_entries(*parts_of_copy(rows, rebuilt))
+def largest_of_copy(rows: Rows, rebuilt: Rows | Quantized, *parts: AnyArray | Quantized) -> list[Float[Array, "_"]]:
+    return largest_entries(*vectors_of_copy(rows, rebuilt, *parts))
 
 
 @jax.jit
-def squares_of_copy(sizes: list[Float[Array, " m"]], rows: Rows, rebuilt: Rows | Quantized) -> list[Float[Array, " m"]]:
-    return scaled_squares(sizes, *parts_of_copy(rows, rebuilt))
+def squares_of_copy(
+    sizes: list[Float[Array, "_"]], rows: Rows, rebuilt: Rows | Quantized, *parts: AnyArray | Quantized
+) -> list[Float[Array, "_"]]:
+    return scaled_squares(sizes, *vectors_of_copy(rows, rebuilt, *parts))
 
 
-def parts_of_copy(rows: Rows, rebuilt: Rows | Quantized) -> list[Float[Array, "m d"]]:
-    """What a copy leaves out of rows (m, d), the copy, and the rows."""
+def vectors_of_copy(rows: Rows, rebuilt: Rows | Quantized, *parts: AnyArray | Quantized) -> list[Float[Array, "_ _"]]:
+    """What a copy leaves out of rows (m, d), the copy, the rows, and the parts that an estimate is made of."""
     exact, copy = floats(rows), floats(rebuilt)
-    return [exact - copy, copy, exact]
+    return [exact - copy, copy, exact, *map(floats, parts)]
 
 
 def error_bounds(rows: Rows, estimator: "LowRank | Quantized") -> Float[Array, " m"]:
@@ -696,14 +698,27 @@ def part_of(estimator: "LowRank | Quantized", some: slice) -> "LowRank | Quantiz
 
 def part_bounds(rows: Rows, estimator: "LowRank | Quantized") -> Float[Array, " m"]:
     """`error_bounds` of a few rows."""
-    rows, width = jnp.asarray(rows), rows.shape[1]
-    rebuilt: Array | Quantized = estimator if isinstance(estimator, Quantized) else product_of_parts(estimator)
-    sizes = largest_of_copy(rows, rebuilt)
-    squares = squares_of_copy(sizes, rows, rebuilt)
-    left_out, own, whole = (length_of_square(*part, width) for part in zip(squares, sizes, strict=True))
-    span = jnp.float32(1.0)
-    if isinstance(estimator, LowRank):  # an estimate is made of sums of products of these lengths
-        own, span = length(floats(estimator.factors)), length(length(floats(estimator.projection)))
+    rows, parts = jnp.asarray(rows), []
+    rebuilt: Array | Quantized
+    if isinstance(estimator, LowRank):
+        rebuilt, parts = product_of_parts(estimator), [estimator.factors, estimator.projection]
+    else:
+        rebuilt = estimator
+    sizes = largest_of_copy(rows, rebuilt, *parts)
+    squares = squares_of_copy(sizes, rows, rebuilt, *parts)
+    widths = (rows.shape[1],) * 3 + tuple([part.shape[1] for part in parts])
+    return bounds_of_squares(squares, sizes, widths)
+
+
+@functools.partial(jax.jit, static_argnames="widths")
+def bounds_of_squares(
+    squares: list[Float[Array, "_"]], sizes: list[Float[Array, "_"]], widths: tuple[int, ...]
+) -> Float[Array, " m"]:
+    """Error bounds by the scaled squares of `vectors_of_copy`, their largest entries and their widths."""
+    left_out, own, whole, *parts = map(length_of_square, squares, sizes, widths)
+    width, span = widths[0], jnp.float32(1.0)
+    if parts:  # an estimate is made of sums of products of these lengths
+        own, span = parts[0], length(parts[1])
     # A sum of n products, in any order, is off by n / 2^24 of the lengths of both sides at most. An estimate is two such sums of up
     # to d, what was rebuilt a third; the rest is for scales, comparisons and the lengths.
     summed = UNIT_ROUNDOFF * (3 * width + 40) * own * span
@@ -717,7 +732,7 @@ def product_of_parts(estimator: "LowRank") -> Float[Array, "m d"]:
     return jnp.matmul(floats(estimator.factors), floats(estimator.projection), precision="highest")
 
 
-def floats(part: Rows | Quantized) -> Float[Array, "m d"]:
+def floats(part: AnyArray | Quantized) -> Float[Array, "_ _"]:
     """A matrix, or the one that codes and scales stand for, in float32."""
     if isinstance(part, Quantized):
         return unpack(part.codes, part.bits, part.width) * part.scale[:, None]

@@ -15,6 +15,8 @@ from hire.models import Decoder, preset
 from hire.models.decoder import FFN
 from hire.topk import keep_groups, kth_score
 
+# Compiled whole: drawn shapes would compile every operation anew.
+called = jax.jit(lambda ffn, x: ffn(x))
 masked = jax.jit(hire.HireFFN.masked, static_argnames="together")
 
 
@@ -83,7 +85,7 @@ def test_with_every_group_a_candidate_it_is_the_layer_in_numpy(b, groups, group_
     copy = hire.Quantized.fit(up if gate is None else gate, 8)
     ffn = hire.HireFFN(up, down, copy, gate, group_size=group_size, k=k, candidates=groups, shared=shared)
     expected = by_hand(*map(np.asarray, (x, up, down)), None if gate is None else np.asarray(gate), group_size, k)
-    np.testing.assert_allclose(ffn(x), expected, atol=1e-3)
+    np.testing.assert_allclose(called(ffn, x), expected, atol=1e-3)
     np.testing.assert_allclose(masked(ffn, x, b), expected, atol=1e-3)
 
 
@@ -100,7 +102,7 @@ def test_the_fast_paths_are_the_masked_layer(b, groups, group_size, gated, share
     second = hire.Quantized.fit(up[beyond], 8) if gated and both else None
     settings = dict(group_size=group_size, k=k, candidates=candidates, common=first, shared=shared)
     ffn = hire.HireFFN(up, down, copy, gate, second, **settings)
-    np.testing.assert_allclose(ffn(x), masked(ffn, x, b), atol=1e-3)
+    np.testing.assert_allclose(called(ffn, x), masked(ffn, x, b), atol=1e-3)
 
 
 def test_it_keeps_what_training_keeps(rng):

@@ -4,7 +4,6 @@ import concurrent.futures
 import functools
 import hashlib
 import os
-import weakref
 import zipfile
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -14,7 +13,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from hire.axes import AnyArray
 from hire.choose import true_top_k
+from hire.estimators import OncePerArray
 from hire.lab.evaluation import States, collect, windows
 from hire.lab.paths import ROOT
 from hire.lab.text import Document
@@ -83,20 +84,12 @@ def known_arrays(path: Path, *, report: bool = False) -> dict[str, tuple]:
         return {}
 
 
-_ARRAY_DIGESTS: dict[int, tuple[weakref.ref, str]] = {}  # by id, for as long as the array itself lives
-
-
-def array_digest(array: jax.Array | np.ndarray) -> str:
-    """SHA-256 of an array's type, shape and values; of a jax.Array, which does not change, computed once."""
-    entry = _ARRAY_DIGESTS.get(id(array))
-    if entry is not None and entry[0]() is array:
-        return entry[1]
+@OncePerArray
+def array_digest(array: AnyArray) -> str:
+    """SHA-256 of an array's type, shape and values."""
     values = np.ascontiguousarray(np.asarray(array))
     digest = hashlib.sha256(f"{values.dtype} {values.shape} ".encode())
     digest.update(values.reshape(-1).view(np.uint8).data)
-    if isinstance(array, jax.Array):
-        place = id(array)
-        _ARRAY_DIGESTS[place] = weakref.ref(array, lambda _: _ARRAY_DIGESTS.pop(place, None)), digest.hexdigest()
     return digest.hexdigest()
 
 
