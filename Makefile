@@ -13,9 +13,9 @@ XLA_FLAGS ?=
 define as_it_is
 override export $(1) := $$(value $(1))
 endef
-$(foreach name,PYTHON PROFILE FRESH ONLY VARIANT FLOOR_PYTHON XLA_FLAGS,$(eval $(call as_it_is,$(name))))
+$(foreach name,PYTHON PROFILE FRESH ONLY VARIANT COMMIT FLOOR_PYTHON XLA_FLAGS,$(eval $(call as_it_is,$(name))))
 
-.PHONY: help env figures test floor colab demo bench distributed questions keys fits certify-adversary robustness train v5e verify pages checks lint format lock budgets clean
+.PHONY: help env figures test floor colab demo bench bench-against distributed questions keys fits certify-adversary robustness train v5e verify pages checks lint format lock budgets clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -88,6 +88,10 @@ demo: $(STAMP)  ## the first minute: one table, dense against HiRE on a real sof
 
 bench: $(STAMP)  ## latency of softmax and decode step, dense against HiRE: a table, appended to data/records/bench.jsonl
 	@$(LAB) bench
+
+bench-against: $(STAMP)  ## the same at COMMIT and at HEAD in turns, how many times as long it takes now, as a record
+	@test -n "$$COMMIT" || { echo "error: COMMIT is empty: name one, such as make bench-against COMMIT=HEAD~1"; exit 1; }
+	@$(LAB) bench-against "$$COMMIT"
 
 distributed: $(STAMP)  ## DA-TOP-k on four processes of this machine against gathering all scores: one table
 	@$(LAB) distributed

@@ -34,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("v5e", help="estimate the headline and the published programs for a TPU v5e, as records")
     train = commands.add_parser("train", help="train a model and keep what came of it")
     train.add_argument("variant")
+    against = commands.add_parser("bench-against", help="the benchmark at another commit and at this one in turns, as a record")
+    against.add_argument("commit")
     budget = commands.add_parser("budget", help="time a make target and keep the time as a record")
     budget.add_argument("target", nargs="+")
     distributed = commands.add_parser("distributed", help="DA-TOP-k on several processes against gathering all scores, as a table")
@@ -79,6 +81,10 @@ def run(chosen: argparse.Namespace) -> int:
         from hire.lab.training import train_variant
 
         train_variant(chosen.variant)
+    elif chosen.command == "bench-against":
+        from hire.lab.versions import compare_versions
+
+        compare_versions(chosen.commit)
     elif chosen.command == "budget":
         from hire.lab.budgets import timed
 
