@@ -633,7 +633,7 @@ def second_moment(queries: Queries | Iterable[Queries], shape: tuple[int, int]) 
 
 UNIT_ROUNDOFF = 2.0**-24  # of float32
 UNDERFLOW = 2.0**-112  # above what sums of products of up to 2^20 terms lose where terms are below the smallest normal number
-BOUNDS_AT_ONCE = 2**28  # entries of the rows whose bounds are computed together: 1 GB where they are of low rank
+BOUNDS_AT_ONCE = 2**26  # entries of the rows whose bounds are computed together: 256 MB where they are of low rank
 
 
 def length(vectors: Float[Array, "*b d"]) -> Float[Array, "*b"]:
