@@ -34,6 +34,14 @@ def pytest_unconfigure():
     ENDS.close()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file():
+    """Linux lets a process map 65,530 regions. The programs of the whole suite take more, and the
+    compiler then crashes; so each file drops the programs that it compiled."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
