@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(LAB) compiler
 	@echo $$(($$(date +%s) - $$(cat .setup-began))) > $@ && rm .setup-began
 
-figures: $(STAMP)  ## every notebook at PROFILE=cpu (or smoke, tpu) -> figures/; goes on where it was, FRESH=1 starts anew
+figures: $(STAMP)  ## every notebook at PROFILE=cpu (or smoke, tpu) -> figures/; resumes, FRESH=1 starts again
 	$(LAB) figures --profile "$$PROFILE" $(if $(FRESH),--fresh)
 
 figure-%: override export NUMBER = $*
@@ -49,7 +49,7 @@ override QUICK := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitte
 checks: override export XLA_FLAGS += $(QUICK)
 figures figure-%: override export XLA_FLAGS += $(if $(filter smoke,$(PROFILE)),$(QUICK))
 # The rounding that certificates and estimators must bound is that of optimized programs: those run as users compile them.
-override OPTIMIZED := tests/test_certify.py tests/test_estimators.py tests/test_search.py
+override OPTIMIZED := tests/test_certify.py tests/estimators/test_estimators.py tests/test_search.py
 # Runs a command with a cache folder of its own, into which the user's weights are linked.
 override APART := tests/scratch_cache.py
 test: $(STAMP)  ## the notebooks' check cells, then the unit tests, on two cores
@@ -99,7 +99,7 @@ distributed: $(STAMP)  ## DA-TOP-k on four processes of this machine against gat
 questions: $(STAMP)  ## Gemma on multiple-choice sets and a cloze, exact and searched, about 10 minutes, as a record
 	@$(LAB) questions
 
-fits: $(STAMP)  ## how many queries a copy is fitted to, how, and to which text, as a record, about 4 minutes
+fits: $(STAMP)  ## recall by calibration queries, ridge and kind of text, as a record, about 4 minutes
 	@$(LAB) fits
 
 certify-adversary: $(STAMP)  ## attack proofs with a million drawn queries of every type, scale and kind, as a record
@@ -112,7 +112,7 @@ robustness: $(STAMP)  ## damage every kind of file, kill runs 20 times each, wri
 keys: $(STAMP)  ## Gemma at 1K to 8K tokens with its keys searched, about 10 minutes, as a record
 	@$(LAB) keys
 
-train: $(STAMP)  ## train VARIANT=dense, groups8, short-topk, … (hire/lab/training.py lists them), or several; goes on where it was
+train: $(STAMP)  ## train VARIANT=dense, groups8, short-topk, … (hire/lab/training/plans.py lists them), or several; resumes
 	@test -n "$$VARIANT" || { echo "error: VARIANT is empty: name one, such as make train VARIANT=groups8"; exit 1; }
 	@set -ef; for variant in $$VARIANT; do $(LAB) train "$$variant"; done
 

@@ -1,121 +1,249 @@
-"""DA-TOP-k: the top-k of rows that lie on several devices. Each finds its own, and only values and indices travel.
+"""DA-TOP-k: top-k of rows that are sharded over devices.
 
-On JAX's own engine: rows are arrays sharded over an axis of the mesh that jax.set_mesh has set.
+Each device searches its shard; only values and indices travel. Rows are JAX arrays, sharded over an
+axis of the mesh that `jax.set_mesh` has set.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from hire.axes import Array, Blocks, Indices, Queries, Rows
-from hire.estimators import Estimator, Quantized, fingerprint
-from hire.outliers import Outliers
-from hire.search import Cascade, best_of, high_recall_top_k
-from hire.topk import TopK, check_count
+from hire.estimators.base import Estimator
+from hire.estimators.fingerprints import fingerprint
+from hire.estimators.quantized import Quantized
+from hire.ops.checks import check_range
+from hire.ops.top_k import TopK
+from hire.search import high_recall_top_k, rerank
+from hire.types import Array, Blocks, Indices, Queries, Rows
 
 
-def fair_share(count: int, devices: int, slack: float | int) -> int:
-    """What each of so many devices gives of `count`: an even share and `slack` standard deviations of a fair deal, at most all."""
+def per_device_k(count: int, devices: int, slack: float | int) -> int:
+    """Return how many of `count` rows each device contributes.
+
+    This is an even share plus `slack` standard deviations of a random assignment of rows to
+    devices, at most `count`.
+
+    Args:
+        count: Number of rows that all devices together must return.
+        devices: Number of devices.
+        slack: Oversampling in standard deviations; `math.inf` gives `count`.
+
+    Returns:
+        The number of rows that each device contributes.
+    """
     if slack == math.inf:
         return count
-    return min(count, math.ceil(count / devices + slack * math.sqrt(count / devices * (1 - 1 / devices))))
+    return min(
+        count, math.ceil(count / devices + slack * math.sqrt(count / devices * (1 - 1 / devices)))
+    )
 
 
 @dataclass(frozen=True)
-class Axis:
-    """How rows lie over the axis `name` of the mesh, and how much more than its share of an answer a device gives.
+class RowSharding:
+    """How rows are sharded over one axis of the mesh, and how much each device oversamples.
 
-    Device i of s holds rows i m/s and on, or, `dealt` like cards, rows i, i + s, i + 2 s and so on. `slack` is in standard
-    deviations of what a fair deal would give a device: with math.inf each gives as much as is asked of all, and nothing is missed
-    that it has found. Rows from number `rows` on fill the last device up and are never picked (None: there are none).
+    Attributes:
+        name: Name of the mesh axis.
+        oversample_sigmas: What a device contributes beyond an even share, in standard deviations of
+            a random assignment. With `math.inf` each device contributes as many rows as the answer
+            has, and no row that a device has selected is lost.
+        interleaved: Whether device i of s has rows i, i + s, i + 2 s and so on (interleaved), or
+            m/s rows from i m/s on (contiguous).
+        num_rows: Number of rows without padding. Indices `>= num_rows` are padding and are never
+            selected. None means that there is no padding.
     """
 
     name: str
-    slack: float | int = 3.0
-    dealt: bool = False
-    rows: int | None = None
+    oversample_sigmas: float | int = 3.0
+    interleaved: bool = False
+    num_rows: int | None = None
 
     @classmethod
-    def of(cls, axis: "str | Axis") -> "Axis":
+    def of(cls, axis: "str | RowSharding") -> "RowSharding":
+        """Return the sharding for an axis name, or the sharding that was passed."""
         return cls(axis) if isinstance(axis, str) else axis
 
     @property
     def size(self) -> int:
-        """Devices of the axis. Raises ValueError without a mesh, or when it has no such axis."""
+        """Number of devices of the axis.
+
+        Raises:
+            ValueError: If no mesh is set, or if the mesh has no such axis.
+        """
         mesh = jax.sharding.get_abstract_mesh()
         if self.name not in mesh.axis_names:
-            known = f"one of {', '.join(mesh.axis_names)}, the axes of the mesh" if mesh.axis_names else "it within jax.set_mesh"
-            raise ValueError(f"axis = {self.name!r}: expected {known}")
+            expected = (
+                f"one of {', '.join(mesh.axis_names)}, the axes of the mesh"
+                if mesh.axis_names
+                else "it within jax.set_mesh"
+            )
+            raise ValueError(f"axis = {self.name!r}: expected {expected}")
         return mesh.shape[self.name]
 
-    def share(self, count: int, most: int) -> int:
-        """How many of `count` a device gives that holds `most`."""
-        return min(fair_share(count, self.size, self.slack), most)
+    def per_device_count(self, count: int, most: int) -> int:
+        """Return how many of `count` rows a device contributes.
 
-    def with_filling(self, count: int, held: int) -> int:
-        """How many of `count` a device looks for that holds `held`: its share, and what may be filling among them."""
-        return min(self.share(count, held) + self.size * held - self.total(held), held)
+        Args:
+            count: Number of rows that all devices together must return.
+            most: Number of rows that the device can contribute.
 
-    def stored(self, rows: Indices, total: int) -> Indices:
-        """Where rows lie in the array of all, of so many, by their numbers: `laid` has moved them."""
-        return rows % self.size * (total // self.size) + rows // self.size if self.dealt else rows
+        Returns:
+            The number of rows that the device contributes.
+        """
+        return min(per_device_k(count, self.size, self.oversample_sigmas), most)
 
-    def total(self, held: int) -> int:
-        """How many rows there are, filling left out, when every device holds so many."""
-        return self.size * held if self.rows is None else self.rows
+    def padded_device_count(self, count: int, held: int) -> int:
+        """Return how many rows a device searches for, padding included.
 
-    def whole(self, own: Indices, held: int) -> Indices:
-        """The numbers among all rows of a device's own rows, of which it holds so many. Inside jax.shard_map."""
-        place = jax.lax.axis_index(self.name)
-        return own * self.size + place if self.dealt else own + place * held
+        This is its contribution plus the number of padding rows that may be among them.
 
-    def laid(self, rows: Array, group: int = 1) -> Array:
-        """Rows (m, …) filled up with zeros and put on the devices, dealt or not, in groups of so many that stay together."""
-        s, each = self.size, rows.shape[1:]
-        filling = -len(rows) % (s * group)
-        if filling:
-            rows = jnp.concatenate([rows, jnp.zeros((filling, *each), rows.dtype)])
-        if self.dealt:
-            rows = rows.reshape(-1, s, group, *each).swapaxes(0, 1).reshape(-1, *each)
+        Args:
+            count: Number of rows that all devices together must return.
+            held: Number of rows of the shard.
+
+        Returns:
+            The number of rows that the device searches for.
+        """
+        return min(
+            self.per_device_count(count, held) + self.size * held - self.total_rows(held), held
+        )
+
+    def storage_index(self, rows: Indices, total: int) -> Indices:
+        """Return the positions of rows in the array that `shard_rows` has made.
+
+        Args:
+            rows: Row indices `(*b, c)`.
+            total: Number of rows of that array.
+
+        Returns:
+            The positions `(*b, c)`.
+        """
+        return (
+            rows % self.size * (total // self.size) + rows // self.size
+            if self.interleaved
+            else rows
+        )
+
+    def total_rows(self, held: int) -> int:
+        """Return the number of rows without padding.
+
+        Args:
+            held: Number of rows of each shard.
+
+        Returns:
+            The number of rows on all devices, without padding.
+        """
+        return self.size * held if self.num_rows is None else self.num_rows
+
+    def global_index(self, own: Indices, held: int) -> Indices:
+        """Return the global indices of rows of this device's shard. Call it inside `jax.shard_map`.
+
+        Args:
+            own: Row indices within the shard `(*b, c)`.
+            held: Number of rows of the shard.
+
+        Returns:
+            The indices among all rows `(*b, c)`.
+        """
+        device = jax.lax.axis_index(self.name)
+        return own * self.size + device if self.interleaved else own + device * held
+
+    def shard_rows(self, rows: Array, group: int = 1) -> Array:
+        """Pad rows with zeros and put them on the devices, interleaved or contiguous.
+
+        Args:
+            rows: Rows `(m, ...)`.
+            group: Number of consecutive rows that stay together.
+
+        Returns:
+            The padded rows, sharded over the axis.
+        """
+        num_devices, row_shape = self.size, rows.shape[1:]
+        padding = -len(rows) % (num_devices * group)
+        if padding:
+            rows = jnp.concatenate([rows, jnp.zeros((padding, *row_shape), rows.dtype)])
+        if self.interleaved:
+            rows = (
+                rows.reshape(-1, num_devices, group, *row_shape)
+                .swapaxes(0, 1)
+                .reshape(-1, *row_shape)
+            )
         return jax.device_put(rows, P(self.name))
 
-    def put(self, part: Any, group: int = 1) -> Any:
-        """`laid` of rows, or of what an estimator holds of every row; the rest of it goes to every device."""
+    def shard_pytree(self, part: Any, group: int = 1) -> Any:
+        """Shard rows, or the arrays of an estimator that have one entry per row.
+
+        The other arrays of an estimator are replicated on every device.
+
+        Args:
+            part: Rows or an estimator.
+            group: Number of consecutive rows that stay together.
+
+        Returns:
+            The same pytree on the devices.
+        """
         leaves, tree = jax.tree.flatten(part)
         placed = [
-            jax.device_put(leaf, P()) if spec == P() else self.laid(leaf, group)
-            for leaf, spec in zip(leaves, self.specs(part), strict=True)
+            jax.device_put(leaf, P()) if spec == P() else self.shard_rows(leaf, group)
+            for leaf, spec in zip(leaves, self.partition_specs(part), strict=True)
         ]
         return tree.unflatten(placed)
 
-    def specs(self, part: Any) -> list[P]:
-        """Where the arrays of rows, or of an estimator, lie: all by rows, but scalars, fingerprints and projections."""
+    def partition_specs(self, part: Any) -> list[P]:
+        """Return the partition spec of each array of rows or of an estimator.
+
+        All arrays are sharded by rows, except scalars, fingerprints and projections.
+
+        Args:
+            part: Rows or an estimator.
+
+        Returns:
+            One spec for each leaf of the pytree.
+        """
         paths, _ = jax.tree_util.tree_flatten_with_path(part)
-        told = [(jnp.ndim(leaf), {getattr(key, "name", "") for key in path}) for path, leaf in paths]
-        return [P(self.name) if dims and not names & {"projection", "fingerprint"} else P() for dims, names in told]
+        leaf_info = [
+            (jnp.ndim(leaf), {getattr(key, "name", "") for key in path}) for path, leaf in paths
+        ]
+        return [
+            P(self.name) if dims and not names & {"projection", "fingerprint"} else P()
+            for dims, names in leaf_info
+        ]
 
-    def mapped(self, function: Callable, parts: dict[str, Any], *arrays: Any) -> Any:
-        """function(parts, *arrays) on every device, with its own rows of the parts and all of the arrays; it gives all the same.
+    def shard_map(self, function: Callable, parts: dict[str, Any], *arrays: Any) -> Any:
+        """Run `function(parts, *arrays)` on every device, with its shard of the parts.
 
-        Raises ValueError when the devices cannot hold equally many rows.
+        Args:
+            function: Function of the shards and the replicated arrays. It returns the same result
+                on every device.
+            parts: Rows and estimators by name; each device gets its shard of them.
+            *arrays: Arrays that every device gets in full.
+
+        Returns:
+            The result of the function.
+
+        Raises:
+            ValueError: If the number of rows is not a multiple of the number of devices.
         """
         for name, part in parts.items():
             if part is not None and part.shape[0] % self.size:
                 raise ValueError(
-                    f"{name} of {part.shape[0]} rows over {self.size} devices: expected a multiple; `sharded` fills them up"
+                    f"{name} of {part.shape[0]} rows over {self.size} devices: expected a "
+                    "multiple; `sharded` fills them up"
                 )
         leaves, tree = jax.tree.flatten(parts)
 
         def own(leaves: list[Array], *arrays: Any) -> Any:
             return function(tree.unflatten(leaves), *arrays)
 
-        specs = self.specs(parts), *(P() for _ in arrays)
-        return jax.shard_map(own, in_specs=specs, out_specs=P(), axis_names={self.name}, check_vma=False)(leaves, *arrays)
+        specs = self.partition_specs(parts), *(P() for _ in arrays)
+        return jax.shard_map(
+            own, in_specs=specs, out_specs=P(), axis_names={self.name}, check_vma=False
+        )(leaves, *arrays)
 
 
 def da_top_k(
@@ -125,46 +253,96 @@ def da_top_k(
     *,
     k: int,
     candidates: int,
-    axis: str | Axis,
-    form: str = "auto",
+    axis: str | RowSharding,
+    implementation: str = "auto",
 ) -> TopK:
-    """DA-TOP-k, inside jax.shard_map: `high_recall_top_k` of rows of which this device holds (m/s, d), the same on every device.
+    """Run `high_recall_top_k` on sharded rows (DA-TOP-k). Call it inside `jax.shard_map`.
 
-    x (b, d) are the same queries everywhere, k and candidates (k') are of all rows, indices (b, k) their numbers among them. Each
-    device nominates and scores its share of the candidates and gives its share of the k, as Axis says: at most s k values and
-    indices a query, 8 bytes each, travel, whatever the number of rows (PAPER claim da-top-k). `expected_recall`, with the devices
-    as its buckets, says what is lost by giving less than k.
+    Each device nominates and scores its share of the candidates and contributes its share of the k
+    rows, as `axis` says. At most s k values and indices per query travel, 8 bytes for each pair,
+    for any number of rows (PAPER claim da-top-k). `expected_recall`, with the devices as its
+    buckets, gives the loss from contributing fewer than k rows.
 
-    Raises ValueError when k is more than the smallest shard holds, for an axis that is not of the mesh, and as high_recall_top_k.
+    Args:
+        x: Queries `(b, d)`, the same on every device.
+        rows: This device's shard of the rows: `(m/s, d)`, in blocks, or `Quantized` rows.
+        estimator: Estimator of this shard.
+        k: Number of rows to return for each query, among all rows.
+        candidates: Number of candidates (k'), among all rows.
+        axis: Name of the mesh axis, or a `RowSharding`.
+        implementation: "auto", "xla" or "pallas", as in `high_recall_top_k`.
+
+    Returns:
+        The exact scores `(b, k)` and the global row indices `(b, k)`, the same on every device.
+
+    Raises:
+        ValueError: If k exceeds the number of rows of the smallest shard, if the mesh has no such
+            axis, and as `high_recall_top_k`.
     """
-    axis, held = Axis.of(axis), rows.shape[0]
-    empty = axis.size * held - axis.total(held)
-    k = check_count("k", k, 1, held - empty, "the rows of the smallest shard")
-    candidates = check_count("candidates", candidates, k, axis.total(held), "from k to the number of rows")
-    own = high_recall_top_k(
-        x, rows, estimator, k=axis.with_filling(k, held), candidates=axis.with_filling(candidates, held), form=form
+    axis, shard_size = RowSharding.of(axis), rows.shape[0]
+    num_padding = axis.size * shard_size - axis.total_rows(shard_size)
+    k = check_range("k", k, 1, shard_size - num_padding, "the rows of the smallest shard")
+    candidates = check_range(
+        "candidates", candidates, k, axis.total_rows(shard_size), "from k to the number of rows"
     )
-    return merged(own, axis, held, axis.share(k, held), k)
+    shard_top = high_recall_top_k(
+        x,
+        rows,
+        estimator,
+        k=axis.padded_device_count(k, shard_size),
+        candidates=axis.padded_device_count(candidates, shard_size),
+        implementation=implementation,
+    )
+    return all_gather_top_k(shard_top, axis, shard_size, axis.per_device_count(k, shard_size), k)
 
 
-def merged(own: TopK, axis: Axis, held: int, own_k: int, k: int) -> TopK:
-    """The k best of what every device found among its own rows, of which it gives its own_k best. Inside jax.shard_map."""
-    indices = axis.whole(own.indices, held)
-    if axis.rows is not None:
-        own = best_of(indices, jnp.where(indices < axis.rows, own.values, -jnp.inf), own_k)
+def all_gather_top_k(own: TopK, axis: RowSharding, held: int, own_k: int, k: int) -> TopK:
+    """Merge the results of all shards into one top-k. Call it inside `jax.shard_map`.
+
+    Args:
+        own: Top-k of this device's shard, with indices within the shard.
+        axis: How the rows are sharded.
+        held: Number of rows of the shard.
+        own_k: Number of rows that each device contributes.
+        k: Number of rows to return for each query.
+
+    Returns:
+        The scores `(b, k)` and the global row indices `(b, k)`.
+    """
+    indices = axis.global_index(own.indices, held)
+    if axis.num_rows is not None:
+        own = rerank(indices, jnp.where(indices < axis.num_rows, own.values, -jnp.inf), own_k)
         indices = own.indices
-    # One array, so that there is one collective: what it takes is nearly all latency.
+    # Values and indices travel in one array: one collective, since its time is nearly all latency.
     bits = jax.lax.bitcast_convert_type(own.values[:, :own_k], jnp.int32)
-    travels = jnp.stack([bits, indices[:, :own_k].astype(jnp.int32)])
-    found = jax.lax.all_gather(travels, axis.name, axis=2, tiled=True)
-    return best_of(found[1], jax.lax.bitcast_convert_type(found[0], jnp.float32), k)
+    packed = jnp.stack([bits, indices[:, :own_k].astype(jnp.int32)])
+    gathered = jax.lax.all_gather(packed, axis.name, axis=2, tiled=True)
+    return rerank(gathered[1], jax.lax.bitcast_convert_type(gathered[0], jnp.float32), k)
 
 
-def told_again(estimator: Any, rows: Rows | Blocks | Quantized) -> Any:
-    """The estimator with the fingerprint of the rows as they lie now. Raises ValueError for one that keeps some of all rows."""
-    if isinstance(estimator, Cascade | Outliers):
-        raise ValueError(f"{type(estimator).__name__} over several devices: expected LowRank or Quantized, which can be parted")
-    if isinstance(rows, Quantized):  # which keep theirs, as it does
+def with_fingerprint_of(estimator: Any, rows: Rows | Blocks | Quantized) -> Any:
+    """Return the estimator with the fingerprint of the sharded rows.
+
+    Args:
+        estimator: Sharded estimator.
+        rows: Rows in their sharded order.
+
+    Returns:
+        The estimator with its new fingerprint. With `Quantized` rows it is returned as it is, since
+        rows and estimator both keep their fingerprints.
+
+    Raises:
+        ValueError: If the estimator has no `with_fingerprint`, such as one that stores some of the
+            rows.
+    """
+    if not hasattr(estimator, "with_fingerprint"):
+        raise ValueError(
+            f"{type(estimator).__name__} over several devices: expected LowRank or Quantized, "
+            "which can be parted"
+        )
+    # Quantized rows keep their fingerprint, and so does their estimator.
+    if isinstance(rows, Quantized):
         return estimator
-    flat = rows.reshape(len(rows), -1)[:, : estimator.shape[1]]
-    return replace(estimator, fingerprint=fingerprint(flat))
+    return estimator.with_fingerprint(
+        fingerprint(rows.reshape(len(rows), -1)[:, : estimator.shape[1]])
+    )

@@ -1,4 +1,4 @@
-"""Dataclasses that are pytrees and validate what a user builds, but nothing that JAX rebuilds."""
+"""Frozen dataclasses that are JAX pytrees and validate only what a user builds."""
 
 import dataclasses
 from typing import TypeVar, dataclass_transform
@@ -10,10 +10,18 @@ Class = TypeVar("Class", bound=type)
 
 @dataclass_transform(frozen_default=True, eq_default=False)
 def pytree(cls: Class) -> Class:
-    """A frozen dataclass whose fields are a pytree's children; fields with `metadata=dict(static=True)` are part of its structure.
+    """Make a class a frozen dataclass and register it as a JAX pytree.
 
-    `__post_init__` runs when a user calls the class or dataclasses.replace. It does not run when JAX rebuilds an object from its
-    leaves, which may then be tracers, shapes or placeholders: jax.tree.map, jax.jit and jax.vmap never validate and never fail.
+    `__post_init__` runs when a user calls the class or `dataclasses.replace`. It does not run when
+    JAX rebuilds an object from its leaves, which may be tracers, shapes or placeholders. So
+    `jax.tree.map`, `jax.jit` and `jax.vmap` never validate and never fail.
+
+    Args:
+        cls: A class with dataclass fields. Fields are children of the pytree. Fields with
+            `metadata=dict(static=True)` are part of its structure.
+
+    Returns:
+        The class as a registered dataclass.
     """
     cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
     fields = dataclasses.fields(cls)
@@ -22,7 +30,9 @@ def pytree(cls: Class) -> Class:
     keys = [jax.tree_util.GetAttrKey(name) for name in children]
 
     def flatten(value):
-        return [getattr(value, name) for name in children], tuple([getattr(value, name) for name in static])
+        return [getattr(value, name) for name in children], tuple(
+            [getattr(value, name) for name in static]
+        )
 
     def flatten_with_keys(value):
         parts, structure = flatten(value)

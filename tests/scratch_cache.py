@@ -37,7 +37,9 @@ def link(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def scratch_cache() -> Iterator[Path]:
-    """HIRE_CACHE as a folder that lasts as long as this, in this process and those that it starts."""
+    """HIRE_CACHE as a folder that lasts as long as this, in this process and those that it
+    starts.
+    """
     before = os.environ.get(NAME)
     with tempfile.TemporaryDirectory(prefix="hire-test-cache-") as folder:
         link(users_cache(), Path(folder))

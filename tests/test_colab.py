@@ -1,6 +1,8 @@
-"""What a reader of a badge gets: a notebook on a fresh runtime that is like Colab's, with nothing but its set-up cell's doing.
+"""What a reader of a badge gets: a notebook on a fresh runtime that is like Colab's, with nothing
+but its set-up cell's doing.
 
-`make colab` runs it, in .venv-colab, on the last commit: what is not committed is not in the clone that a set-up cell makes.
+`make colab` runs it, in .venv-colab, on the last commit: what is not committed is not in the clone
+that a set-up cell makes.
 """
 
 import json
@@ -12,12 +14,16 @@ from pathlib import Path
 
 import pytest
 
+from hire.lab.figure_index import ready, register
 from hire.lab.paths import OUT, ROOT
-from hire.lab.register import ready, register
 
-pytestmark = pytest.mark.skipif("COLAB" not in os.environ, reason="`make colab` runs them: they take python3.12 and minutes")
+pytestmark = pytest.mark.skipif(
+    "COLAB" not in os.environ, reason="`make colab` runs them: they take python3.12 and minutes"
+)
 RUNTIME = ROOT / ".venv-colab/bin/python"
-NAMES = [register(number)["name"] for number in os.environ.get("ONLY", "").split()] or [entry["name"] for entry in ready()]
+NAMES = [register(number)["name"] for number in os.environ.get("ONLY", "").split()] or [
+    entry["name"] for entry in ready()
+]
 
 
 def plain(name: str) -> str:
@@ -26,9 +32,16 @@ def plain(name: str) -> str:
 
 
 def installed(python: Path) -> dict[str, str]:
-    """Version of every package that an interpreter finds, wherever it is started; of two, the one that it imports."""
-    program = "import importlib.metadata as m, json; print(json.dumps([(d.name, d.version) for d in m.distributions()]))"
-    found = json.loads(subprocess.run([python, "-I", "-c", program], capture_output=True, check=True).stdout)
+    """Version of every package that an interpreter finds, wherever it is started; of two, the one
+    that it imports.
+    """
+    program = (
+        "import importlib.metadata as m, json; "
+        "print(json.dumps([(d.name, d.version) for d in m.distributions()]))"
+    )
+    found = json.loads(
+        subprocess.run([python, "-I", "-c", program], capture_output=True, check=True).stdout
+    )
     return {plain(name): version for name, version in reversed(found)}
 
 
@@ -40,10 +53,16 @@ def pins() -> dict[str, str]:
 
 @pytest.fixture
 def fresh(tmp_path):
-    """The interpreter of a runtime that nobody has used: it finds the packages of .venv-colab, and installs beside them."""
+    """The interpreter of a runtime that nobody has used: it finds the packages of .venv-colab, and
+    installs beside them.
+    """
     subprocess.run([RUNTIME, "-m", "venv", "--without-pip", tmp_path / "runtime"], check=True)
-    library = sysconfig.get_path("purelib", vars=dict(base=str(tmp_path / "runtime"), py_version_short="3.12"))
-    theirs = sysconfig.get_path("purelib", vars=dict(base=str(ROOT / ".venv-colab"), py_version_short="3.12"))
+    library = sysconfig.get_path(
+        "purelib", vars=dict(base=str(tmp_path / "runtime"), py_version_short="3.12")
+    )
+    theirs = sysconfig.get_path(
+        "purelib", vars=dict(base=str(ROOT / ".venv-colab"), py_version_short="3.12")
+    )
     (Path(library) / "colab.pth").write_text(theirs)
     return tmp_path / "runtime/bin/python"
 
@@ -58,10 +77,19 @@ def test_the_runtime_is_like_colabs(fresh):
 def test_a_notebook_runs_on_a_fresh_runtime(name, fresh, tmp_path):
     content, before = tmp_path / "content", installed(fresh)
     content.mkdir()
-    book = subprocess.run(["git", "show", f"HEAD:notebooks/{name}.ipynb"], cwd=ROOT, capture_output=True, check=True).stdout
-    ours = ("XLA_FLAGS", "PYTHONPATH", "VIRTUAL_ENV", "JUPYTER_PLATFORM_DIRS")  # of the tests, and none of Colab's
+    book = subprocess.run(
+        ["git", "show", f"HEAD:notebooks/{name}.ipynb"], cwd=ROOT, capture_output=True, check=True
+    ).stdout
+    ours = (
+        "XLA_FLAGS",
+        "PYTHONPATH",
+        "VIRTUAL_ENV",
+        "JUPYTER_PLATFORM_DIRS",
+    )  # of the tests, and none of Colab's
     surroundings = {key: value for key, value in os.environ.items() if key not in ours}
-    surroundings |= dict(HIRE_REPOSITORY=f"file://{ROOT}", MPLBACKEND="module://matplotlib_inline.backend_inline")
+    surroundings |= dict(
+        HIRE_REPOSITORY=f"file://{ROOT}", MPLBACKEND="module://matplotlib_inline.backend_inline"
+    )
     command = [fresh, "-m", "nbconvert", "--to", "notebook", "--execute", "--stdin", "--stdout"]
     ran = subprocess.run(command, input=book, cwd=content, env=surroundings, capture_output=True)
     (OUT / "colab").mkdir(parents=True, exist_ok=True)
@@ -69,5 +97,9 @@ def test_a_notebook_runs_on_a_fresh_runtime(name, fresh, tmp_path):
     assert ran.returncode == 0, ran.stderr.decode()[-4000:]
     assert [path.name for path in content.iterdir()] == ["hire-repository"]
     after = installed(fresh)
-    touched = {key: (before.get(key), after.get(key)) for key in (*pins(), "libtpu") if before.get(key) != after.get(key)}
+    touched = {
+        key: (before.get(key), after.get(key))
+        for key in (*pins(), "libtpu")
+        if before.get(key) != after.get(key)
+    }
     assert not touched, "the set-up cell must leave what the runtime has as it is"

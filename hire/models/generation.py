@@ -1,6 +1,8 @@
-"""Decoding: a whole prompt at once, then a step a token, each in two compiled programs: up to the hidden state, and its words.
+"""Text generation: prefill of the prompt, then one decode step per token.
 
-So models that search for words in different ways, or not at all, share the larger one.
+Each of these runs two compiled programs: the backbone, which computes the hidden state, and the LM
+head, which computes the best tokens. Models with different LM heads thus share the backbone, which
+is the larger program.
 """
 
 import operator
@@ -15,15 +17,24 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from hire.axes import AnyArray, Array, Blocks, Float, Hidden, Int, Rows, Tokens
-from hire.models.decoder import Cache, Decoder, WordSearch, best_words, check_tokens
+from hire.models.cache import Cache
+from hire.models.decoder import Decoder, check_tokens
+from hire.models.lm_head import LMHeadSearch, top_tokens
+from hire.ops.top_k import TopK
 from hire.pytrees import pytree
 from hire.sampling import check_sampling, sample
-from hire.topk import TopK
+from hire.types import AnyArray, Array, Blocks, Float, Hidden, Int, Rows, Tokens
 
 
-class Rest:
-    """What a model is beside its arrays. flax hashes this anew at every call, which takes as long as a layer: here it is kept."""
+class StaticDef:
+    """The part of a model that is not arrays, with a cached hash.
+
+    flax computes this hash at every call, which takes as long as a layer.
+
+    Attributes:
+        parts: The graph definition and the tree structure of the state.
+        hash: The hash of `parts`.
+    """
 
     def __init__(self, graph: nnx.GraphDef, form: Hashable):
         self.parts = graph, form
@@ -33,65 +44,101 @@ class Rest:
         return self.hash
 
     def __eq__(self, other) -> bool:
-        return self is other or (isinstance(other, Rest) and self.parts == other.parts)
+        return self is other or (isinstance(other, StaticDef) and self.parts == other.parts)
 
 
 @pytree
-class Split:
-    """A model as a compiled step takes it: its arrays, split from the rest once. (nnx.jit looks at every weight at every call.)"""
+class SplitModel:
+    """A model split into arrays and a static part, as compiled functions take it.
+
+    The split happens once; nnx.jit inspects every weight at every call.
+
+    Attributes:
+        arrays: The arrays of the model.
+        rest: The static part.
+    """
 
     arrays: list[jax.Array]
-    rest: Rest = field(metadata=dict(static=True))
+    rest: StaticDef = field(metadata=dict(static=True))
 
     @classmethod
-    def of(cls, model: Decoder) -> "Split":
+    def of(cls, model: Decoder) -> "SplitModel":
+        """Splits a model."""
         graph, state = nnx.split(model)
-        arrays, form = jax.tree.flatten(state)
-        return cls(arrays, Rest(graph, form))
+        arrays, treedef = jax.tree.flatten(state)
+        return cls(arrays, StaticDef(graph, treedef))
 
     def merge(self) -> Decoder:
-        graph, form = self.rest.parts
-        return nnx.merge(graph, jax.tree.unflatten(form, self.arrays))
+        """Rebuilds the model."""
+        graph, treedef = self.rest.parts
+        return nnx.merge(graph, jax.tree.unflatten(treedef, self.arrays))
 
     @cached_property
-    def trunk(self) -> "Split":
-        """The model without its search for words, unless that has laid out the embedding."""
-        trunk = self.merge()
-        if trunk.softmax is None or trunk.laid is not None:
+    def backbone(self) -> "SplitModel":
+        """The model without the search of its LM head.
+
+        If that search determines the layout of the embedding, the backbone is the complete model.
+        """
+        model = self.merge()
+        if model.softmax is None or model.row_sharding is not None:
             return self
-        trunk.softmax = None
-        return Split.of(trunk)
+        model.softmax = None
+        return SplitModel.of(model)
 
     @cached_property
-    def words(self) -> tuple[WordSearch | None, Rows | Blocks]:
-        """What finds the words of a hidden state."""
+    def lm_head(self) -> tuple[LMHeadSearch | None, Rows | Blocks]:
+        """The search of the LM head, or None for a dense one, and the rows of the embedding."""
         model = self.merge()
         return model.softmax, model.embedding[...]
 
 
-def prefill(model: Split, tokens: Tokens, slots: int, k: int) -> tuple[TopK, Cache]:
-    """The k best words (b, k) after texts (b, t), and their cache of so many slots."""
-    hidden, cache = compiled_prefill(model.trunk, tokens, slots)
-    return best_words(*model.words, hidden[:, -1], k), replace(cache, length=tokens.shape[1])
+def prefill(model: SplitModel, tokens: Tokens, slots: int, k: int) -> tuple[TopK, Cache]:
+    """Runs prefill and returns the best next tokens.
+
+    Args:
+        model: The split model.
+        tokens: Token ids, `(b, t)`.
+        slots: Cache length, in tokens.
+        k: Number of tokens to return per text.
+
+    Returns:
+        The k best tokens `(b, k)` after each text, and the cache.
+    """
+    hidden, cache = compiled_prefill(model.backbone, tokens, slots)
+    return top_tokens(*model.lm_head, hidden[:, -1], k), replace(cache, length=tokens.shape[1])
 
 
-def step(model: Split, token: Int[AnyArray, " b"], cache: Cache, k: int) -> tuple[TopK, Cache]:
-    """The k best words (b, k) after one more token (b,), and the cache with it; the cache given is used up.
+def step(model: SplitModel, token: Int[AnyArray, " b"], cache: Cache, k: int) -> tuple[TopK, Cache]:
+    """Runs one decode step and returns the best next tokens.
 
-    Raises ValueError when its slots are full.
+    Args:
+        model: The split model.
+        token: Token ids, `(b,)`.
+        cache: The cache of the tokens before. Its arrays are donated, so it cannot be used again.
+        k: Number of tokens to return per text.
+
+    Returns:
+        The k best tokens `(b, k)`, and the cache with the new token.
+
+    Raises:
+        ValueError: When the cache is full.
     """
     cache.check_room()
-    hidden, after = compiled_step(model.trunk, token, cache)
-    return best_words(*model.words, hidden, k), replace(after, length=cache.length + 1)
+    hidden, new_cache = compiled_step(model.backbone, token, cache)
+    return top_tokens(*model.lm_head, hidden, k), replace(new_cache, length=cache.length + 1)
 
 
 @partial(jax.jit, static_argnames="slots")
-def compiled_prefill(trunk: Split, tokens: Tokens, slots: int) -> tuple[Hidden, Cache]:
+def compiled_prefill(trunk: SplitModel, tokens: Tokens, slots: int) -> tuple[Hidden, Cache]:
+    """Runs Decoder.prefill as one compiled program."""
     return trunk.merge().prefill(tokens, slots)
 
 
 @partial(jax.jit, donate_argnames="cache")
-def compiled_step(trunk: Split, token: Int[AnyArray, " b"], cache: Cache) -> tuple[Float[Array, "b d"], Cache]:
+def compiled_step(
+    trunk: SplitModel, token: Int[AnyArray, " b"], cache: Cache
+) -> tuple[Float[Array, "b d"], Cache]:
+    """Runs Decoder.step as one compiled program, which donates the cache."""
     return trunk.merge().step(token, cache)
 
 
@@ -106,49 +153,70 @@ def generate(
     seed: SupportsIndex = 0,
     slots: SupportsIndex | None = None,
 ) -> Int[Array, "*b written"]:
-    """The prompts (b, t), all of one length, each followed by a continuation: int32 (b, t + new_tokens).
+    """Generates a continuation of each prompt.
 
-    Prompts are ids in an array of whole numbers or in lists; of one prompt (t,) it is (t + new_tokens,). Greedy at temperature 0,
-    else drawn from the `top_k` best words (see hire.sample; 32 by default, or what a converted model finds if that is less).
-    `slots` is the length of the cache in tokens (what is needed by default). The model is dense or what hire.convert made of it.
+    Args:
+        model: A dense model, or one that hire.convert returned.
+        tokens: The prompts: token ids `(b, t)`, or `(t,)` for one prompt, in an array of integers
+            or in lists. All prompts have the same length.
+        new_tokens: Number of tokens to generate, at least 1.
+        temperature: 0 decodes greedily. Other values sample, see hire.sample.
+        top_k: Number of best tokens from which to sample. The default is 32, or what a converted
+            model returns if that is less.
+        top_p: See hire.sample.
+        seed: Seed of the sampling.
+        slots: Cache length, in tokens. The default is `t + new_tokens`.
 
-    Raises ValueError when prompts are not whole numbers (b, t) or hold an id that is not in the vocabulary, when new_tokens is not
-    at least 1, when prompt and continuation fit neither slots nor context, when the sampling settings cannot be, or when a
-    converted model finds fewer than top_k words.
+    Returns:
+        The prompts with their continuations: int32 `(b, t + new_tokens)`, or `(t + new_tokens,)`
+        for one prompt.
+
+    Raises:
+        ValueError: When the prompts are not integers `(b, t)` or contain an id outside the
+            vocabulary.
+        ValueError: When `new_tokens` is less than 1, prompt and continuation do not fit into the
+            cache, or the cache is longer than the context.
+        ValueError: When a sampling setting is invalid, or a converted model returns fewer than
+            `top_k` tokens.
     """
     prompts = as_prompts(tokens, model.config.vocabulary)
-    batch, t = prompts.shape[:-1], prompts.shape[-1]
-    new_tokens = whole("new_tokens", new_tokens)
-    seed = whole("seed", seed)
-    room = t + new_tokens if slots is None else whole("slots", slots)
-    if new_tokens < 1 or not t + new_tokens <= room <= model.config.context:
+    batch_shape, t = prompts.shape[:-1], prompts.shape[-1]
+    new_tokens = check_integer("new_tokens", new_tokens)
+    seed = check_integer("seed", seed)
+    cache_length = t + new_tokens if slots is None else check_integer("slots", slots)
+    if new_tokens < 1 or not t + new_tokens <= cache_length <= model.config.context:
         raise ValueError(
-            f"new_tokens = {new_tokens} after {t} in a cache of {room}: expected at least 1, all within the cache, "
+            f"new_tokens = {new_tokens} after {t} in a cache of {cache_length}: expected at least "
+            "1, all within the cache, "
             f"and that within the context of {model.config.context}"
         )
-    k = None if top_k is None else whole("top_k", top_k)
-    check_sampling(model.words_found, temperature, k, top_p)
+    k = None if top_k is None else check_integer("top_k", top_k)
+    check_sampling(model.max_top_k, temperature, k, top_p)
     if is_zero(temperature):
         k = 1
     elif k is None:
-        k = min(32, model.words_found)
-    if 0 in batch:
-        return jnp.zeros((*batch, t + new_tokens), jnp.int32)
+        k = min(32, model.max_top_k)
+    if 0 in batch_shape:
+        return jnp.zeros((*batch_shape, t + new_tokens), jnp.int32)
     texts = prompts.reshape(-1, t)
-    parts = Split.of(model)
+    split_model = SplitModel.of(model)
     draw = partial(sample, temperature=temperature, top_k=k, top_p=top_p)
     keys = jax.random.split(jax.random.key(seed), new_tokens)
-    top, cache = prefill(parts, texts, room, k)
-    written = [draw(top, keys[0])]
-    while len(written) < new_tokens:
-        top, cache = step(parts, written[-1], cache, k)
-        written.append(draw(top, keys[len(written)]))
-    found = jnp.concatenate([texts, jnp.stack(written, axis=1).astype(jnp.int32)], axis=1)
-    return found.reshape(*batch, -1)
+    top, cache = prefill(split_model, texts, cache_length, k)
+    generated = [draw(top, keys[0])]
+    while len(generated) < new_tokens:
+        top, cache = step(split_model, generated[-1], cache, k)
+        generated.append(draw(top, keys[len(generated)]))
+    sequences = jnp.concatenate([texts, jnp.stack(generated, axis=1).astype(jnp.int32)], axis=1)
+    return sequences.reshape(*batch_shape, -1)
 
 
-def whole(name: str, value: Any) -> int:
-    """A whole number as an int, numpy's too. Raises ValueError, naming it, for anything else."""
+def check_integer(name: str, value: Any) -> int:
+    """Returns an integer, also one of NumPy, as an int.
+
+    Raises:
+        ValueError: When the value is not an integer. The message gives `name`.
+    """
     try:
         if not isinstance(value, bool | np.bool):
             return operator.index(value)
@@ -158,19 +226,35 @@ def whole(name: str, value: Any) -> int:
 
 
 def is_zero(temperature: Any) -> bool:
-    """Whether a temperature is known to be 0 for every prompt."""
+    """Returns whether the temperature is known to be 0 for every prompt."""
     return not isinstance(temperature, Tracer) and np.ndim(temperature) == 0 and temperature == 0
 
 
 def as_prompts(tokens: Any, vocabulary: int) -> Int[AnyArray, "*b t"]:
-    """Token ids (b, t) or (t,) as int32. Raises ValueError unless they are that, at least one a prompt, in the vocabulary."""
+    """Returns prompts as int32 arrays.
+
+    Args:
+        tokens: Token ids, `(b, t)` or `(t,)`.
+        vocabulary: Number of tokens in the vocabulary.
+
+    Returns:
+        The ids, int32, in the same shape.
+
+    Raises:
+        ValueError: When the prompts have another shape or no tokens, are not integers, or contain
+            an id outside the vocabulary.
+    """
     try:
         ids = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
     except ValueError:
         lengths = sorted({np.size(prompt) for prompt in tokens})
-        raise ValueError(f"prompts of {lengths} tokens: expected one length; generate them one by one") from None
+        raise ValueError(
+            f"prompts of {lengths} tokens: expected one length; generate them one by one"
+        ) from None
     if ids.ndim not in (1, 2) or ids.shape[-1] == 0:
-        raise ValueError(f"prompts of shape {ids.shape}: expected (b, t) or (t,), with at least one token each")
+        raise ValueError(
+            f"prompts of shape {ids.shape}: expected (b, t) or (t,), with at least one token each"
+        )
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"prompts of {ids.dtype}: expected whole numbers, the ids of tokens")
     check_tokens(ids, vocabulary)

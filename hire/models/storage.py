@@ -1,9 +1,10 @@
-"""Files that are written whole or not at all, and cached files that are checked before they are believed.
+"""Atomic file writes, and cached files with checksums.
 
-A file is written under a scratch name in its own folder and renamed when it is complete. Writers of
-one file take turns by a lock, so what bears its scratch name while the lock is free was left by a
-process that was killed, and is removed. A cached file has its SHA-256 in a sidecar file, which
-covers itself as well; whatever does not match is made again.
+A file is written under a scratch name in the folder of its target and renamed when it is complete.
+A lock admits one writer of a file at a time. A scratch file that remains while the lock is free is
+thus from a process that was killed, and is removed. The SHA-256 of a cached file is in a sidecar
+file, which also contains a checksum of itself. A file that does not match its checksum is made
+again.
 """
 
 import contextlib
@@ -19,29 +20,49 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-SIDECAR = ".sha256.json"  # follows the name of the (first) file that it covers
+SIDECAR = ".sha256.json"  # suffix to the name of the (first) file that it covers
 MAX_SIDECAR_BYTES = 2**20
-LEFT_BEHIND = re.compile(r"\.(.+?)(?:\.lock|\.\d+-[0-9a-f]{8}\.scratch)")  # by a writer of group 1
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+# group 1 is the name of the file for which a writer created the lock or the scratch folder
+LEFT_BEHIND = re.compile(r"\.(.+?)(?:\.lock|\.\d+-[0-9a-f]{8}\.scratch)")
+DISK_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+}
 
 
 def digest(path: str | Path) -> str:
-    """The SHA-256 of a file, in hexadecimal. Raises OSError when it cannot be read."""
+    """Computes the SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        OSError: When the file cannot be read.
+    """
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what an exception says, or its type where it says nothing."""
+    """Returns the first line of an exception's message, or its type if the message is empty."""
     return str(error).strip().partition("\n")[0].strip() or type(error).__name__
 
 
 @contextlib.contextmanager
 def locked(path: str | Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of a path: no other process or thread holds it. Removes what killed writers of it left.
+    """Locks a path against other processes and threads.
 
-    Raises TimeoutError with wait=False when another one holds it, OSError when its folder cannot be
-    written.
+    After it takes the lock it removes the scratch files of killed writers.
+
+    Args:
+        path: The path to lock.
+        wait: False raises TimeoutError at once if the path is locked.
+
+    Raises:
+        TimeoutError: When `wait` is False and another process or thread has the lock.
+        OSError: When the folder cannot be written.
     """
     path = Path(path)
     lock_path = path.with_name(f".{path.name}.lock")
@@ -50,38 +71,48 @@ def locked(path: str | Path, *, wait: bool = True) -> Iterator[None]:
         lock = FileLock(lock_path, timeout=-1 if wait else 0, poll_interval=0.01)
         lock.acquire()
     except Timeout:
-        raise TimeoutError(f"{path}: another process is at work on it; wait until it ends") from None
+        raise TimeoutError(
+            f"{path}: another process is at work on it; wait until it ends"
+        ) from None
     except OSError as error:
         raise not_written(path, error) from None
     try:
         remove_scratch(path)
         yield
     finally:
-        # Removed while it is held: whoever waits for it sees that its file is gone, and opens a new one.
+        # Remove the file before the lock is released: a waiting process then sees that the file is
+        # gone, and opens a new one.
         with contextlib.suppress(OSError):
             lock_path.unlink()
         lock.release()
 
 
 def scratch_of(path: Path) -> list[Path]:
-    """Scratch folders of writers of a path, those of killed ones included."""
-    return [entry for entry in path.parent.glob(f".{glob_escape(path.name)}.*.scratch") if entry.is_dir()]
+    """Lists the scratch folders of all writers of a path, including those that were killed."""
+    return [
+        entry
+        for entry in path.parent.glob(f".{glob_escape(path.name)}.*.scratch")
+        if entry.is_dir()
+    ]
 
 
 def glob_escape(name: str) -> str:
+    """Escapes the special characters of glob patterns."""
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def remove_scratch(path: Path) -> None:
-    """Remove the scratch folders of a path, whose lock is held."""
+    """Removes the scratch folders of a path; the caller must have its lock."""
     for folder in scratch_of(path):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def tidy(folder: str | Path) -> None:
-    """Remove what killed writers left in a folder, but for files that another process is at work on now."""
+    """Removes the files of killed writers from a folder, but not those of locked paths."""
     folder = Path(folder)
-    names = {match[1] for entry in folder.glob(".*") if (match := LEFT_BEHIND.fullmatch(entry.name))}
+    names = {
+        match[1] for entry in folder.glob(".*") if (match := LEFT_BEHIND.fullmatch(entry.name))
+    }
     for name in names:
         with contextlib.suppress(OSError), locked(folder / name, wait=False):
             pass
@@ -89,112 +120,188 @@ def tidy(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def replacing(*paths: str | Path) -> Iterator[list[Path]]:
-    """Scratch paths, one for each path, all in one folder: what is written there takes their places at the end.
+    """Yields scratch paths for files that replace the given ones when the block ends.
 
-    They are renamed in order, and what was not written is left as it was; nothing is when the block
-    raises. The lock of the first path is held from the beginning, so the block may read a file and
-    write it changed. Raises OSError, in one line, when the disk is full or cannot be written.
+    All scratch paths are in one folder. When the block ends, the scratch files are renamed in
+    order. A path that the block did not write stays as it was. If the block raises, no path
+    changes. The first path is locked from the beginning, so the block may read a file and rewrite
+    it.
+
+    Args:
+        *paths: Paths to replace.
+
+    Yields:
+        One scratch path for each path.
+
+    Raises:
+        OSError: When the disk is full or cannot be written. The message has one line.
     """
-    places = [Path(path) for path in paths]
-    with locked(places[0]):
-        folder = places[0].with_name(f".{places[0].name}.{os.getpid()}-{secrets.token_hex(4)}.scratch")
+    targets = [Path(path) for path in paths]
+    with locked(targets[0]):
+        folder = targets[0].with_name(
+            f".{targets[0].name}.{os.getpid()}-{secrets.token_hex(4)}.scratch"
+        )
         try:
             folder.mkdir()
-            scratch = [folder / place.name for place in places]
+            scratch = [folder / target.name for target in targets]
             yield scratch
-            for part, place in zip(scratch, places, strict=True):
-                if part.exists():
-                    part.replace(place)
+            for scratch_file, target in zip(scratch, targets, strict=True):
+                if scratch_file.exists():
+                    scratch_file.replace(target)
         except OSError as error:
-            raise not_written(places[0], error) from None
+            raise not_written(targets[0], error) from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def not_written(path: Path, error: OSError) -> OSError:
-    """The error in one line that says what to do; one that does not come from the disk, as it is."""
+    """Returns an error of the disk with a one-line message that says what to do.
+
+    Args:
+        path: The path that could not be written.
+        error: The error to explain.
+
+    Returns:
+        The new error, or `error` unchanged if it does not come from the disk.
+    """
     if error.errno is None and (type(error) is not OSError or "could not be written" in str(error)):
         return error
-    elsewhere = error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(path.parent)
-    if error.errno is not None and (error.errno not in DISK_ERRORS or elsewhere):
+    outside_folder = error.filename is not None and not Path(
+        os.fsdecode(error.filename)
+    ).is_relative_to(path.parent)
+    if error.errno is not None and (error.errno not in DISK_ERRORS or outside_folder):
         return error
     reason = os.strerror(error.errno) if error.errno else reason_of(error)
-    return OSError(f"{path} could not be written ({reason}): free some space, or allow writing, and run it again")
+    return OSError(
+        f"{path} could not be written ({reason}): free some space, or allow writing, and run it "
+        "again"
+    )
 
 
 def sidecar(path: str | Path) -> Path:
-    """Where the checksums of a file, or of several whose first it is, are kept."""
+    """Returns the path of the checksums of a file, or of several files if it is the first."""
     return Path(path).with_name(Path(path).name + SIDECAR)
 
 
 def checksums(digests: Mapping[str, str], metadata: Mapping) -> bytes:
-    """What a sidecar holds: the digest of every file by its name, metadata, and a digest of both."""
+    """Returns the contents of a sidecar file.
+
+    Args:
+        digests: SHA-256 of every file, by its name.
+        metadata: Metadata of the files.
+
+    Returns:
+        JSON with the digests, the metadata, and a digest of the two.
+    """
     covered = json.dumps(dict(files=dict(digests), metadata=dict(metadata)), sort_keys=True)
-    return f'{{"sha256": "{hashlib.sha256(covered.encode()).hexdigest()}", "covers": {covered}}}\n'.encode()
+    sha256 = hashlib.sha256(covered.encode()).hexdigest()
+    return f'{{"sha256": "{sha256}", "covers": {covered}}}\n'.encode()
 
 
 def verified(paths: Sequence[str | Path]) -> dict | None:
-    """The metadata in the sidecar of these files, when every byte of all of them is as it was written.
+    """Checks files against the checksums in their sidecar file.
 
-    None when none of them exists. Raises ValueError, which names the file, when one is damaged or
-    missing.
+    Args:
+        paths: The files. The first one names the sidecar.
+
+    Returns:
+        The metadata of the files if every byte is as it was written, or None if none of the files
+        exists.
+
+    Raises:
+        ValueError: When a file is damaged or missing. The message names the file.
     """
-    places = [Path(path) for path in paths]
-    record = sidecar(places[0])
-    if not any(place.exists() for place in [*places, record]):
+    files = [Path(path) for path in paths]
+    sidecar_path = sidecar(files[0])
+    if not any(file.exists() for file in [*files, sidecar_path]):
         return None
     try:
-        if record.stat().st_size > MAX_SIDECAR_BYTES:
-            raise ValueError(f"{record}: larger than any list of checksums")
-        text = record.read_bytes()
+        if sidecar_path.stat().st_size > MAX_SIDECAR_BYTES:
+            raise ValueError(f"{sidecar_path}: larger than any list of checksums")
+        text = sidecar_path.read_bytes()
         metadata = json.loads(text)["covers"]["metadata"]
-        for place in places:
-            if not place.is_file():
-                raise ValueError(f"{place}: missing beside {record.name}")
-        known = json.loads(text)["covers"]["files"]
-        if checksums(known, metadata) != text or sorted(known) != sorted(place.name for place in places):
-            raise ValueError(f"{record}: not as it was written")
-        for place in places:
-            if digest(place) != known[place.name]:
-                raise ValueError(f"{place}: its contents are not those that were written")
+        for file in files:
+            if not file.is_file():
+                raise ValueError(f"{file}: missing beside {sidecar_path.name}")
+        digests = json.loads(text)["covers"]["files"]
+        if checksums(digests, metadata) != text or sorted(digests) != sorted(
+            file.name for file in files
+        ):
+            raise ValueError(f"{sidecar_path}: not as it was written")
+        for file in files:
+            if digest(file) != digests[file.name]:
+                raise ValueError(f"{file}: its contents are not those that were written")
     except OSError as error:
-        raise ValueError(f"{error.filename or record}: cannot be read ({reason_of(error)})") from None
-    except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{record}: no list of checksums ({type(error).__name__})") from None
+        raise ValueError(
+            f"{error.filename or sidecar_path}: cannot be read ({reason_of(error)})"
+        ) from None
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+    ) as error:
+        raise ValueError(f"{sidecar_path}: no list of checksums ({type(error).__name__})") from None
     return metadata
 
 
 def cached(paths: Sequence[str | Path], make: Callable[[list[Path]], Mapping | None]) -> dict:
-    """Make files once, and again when they are damaged; returns the metadata that was kept with them.
+    """Makes files once, and again if they are damaged.
 
-    `make` is given scratch paths of the same names, writes every one of them, and returns metadata
-    that JSON can hold. A damaged entry is named in one printed line. Two processes that ask for the
-    same files make them once. Raises OSError when they cannot be written, and what `make` raises.
+    One printed line names a damaged file. If two processes request the same files, only one of them
+    makes the files.
+
+    Args:
+        paths: The files.
+        make: A function that gets scratch paths of the same names, writes all of them, and returns
+            metadata that JSON can store. Its exceptions are passed on.
+
+    Returns:
+        The metadata of the files.
+
+    Raises:
+        OSError: When the files cannot be written.
     """
-    places = [Path(path) for path in paths]
-    tidy(places[0].parent)
+    files = [Path(path) for path in paths]
+    tidy(files[0].parent)
     with contextlib.suppress(ValueError):
-        if (metadata := verified(places)) is not None:
+        if (metadata := verified(files)) is not None:
             return metadata
-    with replacing(*places, sidecar(places[0])) as scratch:
+    with replacing(*files, sidecar(files[0])) as scratch:
         try:
-            metadata = verified(places)  # another process may have made it while this one waited
+            metadata = verified(files)  # another process may have made the files meanwhile
         except ValueError as error:
-            print(f"{places[0].name}: the cached copy is damaged, made again ({error})", flush=True)
+            print(f"{files[0].name}: the cached copy is damaged, made again ({error})", flush=True)
             metadata = None
         if metadata is None:
-            clear(*places, sidecar(places[0]))
-            *parts, record = scratch
+            clear(*files, sidecar(files[0]))
+            *parts, sidecar_path = scratch
             metadata = json.loads(json.dumps(dict(make(parts) or {})))
-            record.write_bytes(checksums({part.name: digest(part) for part in parts}, metadata))
+            sidecar_path.write_bytes(
+                checksums({part.name: digest(part) for part in parts}, metadata)
+            )
     return metadata
 
 
 def cached_known(path: str | Path, sha256: str, make: Callable[[Path], object]) -> Path:
-    """A file whose SHA-256 is known beforehand: made when it is missing or damaged, which one printed line says.
+    """Makes a file with a known SHA-256 if it is missing or damaged.
 
-    `make` is given a scratch path of the same name. Raises ValueError when what it made has another
-    digest, OSError when it cannot be written, and what `make` raises.
+    One printed line says that the file was damaged.
+
+    Args:
+        path: The file.
+        sha256: The expected SHA-256, in hexadecimal.
+        make: A function that gets a scratch path of the same name and writes it. Its exceptions
+            are passed on.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: When the new file has another digest.
+        OSError: When the file cannot be written.
     """
     path = Path(path)
     tidy(path.parent)
@@ -207,13 +314,16 @@ def cached_known(path: str | Path, sha256: str, make: Callable[[Path], object]) 
             print(f"{path.name}: the cached copy is damaged, made again", flush=True)
             clear(path)
         make(scratch)
-        if (found := digest(scratch)) != sha256:
-            raise ValueError(f"{path}: was made with SHA-256 {found}, expected {sha256}; fetch its source again")
+        if (actual_sha256 := digest(scratch)) != sha256:
+            raise ValueError(
+                f"{path}: was made with SHA-256 {actual_sha256}, expected {sha256}; fetch its "
+                "source again"
+            )
     return path
 
 
 def clear(*paths: Path) -> None:
-    """Remove files and folders, where they exist."""
+    """Removes files and folders if they exist."""
     for path in paths:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -1,4 +1,7 @@
-"""Tokenizers of the `tokenizers` library: Gemma's from what a GGUF file carries, and our own on bytes."""
+"""Tokenizers of the `tokenizers` library.
+
+They are that of Gemma, built from the contents of a GGUF, and byte-level ones of this package.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,71 +9,129 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-NORMAL, USER_DEFINED = 1, 4  # SentencePiece's kinds of pieces that text can become; the others are control and bytes
+# SentencePiece's types of the pieces that represent text. The other types are control and bytes.
+NORMAL, USER_DEFINED = (1, 4)
 SPACE = "\u2581"
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 
 
-def sentencepiece_bpe(pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> Tokenizer:
-    """The BPE tokenizer of a SentencePiece vocabulary: pieces, their scores and kinds, in the order of their ids.
+def sentencepiece_bpe(
+    pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int]
+) -> Tokenizer:
+    """Builds the BPE tokenizer of a SentencePiece vocabulary.
 
-    SentencePiece stores no merges: it joins the two neighbours whose joint piece scores best, so every way to split a
-    piece into two others is a merge, in the order of scores. Text that no piece covers falls back to bytes. Control pieces such as
-    <bos> are never read out of text.
+    SentencePiece stores no merges. It joins the two neighbours that form the piece with the best
+    score. Every split of a piece into two other pieces thus becomes a merge, in the order of the
+    scores. Text that no piece covers falls back to bytes. The tokenizer never recognizes control
+    pieces, such as <bos>, in text.
+
+    Args:
+        pieces: The pieces, in the order of their ids.
+        scores: The score of each piece.
+        kinds: The SentencePiece type of each piece.
+
+    Returns:
+        The tokenizer.
     """
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    normal = [index for index, kind in enumerate(kinds) if kind == NORMAL]
-    known = {pieces[index] for index in normal}
-    lengths = {len(piece) for piece in known}
+    normal_ids = [index for index, kind in enumerate(kinds) if kind == NORMAL]
+    normal_pieces = {pieces[index] for index in normal_ids}
+    lengths = {len(piece) for piece in normal_pieces}
     merges = []
-    for index in sorted(normal, key=lambda index: -scores[index]):
+    for index in sorted(normal_ids, key=lambda index: -scores[index]):
         piece = pieces[index]
-        # One split at a time, and none into lengths that no piece has: all splits of a long piece take gigabytes.
-        places = (at for at in range(1, len(piece)) if at in lengths and len(piece) - at in lengths)
-        splits = ((piece[:at], piece[at:]) for at in places)
-        merges += [(left, right) for left, right in splits if left in known and right in known]
-    tokenizer = Tokenizer(BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+        # A generator of splits, without lengths that no piece has: all splits of a long piece take
+        # gigabytes.
+        positions = (
+            position
+            for position in range(1, len(piece))
+            if position in lengths and len(piece) - position in lengths
+        )
+        splits = ((piece[:position], piece[position:]) for position in positions)
+        merges += [
+            (prefix, suffix)
+            for prefix, suffix in splits
+            if prefix in normal_pieces and suffix in normal_pieces
+        ]
+    tokenizer = Tokenizer(
+        BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    whole = [pieces[index] for index, kind in enumerate(kinds) if kind == USER_DEFINED]
-    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in whole])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    user_defined = [pieces[index] for index, kind in enumerate(kinds) if kind == USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in user_defined])
     return tokenizer
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.json, without the truncation and padding that it may store: no text is cut or filled up.
+    """Reads the tokenizer from a tokenizer.json.
 
-    Raises ValueError, which names the file, when it is not whole.
+    Truncation and padding that the file may state are switched off.
+
+    Args:
+        path: Path of the tokenizer.json.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: When the file is damaged. The message names the file.
     """
     try:
         return whole_texts(Tokenizer.from_file(str(path)))
-    except Exception as error:  # the library raises plain ones
-        raise ValueError(f"{path}: not a whole tokenizer ({str(error).partition(chr(10))[0]}); fetch it again") from None
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(
+            f"{path}: not a whole tokenizer ({str(error).partition(chr(10))[0]}); fetch it again"
+        ) from None
 
 
 def whole_texts(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer, with truncation and padding switched off."""
+    """Switches off truncation and padding of a tokenizer, and returns it."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One id a byte, after four that are kept for control: what the toy model reads."""
+    """Returns the tokenizer of the small test model.
+
+    It has one id per byte, after four ids that are reserved for control tokens.
+    """
     return byte_level(BPE({piece: 4 + index for index, piece in enumerate(sorted(ALPHABET))}, []))
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
-    """A byte-level BPE tokenizer of so many ids, trained on texts; the first four are for control, <bos> is 2 as in Gemma."""
+    """Trains a byte-level BPE tokenizer.
+
+    The first four ids are control tokens. <bos> is 2, as in Gemma.
+
+    Args:
+        texts: The training texts.
+        vocabulary: Number of ids.
+
+    Returns:
+        The tokenizer.
+    """
     tokenizer = byte_level(BPE())
-    control = ["<pad>", "<eos>", "<bos>", "<unk>"]
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=control, initial_alphabet=ALPHABET, show_progress=False)
+    special_tokens = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=special_tokens,
+        initial_alphabet=ALPHABET,
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
 def byte_level(pieces: BPE) -> Tokenizer:
-    """A tokenizer that writes bytes as the characters of ALPHABET, and spaces among them."""
+    """Returns a tokenizer that represents bytes, including spaces, by the characters of ALPHABET.
+
+    Args:
+        pieces: The BPE model.
+    """
     tokenizer = Tokenizer(pieces)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,0 +1,1 @@
+"""Text, hidden states and data sets."""

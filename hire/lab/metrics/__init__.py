@@ -1,0 +1,1 @@
+"""Quality, recall and sparsity, with confidence intervals."""

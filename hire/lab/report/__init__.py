@@ -1,0 +1,1 @@
+"""Figures, generated pages, the scorecard and notebook runs."""

@@ -1,0 +1,155 @@
+"""Runner of the notebooks: papermill with the parameters of a profile.
+
+An interrupted run continues where it stopped.
+"""
+
+import hashlib
+import json
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir
+
+import papermill
+from jupyter_core.utils import ensure_event_loop
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+
+from hire.lab.data import hidden_state_cache
+from hire.lab.figure_index import parameters, ready, register
+from hire.lab.paths import FIGURES, NOTEBOOKS, OUT, ROOT
+from hire.lab.report.plots import differences
+
+
+def fingerprint(name: str, chosen: dict) -> str:
+    """Return a hash of a notebook's code cells, its parameters and the package."""
+    state = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode())
+    cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
+    state.update(
+        "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code").encode()
+    )
+    state.update(hidden_state_cache.code().encode())
+    return state.hexdigest()
+
+
+def check_parameters(profile: str) -> dict[str, dict]:
+    """Return the parameters of a profile by notebook.
+
+    Raises:
+        ValueError: If the profile names a notebook or a parameter that does not exist.
+    """
+    by_notebook = parameters(profile)
+    names = [entry["name"] for entry in ready()]
+    for name, values in by_notebook.items():
+        if name not in names:
+            raise ValueError(
+                f"profiles/{profile}.yaml: notebook {name!r}: expected one of {', '.join(names)}"
+            )
+        known_parameters = papermill.inspect_notebook(str(NOTEBOOKS / f"{name}.ipynb"))
+        for parameter in values or {}:
+            if parameter not in known_parameters:
+                raise ValueError(
+                    f"profiles/{profile}.yaml: {name} has no parameter {parameter!r}: expected one "
+                    f"of {', '.join(known_parameters)}"
+                )
+    return by_notebook
+
+
+def run_notebooks(profile: str, only: str | None = None, *, fresh: bool = False) -> list[str]:
+    """Execute every notebook, or one of them, into out/<profile>/.
+
+    The smoke profile runs two notebooks at a time. Other profiles run one at a time, because their
+    notebooks measure time and need both cores. A failure prints notebook, cell and error, and the
+    other notebooks still run.
+
+    Args:
+        profile: Name of the profile.
+        only: Number of the only figure to run. Default: all.
+        fresh: Also run notebooks that already ran with the same cells, parameters and package.
+
+    Returns:
+        The names of the notebooks that failed.
+
+    Raises:
+        ValueError: If the profile, figure or a parameter is unknown. Nothing runs then.
+    """
+    by_notebook = check_parameters(profile)
+    entries = ready() if only is None else [register(only)]
+    (OUT / profile).mkdir(parents=True, exist_ok=True)
+    if fresh:
+        hidden_state_cache.forget()
+    names = [entry["name"] for entry in entries]
+
+    def run(name: str) -> bool:
+        return run_notebook(name, profile, by_notebook.get(name) or {}, fresh)
+
+    # Kernels start in the working directory of this process.
+    with chdir(NOTEBOOKS), ThreadPoolExecutor(2 if profile == "smoke" else 1) as pool:
+        succeeded = dict(zip(names, pool.map(run, names), strict=True))
+    return [name for name, success in succeeded.items() if not success]
+
+
+def run_notebook(name: str, profile: str, values: dict, fresh: bool) -> bool:
+    """Execute one notebook unless it is up to date.
+
+    Returns:
+        Whether the notebook succeeded, now or before.
+    """
+    target, values = OUT / profile / f"{name}.ipynb", {"profile": profile} | values
+    stamp, digest = target.with_suffix(".done"), fingerprint(name, values)
+    if not fresh and stamp.exists() and stamp.read_text() == digest:
+        print(f"{name}: up to date ({stamp.relative_to(ROOT)}; FRESH=1 runs it again)", flush=True)
+        return True
+    print(f"{name}: running at profile {profile} …", flush=True)
+    stamp.unlink(missing_ok=True)
+    start = time.monotonic()
+    error = execute(name, values, target)
+    seconds = time.monotonic() - start
+    if error:
+        print(f"{name}: FAILED after {seconds:.0f} s: {error}", flush=True)
+        return False
+    stamp.write_text(digest)
+    print(
+        f"{name}: done in {seconds:.0f} s{'' if profile == 'smoke' else compared(name)}", flush=True
+    )
+    return True
+
+
+def execute(name: str, values: dict, target) -> str | None:
+    """Execute one notebook.
+
+    Returns:
+        None, or one line that states the failed cell and the reason.
+    """
+    options: dict = dict(
+        kernel_name="python3", progress_bar=False, extra_arguments=["--log-level=ERROR"]
+    )
+    try:
+        papermill.execute_notebook(str(NOTEBOOKS / f"{name}.ipynb"), str(target), values, **options)
+    except PapermillExecutionError as error:
+        reason = error.evalue.strip().splitlines()[0] if error.evalue.strip() else ""
+        return f"cell {error.cell_index}, {error.ename}: {reason} (see {target.relative_to(ROOT)})"
+    except DeadKernelError:
+        return (
+            f"the kernel died, nearly always of too little memory (see {target.relative_to(ROOT)})"
+        )
+    except RuntimeError as error:
+        return f"the kernel did not start: {error}"
+    finally:
+        ensure_event_loop().close()  # papermill leaves the event loop of this thread open
+    return None
+
+
+def compared(name: str) -> str:
+    """Compare the series of a new figure with the committed ones, as a phrase for the log."""
+    committed = subprocess.run(
+        ["git", "show", f"HEAD:figures/{name}.json"], cwd=ROOT, capture_output=True, text=True
+    )
+    if committed.returncode:
+        return "; no committed figure to compare with"
+    figure = json.loads((FIGURES / f"{name}.json").read_text())
+    differing = differences(json.loads(committed.stdout), figure)
+    examples = ", ".join(differing[:3]) + ", …" * (len(differing) > 3)
+    total = len(figure["series"])
+    summary = f"; {total - len(differing)} of {total} series within tolerance of the committed ones"
+    return summary + (f", not: {examples}" if differing else "")

@@ -1,0 +1,131 @@
+"""The scorecard of claims and the targets of the project.
+
+Both are read from records and never typed by hand.
+"""
+
+import json
+import subprocess
+
+from hire.lab import records
+from hire.lab.figure_index import load
+from hire.lab.paths import FIGURES, ROOT
+from hire.models import storage
+
+VERDICTS = (
+    "reproduced on TPU (measured)",
+    "consistent by compiler estimate",
+    "effect shown on another device",
+    "not reproduced",
+    "not tested",
+)
+
+
+def verdict(obtained: list[dict]) -> str:
+    """Return the verdict on the evidence for one claim.
+
+    Only a measurement on a TPU reproduces a claim. Arithmetic alone tests nothing.
+    """
+    supporting = [row for row in obtained if row["supports"]]
+    if any(row["kind"] == "measured" and "TPU" in row["device"] for row in supporting):
+        return VERDICTS[0]
+    if any(row["kind"] == "compiler-estimate" for row in supporting):
+        return VERDICTS[1]
+    if any(row["kind"] == "measured" for row in supporting):
+        return VERDICTS[2]
+    return VERDICTS[3] if any(not row["supports"] for row in obtained) else VERDICTS[4]
+
+
+def scorecard() -> list[dict]:
+    """Return one row per claim: published value, results of the records that name it, verdict."""
+    evidence = records.read()
+    rows = []
+    for claim in load("claims")["claims"]:
+        obtained = [
+            dict(
+                kind=entry["kind"],
+                device=entry["machine"]["device"],
+                weights=entry["weights"],
+                record=entry["id"],
+            )
+            | entry["claims"][claim["id"]]
+            for entry in evidence
+            if claim["id"] in entry.get("claims", {})
+        ]
+        row = dict(
+            claim=claim["id"], text=claim["claim"], published=claim["published"], mark=claim["mark"]
+        )
+        rows.append(row | dict(obtained=obtained, verdict=verdict(obtained)))
+    return rows
+
+
+def scorecard_markdown() -> str:
+    """Return the scorecard as a Markdown table."""
+    lines = ["| claim | the paper (mark) | obtained here | verdict |", "|---|---|---|---|"]
+    for row in scorecard():
+        obtained = "<br>".join(
+            f"{entry['value']} {entry['unit']} ({entry['quality']}; {entry['kind']}, "
+            f"{entry['device'].split(',')[0]}, "
+            f"figure {entry['figure']})"
+            for entry in row["obtained"]
+        )
+        lines.append(
+            f"| **{row['claim']}**: {row['text']} | {row['published']} ({row['mark']}) | "
+            f"{obtained or '–'} | {row['verdict']} |"
+        )
+    return "\n".join(lines)
+
+
+def write_scorecard() -> None:
+    """Write figures/scorecard.json, the scorecard for programs."""
+    with storage.replacing(FIGURES / "scorecard.json") as [scratch]:
+        scratch.write_text(json.dumps(scorecard(), indent=1, ensure_ascii=False) + "\n")
+
+
+def outdated() -> list[str]:
+    """Return a line for each commit with records whose measured code has changed since.
+
+    The measured code is hire without hire/lab.
+    """
+    ids_by_commit: dict[str, list[str]] = {}
+    for entry in records.read():
+        ids_by_commit.setdefault(entry["commit"].removesuffix("-dirty"), []).append(entry["id"])
+    lines = []
+    for commit, ids in ids_by_commit.items():
+        paths = ("hire", ":!hire/lab")
+        diff = subprocess.run(
+            ["git", "diff", "--name-only", commit, "--", *paths],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        changed = "not in this history" if diff.returncode else ", ".join(diff.stdout.split())[:120]
+        if changed:
+            lines.append(
+                f"{len(ids)} records made at {commit}, such as {ids[0]}; changed since: {changed}"
+            )
+    return lines
+
+
+def verify() -> tuple[str, bool]:
+    """Check every target against its record.
+
+    Returns:
+        A tuple (one line per target: obtained value, threshold, met or not; whether every target is
+        met or states a reason). The text also has the lines of `outdated`.
+    """
+    evidence = {entry["id"]: entry for entry in records.read()}
+    lines, all_met = [], True
+    for target in load("targets")["targets"]:
+        entry = evidence.get(target["record"])
+        value = None if entry is None else records.value(entry, target["field"])
+        at_least = "at_least" in target
+        threshold = target["at_least" if at_least else "at_most"]
+        met = value is not None and (value >= threshold if at_least else value <= threshold)
+        all_met = all_met and (met or "reason" in target)
+        value_text = "no record" if value is None else f"{value:.4g}"
+        status = "met" if met else f"NOT MET: {target.get('reason', 'no reason stated')}"
+        lines.append(
+            f"{target['id']:24} {target['what']:76} {value_text:>9} {'≥' if at_least else '≤'} "
+            f"{threshold:<6g} {status}"
+        )
+    return "\n".join(lines + outdated()), all_met

@@ -1,0 +1,1 @@
+"""Alternatives that HiRE is compared with."""

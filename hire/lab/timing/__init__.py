@@ -1,0 +1,1 @@
+"""Raw durations of interleaved calls, and lower bounds from bytes."""

@@ -1,0 +1,1 @@
+"""Estimates of TPU time by the TPU compiler."""

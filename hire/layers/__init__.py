@@ -1,0 +1,1 @@
+"""Model layers with a search: softmax and FFN."""

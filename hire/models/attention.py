@@ -1,0 +1,341 @@
+"""Attention in prefill, and in decode steps over a key/value cache."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hire.models.config import DecoderConfig
+from hire.models.modules import RMSNorm, linear, matrix, mix
+from hire.ops.matmul import matmul_f32
+from hire.types import Array, Bool, Float, Hidden, Int
+
+KeysOrValues = Float[Array, "b s n e"]
+
+
+QUERY_BLOCK = 512  # queries per block in the prefill of a long text
+
+
+def rotate(
+    x: Float[Array, "b t h e"], positions: Int[Array, " t"], base: float
+) -> Float[Array, "b t h e"]:
+    """Applies rotary position embeddings (arXiv 2104.09864).
+
+    The first half of each head vector is rotated against the second half.
+
+    Args:
+        x: Queries or keys, `(b, t, h, e)`.
+        positions: Token positions, `(t,)`.
+        base: Base of the rotary frequencies.
+
+    Returns:
+        The rotated vectors, `(b, t, h, e)`, in the type of `x`.
+    """
+    half = x.shape[-1] // 2
+    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = jnp.outer(positions.astype(jnp.float32), frequencies)
+    cos, sin = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x.dtype)
+
+
+# keys, values, and a mask that is True where a query attends to a key
+Part = tuple[Float[Array, "b _ n e"], Float[Array, "b _ n e"], Bool[Array, "t _"]]
+
+
+def attend(queries: Float[Array, "b t h e"], *parts: Part) -> Float[Array, "b t h e"]:
+    """Computes softmax attention over several parts of keys, values and masks.
+
+    One softmax covers all parts, but keys and values are not concatenated into one array.
+    Consecutive query heads share one key/value head.
+
+    Args:
+        queries: Queries, `(b, t, h, e)`.
+        *parts: Keys `(b, s, n, e)`, values `(b, s, n, e)` and a mask `(t, s)`. The parts may differ
+            in `s`.
+
+    Returns:
+        The attention output, `(b, t, h, e)`, in the type of `queries`.
+    """
+    b, t, heads, e = queries.shape
+    grouped = queries.reshape(b, t, parts[0][0].shape[2], -1, e)
+    scores = [
+        jnp.where(mask[None, None, None], attention_scores(grouped, keys) * e**-0.5, -jnp.inf)
+        for keys, _, mask in parts
+    ]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(parts[0][1].dtype)
+    ends = np.cumsum([mask.shape[1] for *_, mask in parts])[:-1]
+    part_weights = jnp.split(weights, ends, axis=-1)
+    output = functools.reduce(
+        jnp.add,
+        [
+            weighted_values(part_weight, values)
+            for part_weight, (_, values, _) in zip(part_weights, parts, strict=True)
+        ],
+    )
+    return output.astype(queries.dtype).reshape(b, t, heads, e)
+
+
+def attention_scores(
+    queries: Float[Array, "b t n g e"], keys: KeysOrValues
+) -> Float[Array, "b n g t s"]:
+    """Computes unscaled attention scores in float32.
+
+    Args:
+        queries: Queries, `(b, t, n, g, e)`, where `g` query heads share each of `n` key/value
+            heads.
+        keys: Keys, `(b, s, n, e)`.
+
+    Returns:
+        The scores, `(b, n, g, t, s)`.
+    """
+    if queries.shape[1:3] != (1, 1):
+        return matmul_f32(queries, keys, "btnge,bsne->bngts")
+    # One token, one key/value head: on a CPU XLA transposes the keys unless they are the first
+    # operand. For a single text, one product per head is fastest.
+    head_queries, keys = queries[:, 0, 0], keys[:, :, 0]
+    if len(head_queries) > 1:
+        return jnp.swapaxes(matmul_f32(keys, head_queries, "bse,bge->bsg"), 1, 2)[:, None, :, None]
+    return jnp.stack([matmul_f32(keys[0], query) for query in head_queries[0]])[None, None, :, None]
+
+
+def weighted_values(
+    weights: Float[Array, "b n g t s"], values: KeysOrValues
+) -> Float[Array, "b t n g e"]:
+    """Sums the values by their attention weights in float32.
+
+    Args:
+        weights: Attention weights, `(b, n, g, t, s)`.
+        values: Values, `(b, s, n, e)`.
+
+    Returns:
+        The weighted sums, `(b, t, n, g, e)`.
+    """
+    if (weights.shape[1], weights.shape[3]) != (1, 1):
+        return matmul_f32(weights, values, "bngts,bsne->btnge")
+    head_weights, values = weights[:, 0, :, 0], values[:, :, 0]
+    if len(head_weights) > 1:
+        return matmul_f32(head_weights, values, "bgs,bse->bge")[:, None, None]
+    return jnp.stack([matmul_f32(text_weights, values[0]) for text_weights in head_weights[0]])[
+        None, None, None
+    ]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with normalized queries and keys.
+
+    A global layer attends to the whole context, a local layer to a window of it.
+
+    Attributes:
+        heads: Number of query heads.
+        kv_heads: Number of key/value heads.
+        head_width: Elements per head.
+        window: Number of positions to which a token attends, in tokens. In a global layer this is
+            the context.
+        base: Base of the rotary frequencies.
+        query: Weight `(heads * head_width, width)`.
+        key: Weight `(kv_heads * head_width, width)`.
+        value: Weight `(kv_heads * head_width, width)`.
+        output: Weight `(heads * head_width, width)`.
+        query_norm: Norm of each query head.
+        key_norm: Norm of each key head.
+    """
+
+    def __init__(self, config: DecoderConfig, layer: int, dtype, rngs: nnx.Rngs):
+        d, e = config.width, config.head_width
+        self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, e
+        self.window = config.context if config.is_global(layer) else config.window
+        self.base = config.rope_base if config.is_global(layer) else config.local_rope_base
+        self.query = matrix(rngs, config.heads * e, d, d, dtype)
+        self.key = matrix(rngs, config.kv_heads * e, d, d, dtype)
+        self.value = matrix(rngs, config.kv_heads * e, d, d, dtype)
+        self.output = matrix(rngs, config.heads * e, d, config.heads * e, dtype)
+        self.query_norm = RMSNorm(e, dtype)
+        self.key_norm = RMSNorm(e, dtype)
+
+    def project(self, x: Hidden, positions: Int[Array, " t"]):
+        """Projects hidden states to queries, keys and values.
+
+        Args:
+            x: Normalized hidden states, `(b, t, d)`.
+            positions: Token positions, `(t,)`.
+
+        Returns:
+            Queries `(b, t, h, e)`, keys `(b, t, n, e)` and values `(b, t, n, e)`.
+        """
+        b, t, _ = x.shape
+        queries, keys, values = (
+            linear(x, weight).reshape(b, t, -1, self.head_width)
+            for weight in (self.query, self.key, self.value)
+        )
+        queries = rotate(self.query_norm(queries), positions, self.base)
+        return queries, rotate(self.key_norm(keys), positions, self.base), values
+
+    def prefill(self, x: Hidden, slots: int):
+        """Computes attention within texts that start at position 0.
+
+        Args:
+            x: Normalized hidden states, `(b, t, d)`.
+            slots: Cache length of this layer, in tokens.
+
+        Returns:
+            The output `(b, t, d)`, and the keys and the values for the cache, each
+            `(b, slots, n, e)`.
+        """
+        b, t, _ = x.shape
+        queries, keys, values = self.project(x, jnp.arange(t, dtype=jnp.int32))
+        output = self.causal(queries, keys, values)
+        return (
+            mix(output.reshape(b, t, -1), self.output),
+            self.cache_entries(keys, slots),
+            self.cache_entries(values, slots),
+        )
+
+    def causal(
+        self,
+        queries: Float[Array, "b t h e"],
+        keys: Float[Array, "b t n e"],
+        values: Float[Array, "b t n e"],
+    ) -> Float[Array, "b t h e"]:
+        """Computes attention of every position to its window.
+
+        Queries of a long text are processed in blocks. Each block reads only the span of keys that
+        its queries can see. The scores of all queries, 1 GB for 4 heads and 8K tokens, are thus
+        never in memory at once.
+
+        Args:
+            queries: Queries, `(b, t, h, e)`.
+            keys: Keys, `(b, t, n, e)`.
+            values: Values, `(b, t, n, e)`.
+
+        Returns:
+            The attention output, `(b, t, h, e)`.
+        """
+        b, t, *head_shape = queries.shape
+        size = min(t, QUERY_BLOCK)
+        span = min(t, size + self.window)
+
+        def block(
+            start: Int[Array, ""], queries: Float[Array, "b _ h e"]
+        ) -> Float[Array, "b _ h e"]:
+            span_start = jnp.clip(start + size - span, 0, t - span)
+            kv = [
+                jax.lax.dynamic_slice_in_dim(part, span_start, span, axis=1)
+                for part in (keys, values)
+            ]
+            # Padding in the last block sees the same keys as the last token.
+            positions = jnp.minimum(start + jnp.arange(size, dtype=jnp.int32), t - 1)
+            distance = positions[:, None] - (span_start + jnp.arange(span, dtype=jnp.int32))[None]
+            return attend(queries, (kv[0], kv[1], (distance >= 0) & (distance < self.window)))
+
+        if size == t:
+            return block(jnp.int32(0), queries)
+        blocks = (
+            jnp.pad(queries, ((0, 0), (0, -t % size), (0, 0), (0, 0)))
+            .reshape(b, -1, size, *head_shape)
+            .swapaxes(0, 1)
+        )
+        starts = jnp.arange(0, t, size, dtype=jnp.int32)
+        output = jax.lax.map(lambda part: block(*part), (starts, blocks))
+        return output.swapaxes(0, 1).reshape(b, -1, *head_shape)[:, :t]
+
+    def cache_entries(self, entries: Float[Array, "b t n e"], slots: int) -> KeysOrValues:
+        """Arranges keys or values as a ring buffer.
+
+        Position p goes to index p mod `slots`. Only the last `slots` positions remain.
+
+        Args:
+            entries: Keys or values, `(b, t, n, e)`.
+            slots: Cache length, in tokens.
+
+        Returns:
+            The cache, `(b, slots, n, e)`.
+        """
+        t = entries.shape[1]
+        if t <= slots:
+            return jnp.pad(entries, ((0, 0), (0, slots - t), (0, 0), (0, 0)))
+        return jnp.roll(entries[:, t - slots :], t % slots, axis=1)
+
+    def step(
+        self,
+        x: Float[Array, "b d"],
+        keys: KeysOrValues,
+        values: KeysOrValues,
+        length: Int[Array, ""],
+    ):
+        """Computes attention of one token and writes the token to the cache.
+
+        The cached tokens and the new token are two parts of the attention, because XLA copies a
+        cache that is read after it is written.
+
+        Args:
+            x: Normalized hidden states of the new token, `(b, d)`.
+            keys: Cached keys, `(b, s, n, e)`.
+            values: Cached values, `(b, s, n, e)`.
+            length: Number of cached tokens, which is the position of the new token.
+
+        Returns:
+            The output `(b, d)`, and the updated keys and values.
+        """
+        queries, key, value = self.project(x[:, None], length[None])
+        output = attend(
+            queries,
+            (keys, values, self.attention_mask(keys.shape[1], length)),
+            (key, value, jnp.ones((1, 1), bool)),
+        )
+        key, value = ordered_after(output, key), ordered_after(output, value)
+        return (
+            mix(output.reshape(x.shape[0], -1), self.output),
+            write_slot(keys, key, length),
+            write_slot(values, value, length),
+        )
+
+    def attention_mask(self, slots: int, length: Int[Array, ""]) -> Bool[Array, "1 s"]:
+        """Marks the cache indices to which the token at position `length` attends.
+
+        Args:
+            slots: Cache length, in tokens.
+            length: Number of cached tokens.
+
+        Returns:
+            The mask, `(1, slots)`.
+        """
+        slot = jnp.arange(slots, dtype=jnp.int32)
+        # The position at each cache index; negative where the index is empty.
+        positions = length - 1 - (length % slots - 1 - slot) % slots
+        return ((positions >= 0) & (length - positions < self.window))[None]
+
+
+def ordered_after(read: Array, entry: Float[Array, "b 1 n e"]) -> Float[Array, "b 1 n e"]:
+    """Makes a cache entry depend on a result that was computed from the cache.
+
+    XLA then sees that the read ends before the write, and copies nothing.
+
+    Args:
+        read: A result that was computed from the cache.
+        entry: The entry to write, `(b, 1, n, e)`.
+
+    Returns:
+        The entry, unchanged in value.
+    """
+    first = read.reshape(-1)[0]
+    # 0 * inf is NaN. Without jnp.where, an overflow in one text would reach the keys of all texts.
+    return entry + jnp.where(jnp.isfinite(first), 0 * first, jnp.zeros_like(first))
+
+
+def write_slot(cache: Array, entry: Array, length: Int[Array, ""]) -> Array:
+    """Writes the entry of one position into a ring-buffer cache.
+
+    Args:
+        cache: Keys, values or their encodings, `(b, s, …)`.
+        entry: The entry to write, `(b, 1, …)`.
+        length: Position of the entry.
+
+    Returns:
+        The updated cache, `(b, s, …)`.
+    """
+    return jax.lax.dynamic_update_slice_in_dim(cache, entry, length % cache.shape[1], axis=1)

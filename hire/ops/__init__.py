@@ -1,0 +1,1 @@
+"""Operations on scores and rows: top-k, products, quantization and TPU kernels."""

@@ -1,0 +1,433 @@
+"""Choose the number of candidates and the estimator for a target recall."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hire.estimators.base import Estimator, check_fitted, check_search, to_device
+from hire.ops.batches import batches
+from hire.ops.checks import check_finite
+from hire.ops.nomination import mask_bucket_losers, max_bucketed_candidates
+from hire.ops.row_products import row_nbytes, row_scores
+from hire.ops.top_k import TopK, exact_top_k
+from hire.types import AnyArray, Array, Float, Int, Queries, Rows
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A number of candidates and the evidence for it.
+
+    Attributes:
+        candidates: Number of candidates (k').
+        recall: Mean recall over the sampled documents, 0 to 1.
+        bound: Lower confidence bound of the mean recall on fresh documents, 0 to 1.
+        queries: Number of sampled queries.
+        documents: Number of documents that the queries come from.
+    """
+
+    candidates: int
+    recall: float
+    bound: float
+    queries: int
+    documents: int
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The cheapest estimator and the results of all estimators.
+
+    Attributes:
+        name: Name of the cheapest estimator.
+        estimator: The cheapest estimator.
+        choice: Its number of candidates.
+        choices: Choice and cost of every estimator, by name.
+    """
+
+    name: str
+    estimator: Estimator
+    choice: Choice
+    choices: dict[str, tuple[Choice, float]]
+
+
+def choose_candidates(
+    rows: Rows,
+    estimator: Estimator,
+    queries: Queries,
+    *,
+    k: int,
+    recall: float,
+    confidence: float = 0.95,
+    documents: Sequence | np.ndarray | None = None,
+) -> Choice:
+    """Choose the smallest k' that reaches a target recall on fresh documents.
+
+    The mean recall@k on fresh documents is at least `recall`, at the given confidence: see
+    `betting_lower_bound`. Neighbouring positions of one text are alike, so n of them say less than
+    n texts. The bound holds for documents drawn as the sample was, so include every kind of text
+    that you will search. Our choice: the paper names no method.
+
+    Args:
+        rows: Rows `(m, d)`.
+        estimator: Estimator of these rows.
+        queries: A sample of queries `(n, d)`, as the search will see them. For a softmax these are
+            hidden states after the final norm.
+        k: Number of rows that the search returns.
+        recall: Target recall, strictly between 0 and 1.
+        confidence: Confidence of the bound, strictly between 0 and 1.
+        documents: Document label of each query `(n,)`. By default each query is a document.
+
+    Returns:
+        The number of candidates and the evidence for it.
+
+    Raises:
+        ValueError: If recall or confidence is not strictly between 0 and 1, if shapes do not fit,
+            if a query is not finite, if the estimator cannot nominate enough candidates for the
+            recall, or if the documents are too few to support the recall even when every true row
+            is nominated. The message then says how many documents are needed.
+    """
+    return tune(
+        rows,
+        {"": estimator},
+        queries,
+        k=k,
+        recall=recall,
+        confidence=confidence,
+        documents=documents,
+    ).choice
+
+
+def tune(
+    rows: Rows,
+    estimators: Mapping[str, Estimator],
+    queries: Queries,
+    *,
+    k: int,
+    recall: float,
+    confidence: float = 0.95,
+    documents: Sequence | np.ndarray | None = None,
+    cost: Callable[[Estimator, int], float] | None = None,
+) -> Tuned:
+    """Choose the cheapest estimator and its k' for a target recall.
+
+    Runs the method of `choose_candidates` on every estimator. The confidence also covers the choice
+    among the estimators. Our choice: the paper names no method.
+
+    Args:
+        rows: Rows `(m, d)`.
+        estimators: Estimators of these rows, by name.
+        queries: A sample of queries `(n, d)`, as in `choose_candidates`.
+        k: Number of rows that the search returns.
+        recall: Target recall, strictly between 0 and 1.
+        confidence: Confidence of all bounds together, strictly between 0 and 1.
+        documents: Document label of each query `(n,)`. By default each query is a document.
+        cost: Cost of an estimator with k' candidates, for example measured seconds. By default the
+            bytes that one query reads.
+
+    Returns:
+        The cheapest estimator, its number of candidates, and the results of all estimators.
+
+    Raises:
+        ValueError: As `choose_candidates`, and if `estimators` is empty, if an estimator cannot
+            nominate enough candidates for the recall, or if a cost is not finite.
+    """
+    for name, value in dict(recall=recall, confidence=confidence).items():
+        if not 0 < value < 1:
+            raise ValueError(
+                f"{name} = {value!r}: expected a number between 0 and 1, neither included"
+            )
+    if not estimators:
+        raise ValueError("estimators = {}: expected at least one")
+    rows = to_device(rows)
+    for estimator in estimators.values():
+        k, _ = check_search(rows, estimator, k, k)
+        check_fitted(rows, estimator)
+    if queries.ndim != 2 or queries.shape[1] != rows.shape[1] or not len(queries):
+        raise ValueError(
+            f"queries of shape {queries.shape}: expected (n, {rows.shape[1]}) with n of at least 1"
+        )
+    check_finite("queries", queries)
+    # All bounds hold together, so the bound of the cheapest estimator holds too.
+    bound_confidence = 1 - (1 - confidence) / len(estimators)
+    num_documents = len(document_means(np.ones(len(queries)), documents))
+    if betting_lower_bound(np.ones(num_documents), bound_confidence) < recall:
+        raise ValueError(
+            f"{len(queries)} queries of {num_documents} documents: too few to promise a "
+            f"recall of {recall} at confidence {confidence}: "
+            f"expected at least {documents_needed(recall, bound_confidence)} documents"
+        )
+    true_indices = true_top_k(rows, queries, k).indices
+
+    def chosen(estimator: Estimator) -> Choice:
+        needed = candidates_needed(estimator, queries, true_indices)
+
+        def found(candidates: int) -> np.ndarray:
+            return document_means(np.mean(needed <= candidates, axis=1), documents)
+
+        max_candidates = estimator.max_candidates
+        if (bound := betting_lower_bound(found(max_candidates), bound_confidence)) < recall:
+            raise ValueError(
+                f"an estimator that nominates at most {max_candidates}: promises a recall "
+                f"of {bound:.4f} at most, not {recall}; keep more"
+            )
+        # The sample recall grows with k', so bisection gives the smallest sufficient k'.
+        low, high = k, max_candidates
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (
+                (low, middle)
+                if betting_lower_bound(found(middle), bound_confidence) >= recall
+                else (middle + 1, high)
+            )
+        return Choice(
+            low,
+            float(found(low).mean()),
+            betting_lower_bound(found(low), bound_confidence),
+            len(queries),
+            num_documents,
+        )
+
+    def read(estimator: Estimator, candidates: int) -> int:
+        return estimator.bytes_read(candidates) + candidates * row_nbytes(rows, rows.shape[1])
+
+    choices = {name: chosen(estimator) for name, estimator in estimators.items()}
+    results = {
+        name: (choice, float((cost or read)(estimators[name], choice.candidates)))
+        for name, choice in choices.items()
+    }
+    for name, (_, value) in results.items():
+        if not math.isfinite(value):
+            raise ValueError(f"cost of {name!r} = {value}: expected a finite number")
+    name = min(results, key=lambda name: results[name][1])
+    return Tuned(name, estimators[name], choices[name], results)
+
+
+def document_means(values: np.ndarray, documents: Sequence | np.ndarray | None) -> np.ndarray:
+    """Average values within each document.
+
+    Args:
+        values: Values `(n,)`.
+        documents: Document label of each value `(n,)`. By default each value is a document.
+
+    Returns:
+        The mean value of each document.
+
+    Raises:
+        ValueError: If the number of labels differs from the number of values, or if a value is not
+            finite.
+    """
+    _, group = labelled(values, documents)
+    return np.bincount(group, values) / np.bincount(group)
+
+
+def labelled(
+    values: np.ndarray, documents: Sequence | np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct documents and the document index of each value.
+
+    Args:
+        values: Values `(n,)`.
+        documents: Document label of each value `(n,)`. By default each value is a document.
+
+    Returns:
+        The distinct labels, and for each value `(n,)` the index of its label among them.
+
+    Raises:
+        ValueError: If the number of labels differs from the number of values, or if a value is not
+            finite.
+    """
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"value {int(np.argmin(np.isfinite(values)))} of {len(values)} is not finite: expected "
+            "finite values"
+        )
+    labels = np.arange(len(values)) if documents is None else np.asarray(documents)
+    if labels.shape != values.shape:
+        raise ValueError(
+            f"{len(labels)} document labels: expected one for each of the {len(values)} values"
+        )
+    return np.unique(labels, return_inverse=True)
+
+
+# Stakes of the three gamblers. High stakes win most when values are near 1, as recall is.
+BETS = np.asarray([0.5, 0.8, 0.98])
+
+
+def betting_lower_bound(values: np.ndarray, confidence: float) -> float:
+    """Return a lower confidence bound of the mean of independent values in [0, 1].
+
+    The bound holds for any distribution. It uses betting (Waudby-Smith and Ramdas, arXiv
+    2010.09686): a gambler stakes a share of the capital on every value being above a hypothetical
+    mean. If that mean is true, the gambler gains nothing on average. Three gamblers bet fixed
+    stakes. If their capital grows to at least 1 / (1 - confidence) times its start, the
+    hypothetical mean is refuted (Ville's inequality), and so is every smaller mean.
+
+    Args:
+        values: Values `(n,)` in [0, 1], drawn independently.
+        confidence: Confidence of the bound.
+
+    Returns:
+        The lower bound of the mean, 0 to 1.
+
+    Raises:
+        ValueError: If a value is not in [0, 1].
+    """
+
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(
+            f"values from {np.min(values)} to {np.max(values)}: expected numbers from 0 to 1"
+        )
+
+    def refuted(mean: float) -> bool:
+        log_capital = np.log1p(np.outer(BETS, values / mean - 1)).sum(1)
+        return bool(
+            np.logaddexp.reduce(log_capital) - math.log(len(BETS)) >= -math.log(1 - confidence)
+        )
+
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if refuted(middle) else (low, middle)
+    return low
+
+
+def documents_needed(recall: float, confidence: float) -> int:
+    """Return the number of documents that support a recall when every true row is nominated.
+
+    With misses more documents are needed.
+
+    Args:
+        recall: Target recall, 0 to 1.
+        confidence: Confidence of the bound.
+
+    Returns:
+        The smallest sufficient number of documents.
+    """
+    low, high = 1, 2**24
+    while low < high:
+        middle = (low + high) // 2
+        log_capital = np.logaddexp.reduce(middle * np.log1p(BETS * (1 / recall - 1))) - math.log(
+            len(BETS)
+        )
+        low, high = (
+            (low, middle) if log_capital >= -math.log(1 - confidence) else (middle + 1, high)
+        )
+    return low
+
+
+@partial(jax.jit, static_argnames="k")
+def dense_top_k(rows: Rows, x: Queries, k: int) -> TopK:
+    """Return the exact top-k of queries from the scores of all rows.
+
+    Args:
+        rows: Rows `(m, d)`.
+        x: Queries `(b, d)`.
+        k: Number of rows to return for each query.
+
+    Returns:
+        The scores `(b, k)` and the row indices `(b, k)`.
+    """
+    return exact_top_k(row_scores(x, rows), k)
+
+
+def true_top_k(rows: Rows, queries: Queries, k: int) -> TopK:
+    """Return the exact top-k of many queries, in NumPy.
+
+    Works in batches, so that the scores of all queries are never in memory together.
+
+    Args:
+        rows: Rows `(m, d)`.
+        queries: Queries `(n, d)`.
+        k: Number of rows to return for each query.
+
+    Returns:
+        The scores `(n, k)` and the row indices `(n, k)`.
+    """
+    batch_results = [jax.device_get(dense_top_k(rows, batch, k)) for batch in batches(queries)]
+    return TopK(*(np.concatenate(arrays) for arrays in zip(*batch_results, strict=True)))
+
+
+@jax.jit
+def estimated_scores(
+    estimator: Estimator, x: Queries
+) -> tuple[Float[Array, "b m"], Float[Array, "b m"]]:
+    """Return the estimated scores of all rows that the estimator can nominate.
+
+    Args:
+        estimator: The estimator.
+        x: Queries `(b, d)`.
+
+    Returns:
+        The scores `(b, m)`, and the same scores `(b, m)` with -inf for the rows that the bucketed
+        search does not see. Rows that the estimator cannot nominate have -inf in both.
+    """
+    # An estimator that cannot nominate all rows nominates exactly the best of those that it can.
+    if estimator.max_candidates < estimator.shape[0]:
+        indices = estimator.nominate(x, estimator.max_candidates)
+        candidate_scores = estimator.scores_at(x, indices)
+        scores = (
+            jnp.full((len(x), estimator.shape[0]), -jnp.inf)
+            .at[jnp.arange(len(x))[:, None], indices]
+            .set(candidate_scores)
+        )
+        return scores, scores
+    scores = estimator.scores(x)
+    return scores, mask_bucket_losers(scores)
+
+
+def candidates_needed(
+    estimator: Estimator, queries: Queries, best: Int[AnyArray, "n k"]
+) -> np.ndarray:
+    """Return the smallest k' at which the search nominates each true row.
+
+    The share of entries `<= k'` is the recall at k', for all k' together. The result never
+    overstates the recall. A row that ties with a true row in the estimate ranks before it. Just
+    below the largest k' of the bucketed search, rows that only this search leaves out also rank
+    before it.
+
+    Args:
+        estimator: The estimator.
+        queries: Queries `(n, d)`.
+        best: Indices of the true top-k rows `(n, k)`.
+
+    Returns:
+        For each true row the smallest k' `(n, k)` from which on it is a candidate.
+    """
+    needed, max_bucketed = [], max_bucketed_candidates(estimator.shape[0])
+    for batch, batch_indices in zip(batches(queries), batches(best), strict=True):
+        for scores, pooled, true_indices in zip(
+            *map(np.asarray, estimated_scores(estimator, batch)), batch_indices, strict=True
+        ):
+            # Sort only the scores that matter for the ranks: a few hundred of 262,144.
+            contenders = np.flatnonzero(scores >= scores[true_indices].min())
+            bucketed_rank = np.where(
+                pooled[true_indices] > -np.inf,
+                rank_of_true(pooled[contenders], pooled[true_indices]),
+                len(scores),
+            )
+            full_rank = rank_of_true(scores[contenders], scores[true_indices])
+            needed.append(
+                np.where(
+                    (bucketed_rank <= max_bucketed) & (full_rank <= max_bucketed + 1),
+                    bucketed_rank,
+                    np.maximum(full_rank, max_bucketed + 1),
+                )
+            )
+    return np.stack(needed)
+
+
+def rank_of_true(scores: np.ndarray, floors: np.ndarray) -> np.ndarray:
+    """Count the scores that are at least as large as each floor.
+
+    Args:
+        scores: Scores `(m,)`.
+        floors: Floors `(k,)`.
+
+    Returns:
+        The counts `(k,)`.
+    """
+    return len(scores) - np.searchsorted(np.sort(scores), floors)

@@ -1,0 +1,357 @@
+"""The lab: text, records, timing, figures, scorecard, targets."""
+
+import json
+import subprocess
+import sys
+
+import matplotlib
+import nbformat
+import numpy as np
+import pytest
+import yaml
+
+from hire.lab import figure_index, records
+from hire.lab.data import model_states
+from hire.lab.data.text import KINDS, SPLITS, documents
+from hire.lab.metrics import model_quality
+from hire.lab.report import pages, plots, run, scorecard
+from hire.lab.rivals import dense
+from hire.lab.timing import decode_step, interleaved, roofline
+from hire.models import load_text_model, preset
+
+matplotlib.use("Agg")
+
+
+def test_no_document_is_in_two_splits_and_all_kinds_are_there():
+    names = {split: {document.name for document in documents(split)} for split in SPLITS}
+    assert (
+        not names["train"] & names["evaluation"] and not names["calibration"] & names["evaluation"]
+    )
+    assert not names["train"] & names["calibration"]
+    years = {
+        split: {name[:4] for name in names[split] if name[:2] in ("17", "18", "19", "20")}
+        for split in SPLITS
+    }
+    assert (
+        not years["train"] & years["evaluation"] and not years["calibration"] & years["evaluation"]
+    )
+    assert {document.kind for split in SPLITS for document in documents(split)} == set(KINDS)
+    assert {document.kind for document in documents("evaluation", ["novel"])} == {"novel"}
+    assert "Call me Ishmael." in documents("evaluation", ["novel"])[0].text
+    assert not any(
+        "<" in document.text for document in documents("train", ["scripture"])[:20]
+    )  # no markup left
+
+
+@pytest.mark.parametrize(
+    "call, error, value",
+    [
+        (lambda: documents("test"), ValueError, "'test'"),
+        (lambda: documents("train", ["poem"]), ValueError, "'poem'"),
+        (lambda: figure_index.register("99"), ValueError, "'99'"),
+        (lambda: figure_index.parameters("gpu"), ValueError, "'gpu'"),
+        (lambda: run.Run("01", "fast"), ValueError, "'fast'"),
+        (lambda: run.Run("01", "tpu"), RuntimeError, "'tpu'.*cpu"),
+        (lambda: interleaved.interleaved({}, [1], 2), ValueError, "1 .* 2"),
+    ],
+)
+def test_bad_names_are_named(call, error, value):
+    with pytest.raises(error, match=value):
+        call()
+
+
+def test_the_hub_out_of_reach_is_one_line(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("Couldn't reach the hub\nTraceback and more")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    with pytest.raises(ConnectionError, match="'a/b'.*Couldn't reach the hub") as error:
+        documents("test", source="a/b")
+    assert "\n" not in str(error.value)
+
+
+def test_windows_start_with_bos_and_states_keep_their_documents():
+    subject = load_text_model("tiny")
+    texts = documents("evaluation", ["speech"])[:3]
+    tokens, names = model_states.windows(subject, texts, 32, each=2)
+    assert tokens.shape == (6, 32) and (tokens[:, 0] == 2).all()
+    assert subject.tokenizer.decode(tokens[0, 1:].tolist()) == texts[0].text[:31]
+    states = model_states.collect(subject.model, tokens, names, skip=4)
+    assert states.hidden.shape == (6 * 27, 64)
+    hidden = subject.model.prefill(tokens)[0]
+    np.testing.assert_allclose(states.hidden.reshape(6, 27, 64), hidden[:, 4:-1], atol=1e-5)
+    assert states.targets.reshape(6, 27)[2].tolist() == tokens[2, 5:].tolist()
+    assert states.documents.reshape(6, 27)[2].tolist() == [texts[1].name] * 27
+    losses = model_quality.losses(subject.model, states)
+    logits = np.asarray(subject.model.logits(states.hidden), np.float64)
+    expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(logits)), states.targets]
+    np.testing.assert_allclose(losses, expected, atol=1e-4)
+    with pytest.raises(ValueError, match="1000000"):
+        model_states.windows(subject, texts, 10**6)
+
+
+def test_a_step_is_timed_whole_and_in_parts():
+    subject = load_text_model("tiny")
+    steps = decode_step.StepForms(subject.model, 32)
+    hidden = np.ones((1, 64), np.float32)
+    best, logits = steps.part(decode_step.softmax)(hidden), np.asarray(subject.model.logits(hidden))
+    assert best.indices.tolist() == [[logits.argmax()]]
+    np.testing.assert_allclose(best.values, [[logits.max()]], rtol=1e-5)
+    durations = steps.over_batches([1, 3], [hidden, hidden], 2)
+    assert [len(seconds) for seconds in durations.values()] == [2, 2]
+    top = steps.whole(3)(hidden)
+    assert (
+        top.indices.shape == (3, 1) and len(set(top.values[:, 0].tolist())) == 3
+    )  # each text goes on with a word of its own
+
+
+def test_forms_are_timed_in_turn_each_with_a_new_query_and_cold_caches(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        interleaved, "stream_form", lambda nbytes: (lambda _: calls.append(nbytes), nbytes)
+    )
+    forms = {name: lambda query, name=name: calls.append((name, query)) for name in "ab"}
+    durations = interleaved.interleaved(forms, [1, 2, 3], 3)
+    # a first call of each, then turns in which no two forms take the same query and something else
+    # is read before each
+    assert calls[:2] == [("a", 1), ("b", 1)] and calls[2::2] == [interleaved.COLD] * 6
+    assert calls[3::2] == [("a", 1), ("b", 2), ("a", 2), ("b", 3), ("a", 3), ("b", 1)]
+    assert all(len(seconds) == 3 for seconds in durations.values())
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_every_dense_form_is_the_exact_top_k(batch):
+    rng = np.random.default_rng(0)
+    rows, x = (rng.normal(size=shape).astype(np.float32) for shape in ((300, 8), (batch, 8)))
+    best = np.argsort(-(x @ rows.T))[:, :5]
+    forms = dense.dense_forms(rows, 5)
+    assert len(forms) == 5
+    for name, form in forms.items():
+        assert (np.asarray(form(x).indices) == best).all(), name
+
+
+def test_the_roofline_by_hand():
+    # One layer less any doubt: v5e at bf16 turns where 2 b / 197e12 = 2 / 819e9, at b = 240.5.
+    assert roofline.compute_bound_from(roofline.V5E, itemsize=2) == 241
+    work = roofline.step_work(preset("gemma3_270m"), batch=2, cache=1000, itemsize=4)
+    assert work["softmax"] == (262144 * 640 * 4, 2 * 2 * 262144 * 640)
+    assert (
+        work["cache"][0] == 2 * 2 * (3 * 1000 + 15 * 512) * 256 * 4
+    )  # three layers see all, fifteen the last 512
+    chip = roofline.Chip("toy", bandwidth=1e9, peak=float("inf"), memory=0.0)
+    total = sum(nbytes for nbytes, _ in work.values())
+    assert roofline.step_seconds(preset("gemma3_270m"), [2], chip, cache=1000, itemsize=4) == [
+        pytest.approx(total / 1e9)
+    ]
+
+
+def test_a_commit_is_dirty_when_code_differs(tmp_path, monkeypatch):
+    for name, folder in (("ROOT", ""), ("NOTEBOOKS", "notebooks")):
+        monkeypatch.setattr(records, name, tmp_path / folder)
+    (tmp_path / "notebooks").mkdir()
+    book = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_markdown_cell("text"), nbformat.v4.new_code_cell("x = 1")]
+    )
+
+    def differs(cell: int, source: str) -> bool:
+        book.cells[cell].source = source
+        nbformat.write(book, tmp_path / "notebooks/01.ipynb")
+        return records.commit.__wrapped__().endswith("-dirty")
+
+    assert records.commit.__wrapped__() == "unknown"  # outside git
+    nbformat.write(book, tmp_path / "notebooks/01.ipynb")
+    for command in ("init -q", "add -A", "-c user.name=a -c user.email=a@b commit -qm first"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    assert not differs(0, "what a run writes")
+    assert differs(1, "x = 2") and not differs(1, "x = 1")
+    for new in (
+        "hire/new.py",
+        "hire/lab/new.py",
+        "notebooks/profiles/new.yaml",
+        "notebooks/12_new.ipynb",
+        "constraints.txt",
+    ):
+        (tmp_path / new).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / new).write_text('{"cells": []}')
+        assert records.commit.__wrapped__().endswith("-dirty"), new
+        (tmp_path / new).unlink()
+    for new in (
+        "figures/new.png",
+        "data/records/new.jsonl",
+        "out/new.py",
+    ):  # what a run writes is no code
+        (tmp_path / new).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / new).touch()
+    assert not differs(1, "x = 1")
+
+
+def test_a_record_replaces_the_one_with_its_id(tmp_path):
+    facts = dict(kind="measured", weights="none", setting={})
+    records.write(tmp_path, "topic", "b", results=dict(x=1), **facts)
+    records.write(tmp_path, "topic", "a", results=dict(x=2), **facts)
+    records.write(tmp_path, "topic", "b", results=dict(x=3), durations=dict(step=[0.1]), **facts)
+    kept = records.read(tmp_path)
+    assert [(entry["id"], entry["results"]["x"]) for entry in kept] == [("a", 2), ("b", 3)]
+    assert {"commit", "date", "machine"} <= set(kept[0]) and "CPU" in kept[0]["machine"]["device"]
+    with pytest.raises(ValueError, match="guessed"):
+        records.write(tmp_path, "topic", "c", results={}, **(facts | dict(kind="guessed")))
+    (tmp_path / "topic.jsonl").write_text('{"id": "a"}\n{"id": \n')
+    with pytest.raises(ValueError, match=r"topic\.jsonl:2"):
+        records.read(tmp_path)
+
+
+WRITE = """
+import sys
+from pathlib import Path
+from hire.lab import records
+records.machine, records.commit = dict, lambda: "0000000"
+facts = dict(kind="measured", weights="none", setting={})
+for number in range(200):
+    id = f"{sys.argv[2]}/{number:03}"
+    records.write(Path(sys.argv[1]), "topic", id, results=dict(x=number), **facts)
+"""
+
+
+def test_two_processes_that_write_records_lose_none(tmp_path, record_property):
+    processes = [
+        subprocess.Popen([sys.executable, "-c", WRITE, str(tmp_path), name]) for name in "ab"
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    kept = [entry["id"] for entry in records.read(tmp_path)]
+    assert kept == [f"{name}/{number:03}" for name in "ab" for number in range(200)]
+    record_property("kept", len(kept))  # to `make robustness`
+    assert [path.name for path in tmp_path.iterdir()] == ["topic.jsonl"]
+
+
+def test_records_of_before_there_were_checksums_are_read_and_kept(tmp_path):
+    facts = dict(kind="measured", weights="none", setting={})
+    (tmp_path / "topic.jsonl").write_text('{"id": "a",  "results": {"x": 1}}\n')
+    records.write(tmp_path, "topic", "b", results=dict(x=2), **facts)
+    assert [entry["results"]["x"] for entry in records.read(tmp_path)] == [1, 2]
+    path = tmp_path / "topic.jsonl"
+    path.write_text(path.read_text().replace('"x": 1', '"x": 7'))
+    with pytest.raises(ValueError, match=r"topic\.jsonl:1"):
+        records.read(tmp_path)
+    with pytest.raises(ValueError, match="colour"):
+        records.write(tmp_path, "other", "b", results=dict(x=2), colour="red", **facts)
+
+
+def test_series_are_compared_within_their_tolerance():
+    old = dict(series=dict(recall=[0.9, 1.0], ms=[1.0], gone=[1]))
+    new = dict(
+        series=dict(recall=[0.91, 1.0], ms=[1.4], come=[1]), tolerance=dict(default=0.02, ms=0.5)
+    )
+    assert plots.differences(old, new) == ["come", "gone"]
+    assert plots.differences(old, new | dict(tolerance=dict(default=0.001, ms=0.5))) == [
+        "come",
+        "gone",
+        "recall",
+    ]
+
+
+@pytest.mark.parametrize(
+    "obtained, expected",
+    [
+        ([], "not tested"),
+        ([("simulated", "CPU", True)], "not tested"),
+        ([("measured", "CPU, 2 cores", True)], "effect shown on another device"),
+        ([("measured", "CPU, 2 cores", False)], "not reproduced"),
+        (
+            [("measured", "CPU", True), ("compiler-estimate", "TPU v5e", True)],
+            "consistent by compiler estimate",
+        ),
+        (
+            [("compiler-estimate", "TPU v5e", True), ("measured", "TPU v5 lite", True)],
+            "reproduced on TPU (measured)",
+        ),
+        ([("published", "TPU v5e", True)], "not tested"),
+    ],
+)
+def test_only_a_measurement_on_a_tpu_reproduces(obtained, expected):
+    rows = [
+        dict(kind=kind, device=device, supports=supports) for kind, device, supports in obtained
+    ]
+    assert scorecard.verdict(rows) == expected
+
+
+def test_a_target_is_met_missed_or_without_a_record(monkeypatch):
+    targets = [
+        dict(id="a", what="w", record="r", field="results.x.low", at_least=0.5),
+        dict(id="b", what="w", record="r", field="results.x.low", at_most=0.5),
+        dict(id="c", what="w", record="none", field="results.x", at_most=1),
+    ]
+    monkeypatch.setattr(scorecard, "load", lambda name: {"targets": targets})
+    monkeypatch.setattr(
+        records, "read", lambda: [dict(id="r", commit="0000000", results=dict(x=dict(low=0.7)))]
+    )
+    table, good = scorecard.verify()
+    assert [line.split()[-1] for line in table.split("\n")[:1]] == ["met"] and not good
+    assert "NOT MET: no reason stated" in table and "no record" in table
+    assert "1 records made at 0000000, such as r; changed since: not in this history" in table
+    for target in targets:
+        target["reason"] = "too slow here"
+    assert scorecard.verify()[1]
+
+
+def test_answers_take_their_numbers_from_records(monkeypatch):
+    question = dict(
+        question="How much?",
+        answer="Of {r|results.x.1|.1%}, not {none|results.y|.2f}.",
+        notebooks=["01", "99"],
+    )
+    monkeypatch.setattr(pages, "load", lambda name: {"questions": [question]})
+    monkeypatch.setattr(records, "read", lambda: [dict(id="r", results=dict(x=[1, 0.25]))])
+    name = figure_index.ready()[0]["name"]
+    where = f"[{name}](../notebooks/{name}.ipynb), notebook 99, not written yet"
+    assert pages.answers() == f"1. **How much?** Of 25.0%, not *not measured yet*. ({where})"
+    question["answer"] = "{r|results.x.7|.1f}"
+    with pytest.raises(ValueError, match=r"'r'.*'results\.x\.7'"):
+        pages.answers()
+
+
+def test_the_ten_questions_are_answered_from_notebooks_of_the_register():
+    questions = figure_index.load("questions")["questions"]
+    assert len(questions) == 10
+    for entry in questions:
+        assert set(entry["notebooks"]) <= {
+            figure["name"][:2] for figure in figure_index.load("register")["figures"]
+        }
+        assert "|" in entry["answer"]
+
+
+def test_claims_of_the_register_exist_and_every_figure_has_its_number():
+    entries = figure_index.load("register")["figures"]
+    claims = {claim["id"] for claim in figure_index.load("claims")["claims"]}
+    assert [entry["name"][:2] for entry in entries] == [f"{number:02}" for number in range(1, 12)]
+    assert claims >= {claim for entry in entries for claim in entry["claims"]}
+    assert len(claims) == 13
+
+
+def test_evidence_in_the_repository_is_whole():
+    committed = records.read()
+    # `make bench` appends, every other record takes the place of the one before
+    names = [
+        (entry["id"], entry["date"] if entry["command"] == "make bench" else "")
+        for entry in committed
+    ]
+    assert len(set(names)) == len(names)
+    for entry in committed:
+        assert {
+            "id",
+            "kind",
+            "weights",
+            "setting",
+            "results",
+            "date",
+            "commit",
+            "machine",
+            "command",
+        } <= set(entry)
+    for path in plots.Path(figure_index.FIGURES).glob("*_*.json"):
+        shown = json.loads(path.read_text())
+        assert shown["profile"] != "smoke" and shown["series"] and shown["finding"]
+        pixels = plots.plt.imread(path.with_suffix(".png"))
+        assert pixels.shape[1] >= 900 and (pixels[..., 3:] == 1).all(), (
+            f"{path.stem}: expected README width, opaque for dark mode"
+        )
+    assert yaml.safe_load((figure_index.FIGURES / "targets.yaml").read_text())["targets"]
