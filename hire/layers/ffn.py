@@ -368,8 +368,8 @@ class HireFFN:
         Returns:
             The pooled scores `(*n, m)`.
         """
-        kth_score = kth_largest(estimated, self.k - self.static_groups)
-        relative = estimated / jnp.where(kth_score > 0, kth_score, 1.0)
+        kth_value = kth_largest(estimated, self.k - self.static_groups)
+        relative = estimated / jnp.where(kth_value > 0, kth_value, 1.0)
         # A query with scores that are not finite does not affect the other queries.
         is_finite = jnp.all(jnp.isfinite(estimated), axis=-1, keepdims=True)
         return jnp.max(jnp.where(is_finite, relative, 0.0), axis=-2)

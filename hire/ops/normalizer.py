@@ -44,10 +44,10 @@ def logsumexp_correction(
         The log of sum(exp(exact)) / sum(exp(guessed)), `(b,)`, and its sampling error, `(b,)`.
     """
     weights = jax.nn.softmax(guessed, axis=1)
-    log_ratio = jax.nn.logsumexp(exact, axis=1) - jax.nn.logsumexp(guessed, axis=1)
+    correction = jax.nn.logsumexp(exact, axis=1) - jax.nn.logsumexp(guessed, axis=1)
     # Padding of a shard has no weight, and -inf minus -inf would be NaN.
     is_valid = guessed > -jnp.inf
     relative_errors = jnp.where(
-        is_valid, jnp.expm1(jnp.where(is_valid, exact - guessed, 0.0) - log_ratio[:, None]), 0.0
+        is_valid, jnp.expm1(jnp.where(is_valid, exact - guessed, 0.0) - correction[:, None]), 0.0
     )
-    return log_ratio, jnp.sqrt(jnp.sum((weights * relative_errors) ** 2, axis=1))
+    return correction, jnp.sqrt(jnp.sum((weights * relative_errors) ** 2, axis=1))

@@ -46,11 +46,11 @@ def attention(x, weights: Weights, layer: int, config):
     queries = rotary(norm(queries, weights(f"blk.{layer}.attn_q_norm.weight")), base)
     keys = rotary(norm(keys, weights(f"blk.{layer}.attn_k_norm.weight")), base)
     distance = np.subtract.outer(np.arange(t), np.arange(t))
-    masked = (distance < 0) | ((distance >= config.window) & (not is_global))
+    is_masked = (distance < 0) | ((distance >= config.window) & (not is_global))
     heads = []
     for head in range(config.heads):
         kv_head = head // (config.heads // config.kv_heads)
-        scores = np.where(masked, -np.inf, queries[:, head] @ keys[:, kv_head].T / np.sqrt(e))
+        scores = np.where(is_masked, -np.inf, queries[:, head] @ keys[:, kv_head].T / np.sqrt(e))
         probabilities = np.exp(scores - scores.max(-1, keepdims=True))
         heads.append(probabilities / probabilities.sum(-1, keepdims=True) @ values[:, kv_head])
     return np.concatenate(heads, -1) @ weights(f"blk.{layer}.attn_output.weight").T
