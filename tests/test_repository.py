@@ -87,15 +87,12 @@ def test_generated_pages_are_up_to_date():
 
 
 def test_every_badge_holds_the_one_address():
+    repository = pages.address().removeprefix("https://github.com/")
     for name in BOOKS:
         book = (NOTEBOOKS / f"{name}.ipynb").read_text()
-        assert (
-            f"{pages.address().removeprefix('https://github.com/')}/blob/main/notebooks/{name}.ipynb"
-            in book
-        )
-        assert f'"{pages.address()}' in book.replace(
-            '\\"', '"'
-        )  # the set-up cell clones from there
+        assert f"{repository}/blob/main/notebooks/{name}.ipynb" in book
+        # The set-up cell clones from there.
+        assert f'"{pages.address()}' in book.replace('\\"', '"')
 
 
 @pytest.mark.parametrize("name", BOOKS)
