@@ -1,6 +1,6 @@
 # `make figures` and `make test` each work on a fresh clone with only python3 (3.11 or later) and make.
 PYTHON ?= python3
-PROFILE ?= cpu
+PROFILE ?= auto
 override PY := .venv/bin/python
 override STAMP := .venv/.ready
 override LAB := $(PY) -m hire.lab
@@ -13,9 +13,9 @@ XLA_FLAGS ?=
 define as_it_is
 override export $(1) := $$(value $(1))
 endef
-$(foreach name,PYTHON PROFILE FRESH ONLY VARIANT COMMIT FLOOR_PYTHON XLA_FLAGS,$(eval $(call as_it_is,$(name))))
+$(foreach name,PYTHON PROFILE FRESH SET ONLY VARIANT COMMIT FLOOR_PYTHON XLA_FLAGS,$(eval $(call as_it_is,$(name))))
 
-.PHONY: help env figures test floor colab demo bench bench-against distributed questions keys fits certify-adversary robustness train v5e verify pages checks lint format lock budgets clean
+.PHONY: help env figures test floor colab demo bench bench-against distributed questions kv-search fits certify-adversary robustness train v5e verify pages lint format lock budgets clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -36,24 +36,23 @@ $(STAMP): pyproject.toml constraints.txt
 	$(LAB) compiler
 	@echo $$(($$(date +%s) - $$(cat .setup-began))) > $@ && rm .setup-began
 
-figures: $(STAMP)  ## every notebook at PROFILE=cpu (or smoke, tpu) -> figures/; resumes, FRESH=1 starts again
+figures: $(STAMP)  ## every notebook at PROFILE=auto (or smoke, cpu, tpu) -> figures/; resumes, FRESH=1 starts again
 	$(LAB) figures --profile "$$PROFILE" $(if $(FRESH),--fresh)
 
 figure-%: override export NUMBER = $*
-figure-%: $(STAMP)  ## one figure, such as figure-02
-	$(LAB) figures --profile "$$PROFILE" --only "$$NUMBER" $(if $(FRESH),--fresh)
+figure-%: $(STAMP)  ## one figure, such as figure-02; SET="chosen_rank=96" changes a size
+	$(LAB) figures --profile "$$PROFILE" --only "$$NUMBER" $(if $(FRESH),--fresh) $(if $(SET),--set "$$SET")
 
 override WORKERS := -n 2 --dist loadfile
 # Tests and toys compile thousands of programs, most of them small and to run once: without optimization in a quarter of the time.
 override QUICK := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
-checks: override export XLA_FLAGS += $(QUICK)
 figures figure-%: override export XLA_FLAGS += $(if $(filter smoke,$(PROFILE)),$(QUICK))
 # The rounding that certificates and estimators must bound is that of optimized programs: those run as users compile them.
 override OPTIMIZED := tests/test_certify.py tests/estimators/test_estimators.py tests/test_search.py
 # Runs a command with a cache folder of its own, into which the user's weights are linked.
 override APART := tests/scratch_cache.py
 test: $(STAMP)  ## the notebooks' check cells, then the unit tests, on two cores
-	XLA_FLAGS="$$XLA_FLAGS $(QUICK)" $(PY) $(APART) $(PY) -m pytest -p nbval --nbval-lax --nbval-cell-timeout=300 \
+	HIRE_PROFILE=smoke XLA_FLAGS="$$XLA_FLAGS $(QUICK)" $(PY) $(APART) $(PY) -m pytest -p nbval --nbval-lax --nbval-cell-timeout=300 \
 		notebooks/*.ipynb -W default $(WORKERS)
 	$(PY) -m pytest $(WORKERS) $(OPTIMIZED)
 	XLA_FLAGS="$$XLA_FLAGS $(QUICK)" $(PY) -m pytest $(WORKERS) $(addprefix --ignore=,$(OPTIMIZED))
@@ -109,8 +108,8 @@ robustness: override export XLA_FLAGS += $(QUICK)
 robustness: $(STAMP)  ## damage every kind of file, kill runs 20 times each, write records at once: the tests, as a record
 	@$(LAB) robustness
 
-keys: $(STAMP)  ## Gemma at 1K to 8K tokens with its keys searched, about 10 minutes, as a record
-	@$(LAB) keys
+kv-search: $(STAMP)  ## Gemma at 1K to 8K tokens with its attention keys searched, about 10 minutes, as a record
+	@$(LAB) kv-search
 
 train: $(STAMP)  ## train VARIANT=dense, groups8, short-topk, … (hire/lab/training/plans.py lists them), or several; resumes
 	@test -n "$$VARIANT" || { echo "error: VARIANT is empty: name one, such as make train VARIANT=groups8"; exit 1; }
@@ -124,10 +123,6 @@ verify: $(STAMP)  ## every target of the work: obtained, threshold, met or not
 
 pages: $(STAMP)  ## the generated parts of README, gallery and notebooks
 	@$(LAB) pages
-
-checks: $(STAMP)  ## run the notebooks at smoke and keep what their check cells print
-	$(PY) $(APART) $(LAB) figures --profile smoke
-	$(LAB) checks
 
 lint: $(STAMP)  ## style and types
 	.venv/bin/ruff check .

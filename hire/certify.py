@@ -174,11 +174,11 @@ def certified_top_k(
             -1, QUERIES_PER_STEP, x.shape[1]
         )
         result = jax.lax.map(
-            lambda some: certified(some, jnp.asarray(rows), estimator, k, candidates), batches
+            lambda queries: certified(queries, jnp.asarray(rows), estimator, k, candidates), batches
         )
         return jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:])[: len(x)], result)
 
-    def search(x: Queries) -> Certified:
+    def prove_batch(x: Queries) -> Certified:
         result = proved(x)
         if not dense_fallback:
             return result
@@ -196,7 +196,7 @@ def certified_top_k(
         )
 
     with jax.default_matmul_precision("highest"):
-        return map_leading_axes(search, jnp.asarray(x))
+        return map_leading_axes(prove_batch, jnp.asarray(x))
 
 
 def certified(
@@ -229,12 +229,10 @@ def certified(
         (1 + 16 / 2**24) * exact_score_error(width) * max_row_length
         + UNDERFLOW * width * (1 + max_row_length)
     )
-    best = exact_top_k(scores, min(k + 1, candidates))
-    lower_bound = best.values[:, k - 1] - score_error
+    top = exact_top_k(scores, min(k + 1, candidates))
+    lower_bound = top.values[:, k - 1] - score_error
     if candidates > k:
-        other_bound = jnp.maximum(other_bound, best.values[:, k] + score_error)
+        other_bound = jnp.maximum(other_bound, top.values[:, k] + score_error)
     finite = usable & jnp.all(jnp.isfinite(scores), axis=1) & jnp.isfinite(score_error)
-    top = TopK(
-        best.values[:, :k] * power, jnp.take_along_axis(indices, best.indices[:, :k], axis=1)
-    )
+    top = TopK(top.values[:, :k] * power, jnp.take_along_axis(indices, top.indices[:, :k], axis=1))
     return Certified(top, finite & (lower_bound >= other_bound))

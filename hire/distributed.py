@@ -22,24 +22,27 @@ from hire.search import high_recall_top_k, rerank
 from hire.types import Array, Blocks, Indices, Queries, Rows
 
 
-def per_device_k(count: int, devices: int, slack: float | int) -> int:
+def per_device_k(count: int, devices: int, oversample_sigmas: float | int) -> int:
     """Return how many of `count` rows each device contributes.
 
-    This is an even share plus `slack` standard deviations of a random assignment of rows to
-    devices, at most `count`.
+    This is an even share plus `oversample_sigmas` standard deviations of a random assignment of
+    rows to devices, at most `count`.
 
     Args:
         count: Number of rows that all devices together must return.
         devices: Number of devices.
-        slack: Oversampling in standard deviations; `math.inf` gives `count`.
+        oversample_sigmas: Oversampling in standard deviations; `math.inf` gives `count`.
 
     Returns:
         The number of rows that each device contributes.
     """
-    if slack == math.inf:
+    if oversample_sigmas == math.inf:
         return count
     return min(
-        count, math.ceil(count / devices + slack * math.sqrt(count / devices * (1 - 1 / devices)))
+        count,
+        math.ceil(
+            count / devices + oversample_sigmas * math.sqrt(count / devices * (1 - 1 / devices))
+        ),
     )
 
 
@@ -97,20 +100,23 @@ class RowSharding:
         """
         return min(per_device_k(count, self.size, self.oversample_sigmas), most)
 
-    def padded_device_count(self, count: int, held: int) -> int:
+    def padded_device_count(self, count: int, shard_size: int) -> int:
         """Return how many rows a device searches for, padding included.
 
         This is its contribution plus the number of padding rows that may be among them.
 
         Args:
             count: Number of rows that all devices together must return.
-            held: Number of rows of the shard.
+            shard_size: Number of rows of the shard.
 
         Returns:
             The number of rows that the device searches for.
         """
         return min(
-            self.per_device_count(count, held) + self.size * held - self.total_rows(held), held
+            self.per_device_count(count, shard_size)
+            + self.size * shard_size
+            - self.total_rows(shard_size),
+            shard_size,
         )
 
     def storage_index(self, rows: Indices, total: int) -> Indices:
@@ -129,29 +135,33 @@ class RowSharding:
             else rows
         )
 
-    def total_rows(self, held: int) -> int:
+    def total_rows(self, shard_size: int) -> int:
         """Return the number of rows without padding.
 
         Args:
-            held: Number of rows of each shard.
+            shard_size: Number of rows of each shard.
 
         Returns:
             The number of rows on all devices, without padding.
         """
-        return self.size * held if self.num_rows is None else self.num_rows
+        return self.size * shard_size if self.num_rows is None else self.num_rows
 
-    def global_index(self, own: Indices, held: int) -> Indices:
+    def global_index(self, shard_indices: Indices, shard_size: int) -> Indices:
         """Return the global indices of rows of this device's shard. Call it inside `jax.shard_map`.
 
         Args:
-            own: Row indices within the shard `(*b, c)`.
-            held: Number of rows of the shard.
+            shard_indices: Row indices within the shard `(*b, c)`.
+            shard_size: Number of rows of the shard.
 
         Returns:
             The indices among all rows `(*b, c)`.
         """
         device = jax.lax.axis_index(self.name)
-        return own * self.size + device if self.interleaved else own + device * held
+        return (
+            shard_indices * self.size + device
+            if self.interleaved
+            else shard_indices + device * shard_size
+        )
 
     def shard_rows(self, rows: Array, group: int = 1) -> Array:
         """Pad rows with zeros and put them on the devices, interleaved or contiguous.
@@ -237,12 +247,12 @@ class RowSharding:
                 )
         leaves, tree = jax.tree.flatten(parts)
 
-        def own(leaves: list[Array], *arrays: Any) -> Any:
+        def on_one_device(leaves: list[Array], *arrays: Any) -> Any:
             return function(tree.unflatten(leaves), *arrays)
 
         specs = self.partition_specs(parts), *(P() for _ in arrays)
         return jax.shard_map(
-            own, in_specs=specs, out_specs=P(), axis_names={self.name}, check_vma=False
+            on_one_device, in_specs=specs, out_specs=P(), axis_names={self.name}, check_vma=False
         )(leaves, *arrays)
 
 
@@ -296,26 +306,30 @@ def da_top_k(
     return all_gather_top_k(shard_top, axis, shard_size, axis.per_device_count(k, shard_size), k)
 
 
-def all_gather_top_k(own: TopK, axis: RowSharding, held: int, own_k: int, k: int) -> TopK:
+def all_gather_top_k(
+    shard_top: TopK, axis: RowSharding, shard_size: int, shard_k: int, k: int
+) -> TopK:
     """Merge the results of all shards into one top-k. Call it inside `jax.shard_map`.
 
     Args:
-        own: Top-k of this device's shard, with indices within the shard.
+        shard_top: Top-k of this device's shard, with indices within the shard.
         axis: How the rows are sharded.
-        held: Number of rows of the shard.
-        own_k: Number of rows that each device contributes.
+        shard_size: Number of rows of the shard.
+        shard_k: Number of rows that each device contributes.
         k: Number of rows to return for each query.
 
     Returns:
         The scores `(b, k)` and the global row indices `(b, k)`.
     """
-    indices = axis.global_index(own.indices, held)
+    indices = axis.global_index(shard_top.indices, shard_size)
     if axis.num_rows is not None:
-        own = rerank(indices, jnp.where(indices < axis.num_rows, own.values, -jnp.inf), own_k)
-        indices = own.indices
+        shard_top = rerank(
+            indices, jnp.where(indices < axis.num_rows, shard_top.values, -jnp.inf), shard_k
+        )
+        indices = shard_top.indices
     # Values and indices travel in one array: one collective, since its time is nearly all latency.
-    bits = jax.lax.bitcast_convert_type(own.values[:, :own_k], jnp.int32)
-    packed = jnp.stack([bits, indices[:, :own_k].astype(jnp.int32)])
+    bits = jax.lax.bitcast_convert_type(shard_top.values[:, :shard_k], jnp.int32)
+    packed = jnp.stack([bits, indices[:, :shard_k].astype(jnp.int32)])
     gathered = jax.lax.all_gather(packed, axis.name, axis=2, tiled=True)
     return rerank(gathered[1], jax.lax.bitcast_convert_type(gathered[0], jnp.float32), k)
 

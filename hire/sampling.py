@@ -112,7 +112,7 @@ def check_sampling(
     return (
         k
         if top_k is None
-        else check_range("top_k", top_k, 1, k, "the words that the softmax finds")
+        else check_range("top_k", top_k, 1, k, "the tokens that the softmax returns")
     )
 
 

@@ -165,14 +165,17 @@ def tune(
     def chosen(estimator: Estimator) -> Choice:
         needed = candidates_needed(estimator, queries, true_indices)
 
-        def found(candidates: int) -> np.ndarray:
+        def recall_by_document(candidates: int) -> np.ndarray:
             return document_means(np.mean(needed <= candidates, axis=1), documents)
 
         max_candidates = estimator.max_candidates
-        if (bound := betting_lower_bound(found(max_candidates), bound_confidence)) < recall:
+        if (
+            bound := betting_lower_bound(recall_by_document(max_candidates), bound_confidence)
+        ) < recall:
             raise ValueError(
-                f"an estimator that nominates at most {max_candidates}: promises a recall "
-                f"of {bound:.4f} at most, not {recall}; keep more"
+                f"an estimator that nominates at most {max_candidates} rows: its recall is at "
+                f"least {bound:.4f}, and {recall} is asked for; increase its stage sizes or lower "
+                "recall"
             )
         # The sample recall grows with k', so bisection gives the smallest sufficient k'.
         low, high = k, max_candidates
@@ -180,13 +183,13 @@ def tune(
             middle = (low + high) // 2
             low, high = (
                 (low, middle)
-                if betting_lower_bound(found(middle), bound_confidence) >= recall
+                if betting_lower_bound(recall_by_document(middle), bound_confidence) >= recall
                 else (middle + 1, high)
             )
         return Choice(
             low,
-            float(found(low).mean()),
-            betting_lower_bound(found(low), bound_confidence),
+            float(recall_by_document(low).mean()),
+            betting_lower_bound(recall_by_document(low), bound_confidence),
             len(queries),
             num_documents,
         )
@@ -380,7 +383,7 @@ def estimated_scores(
 
 
 def candidates_needed(
-    estimator: Estimator, queries: Queries, best: Int[AnyArray, "n k"]
+    estimator: Estimator, queries: Queries, true_indices: Int[AnyArray, "n k"]
 ) -> np.ndarray:
     """Return the smallest k' at which the search nominates each true row.
 
@@ -392,13 +395,13 @@ def candidates_needed(
     Args:
         estimator: The estimator.
         queries: Queries `(n, d)`.
-        best: Indices of the true top-k rows `(n, k)`.
+        true_indices: Indices of the true top-k rows `(n, k)`.
 
     Returns:
         For each true row the smallest k' `(n, k)` from which on it is a candidate.
     """
     needed, max_bucketed = [], max_bucketed_candidates(estimator.shape[0])
-    for batch, batch_indices in zip(batches(queries), batches(best), strict=True):
+    for batch, batch_indices in zip(batches(queries), batches(true_indices), strict=True):
         for scores, pooled, true_indices in zip(
             *map(np.asarray, estimated_scores(estimator, batch)), batch_indices, strict=True
         ):

@@ -15,7 +15,7 @@ from platformdirs import user_cache_dir
 
 NAME = "HIRE_CACHE"
 # Made anew where they are wanted, or of a process that is at work.
-LEFT_OUT = ("prefills", "*.partial", "*.lock", "*.tmp")
+LEFT_OUT = ("hidden_states", "*.partial", "*.lock", "*.tmp")
 
 
 def users_cache() -> Path:

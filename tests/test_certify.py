@@ -32,11 +32,11 @@ def true_scores(x, rows) -> np.ndarray:
     return np.asarray(x, np.float64) @ np.asarray(rows, np.float64).T
 
 
-def holds(found, x, rows, k) -> np.ndarray:
+def holds(result, x, rows, k) -> np.ndarray:
     """Whether no missing row scores above one that is there, in float64."""
     scores = true_scores(x, rows)
     there = np.zeros(scores.shape, bool)
-    np.put_along_axis(there, np.asarray(found.top.indices), True, axis=1)
+    np.put_along_axis(there, np.asarray(result.top.indices), True, axis=1)
     return np.where(there, scores, np.inf).min(1) >= np.where(there, -np.inf, scores).max(1)
 
 
@@ -46,10 +46,10 @@ def test_by_hand():
         rows, 4
     )  # steps of 1/7 of a row's largest: (3, 1) is kept as 3, 6/7 and (1, 2.6) as 7.8/7, 2.6
     np.testing.assert_allclose(copy.error_bounds, [0, 1 / 7, 0.8 / 7, 0], atol=1e-4)
-    found = search(jnp.asarray([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), rows, copy, 1, 1)
+    result = search(jnp.asarray([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), rows, copy, 1, 1)
     # 4 against 3 + 1/7; 2.6 against 1; 4, 4 and 3.6: a tie that the estimates cannot settle
-    assert found.proved.tolist() == [True, True, False]
-    assert found.top.indices[:2].tolist() == [[0], [2]]
+    assert result.proved.tolist() == [True, True, False]
+    assert result.top.indices[:2].tolist() == [[0], [2]]
 
 
 @given(
@@ -72,8 +72,8 @@ def test_a_certificate_is_never_wrong(seed, trap, kind):
     rows = jnp.asarray(rows * dict(huge=1e8, tiny=1e-8).get(trap, 1.0), jnp.float32)
     copy = hire.LowRank.fit(rows, 20, bits=8) if kind == "rank" else hire.Quantized.fit(rows, kind)
     x = jnp.asarray(rng.normal(size=(16, d)), jnp.float32)
-    found = search(x, rows, copy, k, 32)
-    assert np.all(holds(found, x, rows, k) | ~np.asarray(found.proved))
+    result = search(x, rows, copy, k, 32)
+    assert np.all(holds(result, x, rows, k) | ~np.asarray(result.proved))
 
 
 @given(
@@ -101,17 +101,17 @@ def test_no_other_row_reaches_above_what_is_said(m, candidates, kind, seed):
 def test_most_are_granted_where_scores_lie_apart(rng):
     rows = jnp.asarray(rng.normal(size=(4096, 64)) * rng.uniform(0.1, 3, (4096, 1)), jnp.float32)
     x = jnp.asarray(rng.normal(size=(64, 64)), jnp.float32)
-    found = search(x, rows, hire.Quantized.fit(rows, 8), 4, 64)
-    assert found.proved.mean() > 0.9 and holds(found, x, rows, 4).all()
+    result = search(x, rows, hire.Quantized.fit(rows, 8), 4, 64)
+    assert result.proved.mean() > 0.9 and holds(result, x, rows, 4).all()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_with_the_fallback_it_is_always_the_dense_answer(rng, dtype):
     rows = jnp.asarray(rng.normal(size=(512, 16)), dtype)
     x = jnp.asarray(rng.normal(size=(8, 16)), dtype)
-    found = search(x, rows, hire.LowRank.fit(rows, 2), 4, 8, dense_fallback=True)
-    assert not found.proved.all()  # so little of the rows proves little
-    assert hire.recall(found.top.indices, true_scores(x, rows).astype(np.float32), 4).min() == 1
+    result = search(x, rows, hire.LowRank.fit(rows, 2), 4, 8, dense_fallback=True)
+    assert not result.proved.all()  # so little of the rows proves little
+    assert hire.recall(result.top.indices, true_scores(x, rows).astype(np.float32), 4).min() == 1
 
 
 def test_queries_that_are_no_numbers_prove_nothing(rng):
@@ -127,9 +127,9 @@ def test_a_projected_query_is_not_rounded_unnoticed(rng):
     for dtype in (jnp.bfloat16, jnp.float16):
         rows = jnp.asarray(rng.normal(size=(1, 16)) + rng.normal(size=(256, 16)) * 0.02, dtype)
         x = jnp.asarray(rng.normal(size=(512, 16)), jnp.float32)
-        found = search(x, rows, hire.LowRank.fit(rows, 16), 1, 4)
-        assert found.proved.mean() > 0.2
-        assert np.all(holds(found, x, rows, 1) | ~np.asarray(found.proved))
+        result = search(x, rows, hire.LowRank.fit(rows, 16), 1, 4)
+        assert result.proved.mean() > 0.2
+        assert np.all(holds(result, x, rows, 1) | ~np.asarray(result.proved))
 
 
 def test_queries_whose_squares_are_no_normal_numbers():
@@ -137,8 +137,8 @@ def test_queries_whose_squares_are_no_normal_numbers():
     rows = jnp.asarray([[-1.42, 0.26, -0.57], [-1.03, -1.04, 0.27]])
     copy = hire.Quantized.fit(rows, 4)
     for scale in (1e-19, 1e-30, 1e-38, 1e19, 1e30, 3e38):  # the last one's length is no float32
-        found = search(jnp.full((1, 3), scale), rows, copy, 1, 1)
-        assert found.proved.tolist() == [False] or found.top.indices.tolist() == [[0]], scale
+        result = search(jnp.full((1, 3), scale), rows, copy, 1, 1)
+        assert result.proved.tolist() == [False] or result.top.indices.tolist() == [[0]], scale
     assert search(jnp.full((1, 3), 1e-19), rows, copy, 1, 2).top.indices.tolist() == [[0]]
 
 
@@ -149,11 +149,11 @@ def test_scaling_a_query_changes_no_proof(rng):
     plain = search(x, rows, copy, 2, 4)
     assert plain.proved.any() and not plain.proved.all()
     for exponent in (-80, -20, 20, 100):
-        found = search(x * 2.0**exponent, rows, copy, 2, 4)
-        np.testing.assert_array_equal(found.proved, plain.proved)
-        np.testing.assert_array_equal(found.top.indices, plain.top.indices)
+        result = search(x * 2.0**exponent, rows, copy, 2, 4)
+        np.testing.assert_array_equal(result.proved, plain.proved)
+        np.testing.assert_array_equal(result.top.indices, plain.top.indices)
         np.testing.assert_allclose(
-            found.top.values, plain.top.values * np.float32(2.0) ** exponent, rtol=1e-6
+            result.top.values, plain.top.values * np.float32(2.0) ** exponent, rtol=1e-6
         )
 
 
@@ -169,8 +169,8 @@ def test_scaled_queries_by_hand():
 
 def test_a_query_of_zeros_has_an_answer_and_no_proof(rng):
     rows = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32)
-    found = search(jnp.zeros((1, 8)), rows, hire.Quantized.fit(rows, 8), 2, 8)
-    assert found.top.values.tolist() == [[0.0, 0.0]] and not found.proved.any()
+    result = search(jnp.zeros((1, 8)), rows, hire.Quantized.fit(rows, 8), 2, 8)
+    assert result.top.values.tolist() == [[0.0, 0.0]] and not result.proved.any()
 
 
 def test_bounds_hold_for_rows_of_any_scale_and_type(rng):
@@ -233,17 +233,17 @@ def test_memory_of_many_queries_is_that_of_a_few():
 
 def test_an_adversary_finds_no_wrong_proof():
     """A few of the attacks of `make certify-adversary`, of which every one is drawn."""
-    told = adversary.attack_proofs(12 * adversary.QUERIES, seed=7, together=1)
-    assert told["all"]["wrong"] == 0 and told["all"].get("wrong_fallbacks", 0) == 0
-    assert told["all"]["proved"] > 0.1 * told["all"]["queries"]
-    assert set(adversary.TYPES) <= set(told)
+    output = adversary.attack_proofs(12 * adversary.QUERIES, seed=7, batch=1)
+    assert output["all"]["wrong"] == 0 and output["all"].get("wrong_with_fallback", 0) == 0
+    assert output["all"]["proved"] > 0.1 * output["all"]["queries"]
+    assert set(adversary.TYPES) <= set(output)
 
 
 def test_an_adversary_would_see_a_wrong_proof(rng):
     rows, x = rng.normal(size=(64, 12)), rng.normal(size=(8, 12))
     worst = np.argsort(x @ rows.T, axis=1)[:, :2].astype(np.int32)
-    found = hire.certify.Certified(
+    result = hire.certify.Certified(
         hire.TopK(np.zeros((8, 2), np.float32), worst), np.arange(8) % 2 == 0
     )
-    np.testing.assert_array_equal(adversary.wrong_proofs(found, x, rows), found.proved)
-    assert adversary.wrong_fallbacks(found, x, rows).all()
+    np.testing.assert_array_equal(adversary.wrong_proofs(result, x, rows), result.proved)
+    assert adversary.wrong_fallbacks(result, x, rows).all()

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from hire.lab.figure_index import ready, register
+from hire.lab.figure_index import figure_entry, figures_with_notebook
 from hire.lab.paths import OUT, ROOT
 
 pytestmark = pytest.mark.skipif(
     "COLAB" not in os.environ, reason="`make colab` runs them: they take python3.12 and minutes"
 )
 RUNTIME = ROOT / ".venv-colab/bin/python"
-NAMES = [register(number)["name"] for number in os.environ.get("ONLY", "").split()] or [
-    entry["name"] for entry in ready()
+NAMES = [figure_entry(number)["name"] for number in os.environ.get("ONLY", "").split()] or [
+    entry["name"] for entry in figures_with_notebook()
 ]
 
 
@@ -39,10 +39,10 @@ def installed(python: Path) -> dict[str, str]:
         "import importlib.metadata as m, json; "
         "print(json.dumps([(d.name, d.version) for d in m.distributions()]))"
     )
-    found = json.loads(
+    result = json.loads(
         subprocess.run([python, "-I", "-c", program], capture_output=True, check=True).stdout
     )
-    return {plain(name): version for name, version in reversed(found)}
+    return {plain(name): version for name, version in reversed(result)}
 
 
 def pins() -> dict[str, str]:
@@ -68,13 +68,31 @@ def fresh(tmp_path):
 
 
 def test_the_runtime_is_like_colabs(fresh):
-    found = installed(fresh)
-    assert pins().items() <= found.items()
-    assert not found.keys() & {"hire", "jaxtyping", "papermill", "nbval", "libtpu"}
+    result = installed(fresh)
+    assert pins().items() <= result.items()
+    assert not result.keys() & {"hire", "jaxtyping", "papermill", "nbval", "libtpu"}
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A bare repository whose tag `release` is our last commit; its branch has moved on."""
+
+    def git(*arguments: str, folder: Path) -> None:
+        subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True)
+
+    bare, clone = tmp_path / "bare.git", tmp_path / "clone"
+    git("clone", "-q", "--bare", str(ROOT), str(bare), folder=tmp_path)
+    git("tag", "-f", "release", "HEAD", folder=bare)
+    git("clone", "-q", str(bare), str(clone), folder=tmp_path)
+    git("rm", "-rqf", "hire", folder=clone)
+    identity = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+    git(*identity, "commit", "-qm", "Remove the package", folder=clone)
+    git("push", "-q", folder=clone)
+    return bare
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_runs_on_a_fresh_runtime(name, fresh, tmp_path):
+def test_a_notebook_runs_on_a_fresh_runtime(name, fresh, repository, tmp_path):
     content, before = tmp_path / "content", installed(fresh)
     content.mkdir()
     book = subprocess.run(
@@ -88,7 +106,10 @@ def test_a_notebook_runs_on_a_fresh_runtime(name, fresh, tmp_path):
     )  # of the tests, and none of Colab's
     surroundings = {key: value for key, value in os.environ.items() if key not in ours}
     surroundings |= dict(
-        HIRE_REPOSITORY=f"file://{ROOT}", MPLBACKEND="module://matplotlib_inline.backend_inline"
+        HIRE_REPOSITORY=f"file://{repository}",
+        HIRE_REFERENCE="release",
+        HIRE_PROFILE="smoke",
+        MPLBACKEND="module://matplotlib_inline.backend_inline",
     )
     command = [fresh, "-m", "nbconvert", "--to", "notebook", "--execute", "--stdin", "--stdout"]
     ran = subprocess.run(command, input=book, cwd=content, env=surroundings, capture_output=True)

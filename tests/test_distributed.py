@@ -20,7 +20,7 @@ from hire.distributed import RowSharding
 from hire.estimators.exact_rows import ExactRowsEstimator
 from hire.lab.data.model_states import hidden_states
 from hire.lab.paths import ROOT
-from hire.lab.tpu.bundle_parser import sent
+from hire.lab.tpu.bundle_parser import bytes_sent
 from hire.layers.ffn import HireFFN
 from hire.models import Decoder, preset
 from hire.ops.top_k import expected_recall
@@ -135,11 +135,11 @@ def test_a_share_each_finds_what_a_fair_deal_expects():
         for slack, sent in ((0, 8), (1, 11)):
             axis = RowSharding("chips", slack)
             assert axis.per_device_count(k, m) == sent
-            found = hire.recall(alone.sharded(axis)(x).indices, x @ rows.T, k)
-            told = expected_recall(m, k, buckets=4, per_bucket=sent)
-            assert abs(found.mean() - told) < 4 * found.std() / queries**0.5 + 1e-3, (
-                found.mean(),
-                told,
+            result = hire.recall(alone.sharded(axis)(x).indices, x @ rows.T, k)
+            output = expected_recall(m, k, buckets=4, per_bucket=sent)
+            assert abs(result.mean() - output) < 4 * result.std() / queries**0.5 + 1e-3, (
+                result.mean(),
+                output,
             )
 
 
@@ -156,7 +156,7 @@ def test_what_travels_does_not_depend_on_the_vocabulary(rng, slack):
             axis = RowSharding("chips", slack)
             spread = softmax_of(rng, m, 8, k, 64).sharded(axis)
             x = jnp.zeros((b, 8))
-            moved.add(sent(compiled(spread, x)))
+            moved.add(bytes_sent(compiled(spread, x)))
             assert moved == {4 * axis.per_device_count(k, m) * 8 * b}
     assert max(moved) <= 4 * k * 8 * b
 
@@ -170,7 +170,8 @@ def test_the_count_of_bytes_would_see_scores_that_travel(rng):
 
         whole = jax.shard_map(gathered, in_specs=(P("chips"), P()), out_specs=P(), check_vma=False)
         assert (
-            sent(jax.jit(whole).lower(rows, jnp.zeros((3, 8))).compile().as_text()) == 1024 * 3 * 4
+            bytes_sent(jax.jit(whole).lower(rows, jnp.zeros((3, 8))).compile().as_text())
+            == 1024 * 3 * 4
         )
 
 
@@ -211,7 +212,7 @@ def test_a_layer_is_the_sum_of_its_shards(shape, common, gated, shared):
             )(x)
         np.testing.assert_allclose(spread(x), shares, rtol=2e-4, atol=2e-4)
         np.testing.assert_allclose(
-            jax.jit(HireFFN.dense_reference, static_argnames="together")(spread, x, 3),
+            jax.jit(HireFFN.dense_reference, static_argnames="tokens_per_selection")(spread, x, 3),
             shares,
             rtol=2e-4,
             atol=2e-4,
@@ -232,7 +233,7 @@ def test_only_the_sum_of_a_layer_travels(rng):
     up, down = (jnp.asarray(rng.normal(size=(512, 16)), jnp.float32) for _ in range(2))
     layer = HireFFN(up, down, hire.LowRank.fit(up, 8, bits=8), k=4, candidates=8)
     with jax.set_mesh(mesh(4)):
-        assert sent(compiled(layer.sharded("chips"), jnp.zeros((3, 16)))) == 3 * 16 * 4
+        assert bytes_sent(compiled(layer.sharded("chips"), jnp.zeros((3, 16)))) == 3 * 16 * 4
 
 
 def test_a_model_writes_the_same_words_on_four_devices(rng):

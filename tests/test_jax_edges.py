@@ -85,8 +85,8 @@ def test_a_softmax_may_be_built_and_changed_inside_a_trace(softmax, given):
         "changed": jax.jit(lambda softmax, x: dataclasses.replace(softmax, k=K)(x))(softmax, x),
         "changed outside": jax.jit(lambda x: dataclasses.replace(softmax, k=K)(x))(x),
     }
-    for name, found in ways.items():
-        np.testing.assert_array_equal(found.indices, expected.indices, err_msg=name)
+    for name, result in ways.items():
+        np.testing.assert_array_equal(result.indices, expected.indices, err_msg=name)
     others = rows + 1
     with pytest.raises(
         ValueError, match="9000"
@@ -101,16 +101,16 @@ def test_gradients_of_values_are_the_rows_that_were_found(softmax, given):
         softmax,
         in_blocks,
     ):  # of blocks a TPU would take a kernel, which has no derivative
-        found = search(x).indices
+        result = search(x).indices
         slope = jax.grad(lambda x, search=search: search(x).values.sum())(x)
-        np.testing.assert_allclose(slope, rows[found].sum(1), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(slope, rows[result].sum(1), rtol=1e-5, atol=1e-5)
     slope = jax.grad(
         lambda rows: hire.high_recall_top_k(
             x[:1], rows, quantized, k=K, candidates=CANDIDATES
         ).values.sum()
     )(rows)
-    found = np.unique(np.flatnonzero(np.abs(slope).sum(1)))
-    np.testing.assert_array_equal(found, np.sort(softmax(x[:1]).indices[0]))
+    result = np.unique(np.flatnonzero(np.abs(slope).sum(1)))
+    np.testing.assert_array_equal(result, np.sort(softmax(x[:1]).indices[0]))
 
 
 def test_gradients_of_the_normalizer_are_near_the_dense_one(given):
@@ -125,7 +125,7 @@ def test_gradients_of_the_normalizer_are_near_the_dense_one(given):
 def test_layers_have_gradients_and_map_over_queries(layers, given, name):
     layer, x = layers[name], given[1]
     slope = jax.grad(lambda x: layer(x).sum())(x)
-    reference = jax.grad(lambda x: layer.dense_reference(x, together=3).sum())(x)
+    reference = jax.grad(lambda x: layer.dense_reference(x, tokens_per_selection=3).sum())(x)
     np.testing.assert_allclose(slope, reference, rtol=1e-3, atol=1e-2)
     weights = jax.grad(lambda down: dataclasses.replace(layer, down=down)(x).sum())(layer.down)
     assert float(jnp.abs(weights).sum()) > 0
@@ -165,9 +165,9 @@ def test_an_empty_batch_gives_empty_answers(softmax, layers, given):
 
 def test_counts_of_numpy_are_counts(unchecked, softmax, given):
     rows, x, copy, quantized = given
-    found = hire.HireSoftmax(rows, quantized, np.int64(K), np.int32(CANDIDATES))
-    assert (type(found.k), type(found.candidates)) == (int, int)
-    np.testing.assert_array_equal(found(x).indices, softmax(x).indices)
+    result = hire.HireSoftmax(rows, quantized, np.int64(K), np.int32(CANDIDATES))
+    assert (type(result.k), type(result.candidates)) == (int, int)
+    np.testing.assert_array_equal(result(x).indices, softmax(x).indices)
     assert hire.Cascade((copy, quantized), (np.int64(200),)).stage_sizes == (200,)
     for bad in (True, 4.0, "4", np.float32(4)):
         with pytest.raises(ValueError, match=str(bad)):
@@ -185,9 +185,9 @@ def test_with_64_bits(softmax, layers, given):
         )
         assert wide.dtype == jnp.float64
         quantized = hire.Quantized.fit(wide, 8)
-        found = hire.high_recall_top_k(queries, wide, quantized, k=K, candidates=CANDIDATES)
-        np.testing.assert_array_equal(found.indices, expected.indices)
-        assert found.values.dtype == jnp.float32
+        result = hire.high_recall_top_k(queries, wide, quantized, k=K, candidates=CANDIDATES)
+        np.testing.assert_array_equal(result.indices, expected.indices)
+        assert result.values.dtype == jnp.float32
         cascade = hire.Cascade((hire.LowRank.fit(wide, 64, bits=8), quantized), (200,))
         assert (
             hire.HireSoftmax(wide, cascade, K, CANDIDATES)
@@ -202,7 +202,7 @@ def test_with_64_bits(softmax, layers, given):
         assert hire.HireSoftmax(blocks(rows), copy, K, CANDIDATES)(x).indices.dtype == jnp.int32
         for name, layer in layers.items():
             np.testing.assert_allclose(layer(x), outputs[name], rtol=1e-4, atol=1e-3)
-        assert hire.sample(found, jax.random.key(0), temperature=0.5, top_p=0.9).shape == (3,)
+        assert hire.sample(result, jax.random.key(0), temperature=0.5, top_p=0.9).shape == (3,)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -331,8 +331,8 @@ def test_values_that_are_not_finite_are_refused_where_copies_are_fitted(given):
 
 def test_recall_of_queries_without_a_top_k_is_no_number():
     scores = jnp.asarray([[1.0, jnp.nan, 3.0], [1.0, 2.0, 3.0]])
-    found = hire.recall(jnp.asarray([[0, 2], [1, 2]]), scores, 2)
-    assert bool(jnp.isnan(found[0])) and found[1] == 1
+    result = hire.recall(jnp.asarray([[0, 2], [1, 2]]), scores, 2)
+    assert bool(jnp.isnan(result[0])) and result[1] == 1
 
 
 def test_recall_counts_an_index_once_and_none_that_is_no_row():
@@ -390,10 +390,10 @@ def test_rows_of_numpy_are_sent_to_the_device_once(given):
 def test_one_query_that_is_not_finite_leaves_the_others_of_a_shared_selection_alone(layers, given):
     x = given[1]
     for bad in (jnp.nan, jnp.inf):
-        found = layers["shared"](x.at[1].set(bad))
+        result = layers["shared"](x.at[1].set(bad))
         alone = layers["shared"](x[jnp.asarray([0, 2])])
-        np.testing.assert_allclose(found[jnp.asarray([0, 2])], alone, rtol=1e-4, atol=1e-3)
-        assert not bool(jnp.isfinite(found[1]).any())
+        np.testing.assert_allclose(result[jnp.asarray([0, 2])], alone, rtol=1e-4, atol=1e-3)
+        assert not bool(jnp.isfinite(result[1]).any())
 
 
 def test_an_activation_that_is_not_supported_is_refused(layers):
@@ -415,5 +415,5 @@ def test_rows_of_any_scale_are_fitted():
             hire.LowRank.fit(scaled, 16, bits=8),
             hire.Quantized.fit(scaled, 8),
         ):
-            found = np.asarray(copy.scores(jnp.asarray(x)), np.float64) / scale
-            np.testing.assert_allclose(found, x @ rows.T, atol=0.2)
+            result = np.asarray(copy.scores(jnp.asarray(x)), np.float64) / scale
+            np.testing.assert_allclose(result, x @ rows.T, atol=0.2)

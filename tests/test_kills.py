@@ -81,35 +81,35 @@ def test_kills_while_weights_are_unpacked(server, kill_at_random, folders, tmp_p
     from test_damage import write_gguf
 
     write_gguf(tmp_path / "source.gguf", tiny)
-    expected, found = folders
+    expected, result = folders
     assert server("unpack", expected) == 0
-    kill_at_random("unpack", found, 2.0, rounds=10**6)
-    assert digests(found) == digests(expected) and len(digests(found)) == 3
+    kill_at_random("unpack", result, 2.0, rounds=10**6)
+    assert digests(result) == digests(expected) and len(digests(result)) == 3
 
 
 def test_kills_while_a_figure_and_records_are_written(server, kill_at_random, folders):
-    expected, found = folders
+    expected, result = folders
     assert server("write", expected) == 0
-    kill_at_random("write", found, 1.5, rounds=10**6)
-    assert list(digests(found)) == list(digests(expected))
-    assert {name: digest for name, digest in digests(found).items() if "topic" not in name} == {
+    kill_at_random("write", result, 1.5, rounds=10**6)
+    assert list(digests(result)) == list(digests(expected))
+    assert {name: digest for name, digest in digests(result).items() if "topic" not in name} == {
         name: digest for name, digest in digests(expected).items() if "topic" not in name
     }
-    assert [entry["results"]["x"] for entry in records.read(found)] == [
+    assert [entry["results"]["x"] for entry in records.read(result)] == [
         [name] * 2000 for name in "abcdefgh"
     ]  # dates differ
 
 
 def test_kills_while_a_model_is_trained(server, kill_at_random, folders, tmp_path):
-    expected, found = folders
+    expected, result = folders
     assert server("train", expected) == 0
     losses = np.load(tmp_path / "losses.npy")
     assert np.isfinite(losses).all() and len(losses) == 12
     (tmp_path / "losses.npy").unlink()
-    kill_at_random("train", found, 2.0, rounds=1)
+    kill_at_random("train", result, 2.0, rounds=1)
     np.testing.assert_allclose(np.load(tmp_path / "losses.npy"), losses, rtol=1e-5)
 
     def names(folder: Path) -> set[str]:  # Orbax names its data files at random
         return {name.partition("/d/")[0] for name in digests(folder)}
 
-    assert names(found) == names(expected)
+    assert names(result) == names(expected)

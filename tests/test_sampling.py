@@ -30,8 +30,8 @@ def top_of(*probabilities):
     ],
 )
 def test_probabilities_by_hand(settings, expected):
-    found = hire.sampling_probabilities(top_of(0.5, 0.3, 0.2), **settings)
-    np.testing.assert_allclose(found[0], expected, atol=1e-6)
+    result = hire.sampling_probabilities(top_of(0.5, 0.3, 0.2), **settings)
+    np.testing.assert_allclose(result[0], expected, atol=1e-6)
 
 
 def test_words_are_drawn_as_often_as_their_probability_says():
@@ -64,16 +64,16 @@ def test_settings_that_draw_nothing_are_refused(settings, message):
 def test_top_p_of_one_drops_no_word():
     """Also where the sum of better words rounds to 1 in float32."""
     values = jnp.concatenate([jnp.zeros(1), jnp.full(100, -18.0)])[None]
-    found = hire.sampling_probabilities(hire.TopK(values, jnp.arange(101, dtype=jnp.int32)[None]))
-    assert int((found > 0).sum()) == 101
+    result = hire.sampling_probabilities(hire.TopK(values, jnp.arange(101, dtype=jnp.int32)[None]))
+    assert int((result > 0).sum()) == 101
 
 
 def test_without_a_distribution_nothing_is_drawn():
     values = jnp.asarray([[-jnp.inf, -jnp.inf], [1.0, jnp.nan], [2.0, -jnp.inf]])
     top = hire.TopK(values, jnp.asarray([[7, 8]] * 3, jnp.int32))
     for settings in (dict(), dict(temperature=0.0), dict(top_p=0.5)):
-        found = hire.sampling_probabilities(top, **settings)
-        assert jnp.isnan(found).all(1).tolist() == [True, True, False] and found[2].tolist() == [
+        result = hire.sampling_probabilities(top, **settings)
+        assert jnp.isnan(result).all(1).tolist() == [True, True, False] and result[2].tolist() == [
             1.0,
             0.0,
         ]
@@ -82,11 +82,11 @@ def test_without_a_distribution_nothing_is_drawn():
 
 def test_settings_may_be_traced_or_each_query_its_own():
     top = jax.tree.map(lambda part: jnp.repeat(part, 3, 0), top_of(0.5, 0.3, 0.2))
-    found = hire.sampling_probabilities(
+    result = hire.sampling_probabilities(
         top, temperature=jnp.asarray([0.0, 0.5, 1.0]), top_p=np.asarray([1.0, 1.0, 0.8])
     )
     np.testing.assert_allclose(
-        found, [[1, 0, 0], [25 / 38, 9 / 38, 4 / 38], [5 / 8, 3 / 8, 0]], atol=1e-6
+        result, [[1, 0, 0], [25 / 38, 9 / 38, 4 / 38], [5 / 8, 3 / 8, 0]], atol=1e-6
     )
     traced = jax.jit(lambda temperature: hire.sampling_probabilities(top, temperature=temperature))(
         0.5

@@ -21,7 +21,7 @@ import numpy as np
 matplotlib.use("Agg")
 
 from hire.lab import records
-from hire.lab.report import plots
+from hire.lab.studies import figure_files, plots
 from hire.lab.training import plans, trainer
 from hire.models import preset, weights
 
@@ -52,7 +52,7 @@ def write(folder: Path, rounds: int) -> None:
                 results=dict(x=[name] * 2000),
             )
         drawn = plots.plt.figure(figsize=(2, 2))
-        plots.save(
+        figure_files.save(
             drawn,
             folder,
             "01_toy",

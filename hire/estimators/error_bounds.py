@@ -41,30 +41,30 @@ def length(vectors: Float[Array, "*b d"]) -> Float[Array, "*b"]:
 # Largest entries and sums are separate programs: fused with the code that uses them, they take XLA
 # 20 times as long.
 @jax.jit
-def largest_entries(*some: Float[Array, "..."]) -> list[Float[Array, "..."]]:
+def largest_entries(*arrays: Float[Array, "..."]) -> list[Float[Array, "..."]]:
     """Return the largest magnitude in each vector.
 
     The magnitudes are clipped to a range in which the inverse is a normal number, because XLA
     multiplies by the inverse even where the code divides.
 
     Args:
-        *some: Arrays of vectors `(..., d)`.
+        *arrays: Arrays of vectors `(..., d)`.
 
     Returns:
         One array of magnitudes (...) for each argument.
     """
-    return [jnp.clip(jnp.max(jnp.abs(vectors), axis=-1), 2.0**-100, 2.0**100) for vectors in some]
+    return [jnp.clip(jnp.max(jnp.abs(vectors), axis=-1), 2.0**-100, 2.0**100) for vectors in arrays]
 
 
 @jax.jit
 def scaled_squares(
-    sizes: list[Float[Array, "..."]], *some: Float[Array, "..."]
+    sizes: list[Float[Array, "..."]], *arrays: Float[Array, "..."]
 ) -> list[Float[Array, "..."]]:
     """Return the squared lengths of vectors after division by their sizes.
 
     Args:
         sizes: Sizes of the vectors, see `largest_entries`.
-        *some: Arrays of vectors `(..., d)`.
+        *arrays: Arrays of vectors `(..., d)`.
 
     Returns:
         One array of squared lengths (...) for each argument.
@@ -72,7 +72,7 @@ def scaled_squares(
     inverses = jax.lax.optimization_barrier([1 / size for size in sizes])
     return [
         jnp.sum((vectors * inverse[..., None]) ** 2, axis=-1)
-        for vectors, inverse in zip(some, inverses, strict=True)
+        for vectors, inverse in zip(arrays, inverses, strict=True)
     ]
 
 

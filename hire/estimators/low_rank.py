@@ -165,8 +165,8 @@ class LowRank:
             The estimator with error bounds.
         """
 
-        def parts_of(some: slice) -> tuple[Array | QuantizedRows, ...]:
-            factors = self.factors[some]
+        def parts_of(selection: slice) -> tuple[Array | QuantizedRows, ...]:
+            factors = self.factors[selection]
             return product_of_parts(factors, self.projection), factors, self.projection
 
         return replace(self, error_bounds=error_bounds(rows, parts_of))

@@ -88,16 +88,18 @@ class Quantized(QuantizedRows):
         Returns:
             The estimator with error bounds.
         """
-        return replace(self, error_bounds=error_bounds(rows, lambda some: (self[some],)))
+        return replace(self, error_bounds=error_bounds(rows, lambda selection: (self[selection],)))
 
     def with_fingerprint(self, fingerprint: Fingerprint) -> "Quantized":
         """Return this estimator with the fingerprint of the same rows in another order."""
         return replace(self, fingerprint=fingerprint)
 
-    def __getitem__(self, some: slice) -> "Quantized":
+    def __getitem__(self, selection: slice) -> "Quantized":
         """Return a slice of the rows with the fingerprint of all rows."""
-        bounds = None if self.error_bounds is None else self.error_bounds[some]
-        return replace(self, codes=self.codes[some], scale=self.scale[some], error_bounds=bounds)
+        bounds = None if self.error_bounds is None else self.error_bounds[selection]
+        return replace(
+            self, codes=self.codes[selection], scale=self.scale[selection], error_bounds=bounds
+        )
 
     def bytes_read(self, candidates: int) -> int:
         """Return the bytes that a nomination reads: `nbytes`, for any number of candidates."""
@@ -169,7 +171,7 @@ def nominate_quantized(
 
     def kernel(x: Queries, rows: QuantizedRows) -> Array:
         options = dict(bits=rows.bits, buckets=buckets, per_bucket=per_bucket)
-        winners = bucket_scores.bucket_top_k(x, rows.codes, rows.scale, **options)
-        return jnp.asarray(top_k_of_buckets(list(winners), candidates, -(-m // buckets)))
+        bucket_maxima = bucket_scores.bucket_top_k(x, rows.codes, rows.scale, **options)
+        return jnp.asarray(top_k_of_buckets(list(bucket_maxima), candidates, -(-m // buckets)))
 
     return dispatch(implementation, plain, kernel, x, rows)

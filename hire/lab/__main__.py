@@ -7,6 +7,8 @@ import argparse
 import pkgutil
 import sys
 
+import yaml
+
 # command -> (function without arguments, help text)
 PLAIN = {
     "demo": (
@@ -20,10 +22,6 @@ PLAIN = {
     "pages": (
         "hire.lab.report.pages:write_pages",
         "bring the generated parts of README, gallery and notebooks up to date",
-    ),
-    "checks": (
-        "hire.lab.report.pages:keep_checks",
-        "take the check cells' outputs of the last smoke run into the notebooks",
     ),
     "compiler": (
         "hire.lab.tpu.compiler:install",
@@ -42,12 +40,12 @@ PLAIN = {
         "damaged files, concurrent writers and killed runs, as a record",
     ),
     "fits": (
-        "hire.lab.studies.extensions:judge_fits",
-        "recall of fitted copies by queries, ridge and kind of text, as a record",
+        "hire.lab.studies.estimator_fits:judge_fits",
+        "recall of fitted estimators by queries, ridge and kind of text, as a record",
     ),
-    "keys": (
-        "hire.lab.studies.kv_search:judge_keys",
-        "Gemma at long contexts with its keys searched, as a record",
+    "kv-search": (
+        "hire.lab.studies.kv_search:judge_kv_search",
+        "Gemma at long contexts with its attention keys searched, as a record",
     ),
 }
 # command -> (function that returns a table and whether the check passed, help text)
@@ -73,6 +71,13 @@ def main(arguments: list[str] | None = None) -> int:
     figures.add_argument("--profile", default="cpu")
     figures.add_argument("--only", help="one figure, such as 02")
     figures.add_argument("--fresh", action="store_true")
+    figures.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SIZE=VALUE",
+        help="a size of the one figure, such as chosen_rank=96; its files go below out/",
+    )
     commands.add_parser(
         "weights", help="put Gemma's weights and the tasks' data into the cache folder"
     )
@@ -103,6 +108,21 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
+def parse_size(text: str) -> tuple[str, object]:
+    """Return the name and the value of a size such as "chosen_rank=96".
+
+    Raises:
+        ValueError: The text has no "=", or its value is not YAML.
+    """
+    name, sign, value = text.partition("=")
+    try:
+        if sign:
+            return name.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        pass
+    raise ValueError(f"size {text!r}: expected NAME=VALUE, such as chosen_rank=96")
+
+
 def run(chosen: argparse.Namespace) -> int:
     """Run one command and return its exit status.
 
@@ -115,10 +135,15 @@ def run(chosen: argparse.Namespace) -> int:
         print(table)
         return 0 if passed else 1
     elif chosen.command == "figures":
+        from hire.lab.figure_index import COMMITTED_PROFILE, resolve_profile
         from hire.lab.report import notebooks, pages
 
-        failed = notebooks.run_notebooks(chosen.profile, chosen.only, fresh=chosen.fresh)
-        if chosen.profile != "smoke":
+        overrides = dict(parse_size(text) for text in chosen.set)
+        failed = notebooks.run_notebooks(
+            chosen.profile, chosen.only, fresh=chosen.fresh, overrides=overrides
+        )
+        if resolve_profile(chosen.profile) == COMMITTED_PROFILE and not overrides:
+            pages.keep_outputs()
             pages.write_pages()
         if failed:
             print(f"{len(failed)} of the notebooks failed: {', '.join(failed)}", file=sys.stderr)

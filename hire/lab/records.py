@@ -37,7 +37,10 @@ FIELDS = {
     "command",
     "peak_memory",
 }
-FIELDS |= {"date", "commit", "machine", "sha256"}
+FIELDS |= {"date", "commit", "machine", "format", "sha256"}
+# Version of the field names below `setting`, `results` and `claims`. Version 2 has plain names and
+# numeric claims; data/records/migrate.py changes records of version 1, which do not say so.
+FORMAT = 2
 
 
 @functools.cache
@@ -142,7 +145,7 @@ def write(
         raise ValueError(f"field {field!r}: expected one of {', '.join(sorted(FIELDS))}")
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record: dict = dict(id=id, kind=kind, weights=weights, setting=setting, results=results, **more)
-    record |= dict(date=now, commit=commit(), machine=machine())
+    record |= dict(date=now, commit=commit(), machine=machine(), format=FORMAT)
     path = folder / f"{topic}.jsonl"
     # The file is read and written under one lock, so no record of another process is lost.
     with storage.replacing(path) as [scratch]:
@@ -164,11 +167,9 @@ def line_of(record: dict) -> str:
 def read(folder: Path = RECORDS, topic: str = "*") -> list[dict]:
     """Read all records of a folder, or of one topic.
 
-    Files from before checksums were introduced have no checksum in any line.
-
     Raises:
-        ValueError: A line is not JSON, or differs from what was written. The message names file and
-            line.
+        ValueError: A line is not JSON, differs from what was written, or has the names of another
+            version. The message names file and line.
     """
     records = []
     for path in sorted(folder.glob(f"{topic}.jsonl")):
@@ -178,16 +179,7 @@ def read(folder: Path = RECORDS, topic: str = "*") -> list[dict]:
             raise ValueError(
                 f"{path}: cannot be read ({error}); restore the file with git"
             ) from None
-        entries = [entry_of(path, number, line) for number, line in enumerate(lines, 1)]
-        checked = any("sha256" in entry for entry in entries)
-        for number, (entry, line) in enumerate(zip(entries, lines, strict=True), 1):
-            unknown = set(entry) - FIELDS
-            checksum = entry.pop("sha256", None)
-            if unknown or (checked and (checksum is None or line_of(entry) != line)):
-                raise ValueError(
-                    f"{path}:{number}: not as it was written; restore the file with git"
-                )
-        records += entries
+        records += [entry_of(path, number, line) for number, line in enumerate(lines, 1)]
     return records
 
 
@@ -195,16 +187,24 @@ def entry_of(path: Path, number: int, line: str) -> dict:
     """Parse one line of a file of records.
 
     Raises:
-        ValueError: The line is not a record. The message names file and line.
+        ValueError: The line is not a record, differs from what was written, or has the names of
+            another version. The message names file and line.
     """
+    place = f"{path}:{number}"
     try:
         entry = json.loads(line)
         if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
             raise ValueError("no id")
     except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: not a record ({error}); restore the file with git") from None
+    if entry.get("format", 1) == 1:
         raise ValueError(
-            f"{path}:{number}: not a record ({error}); restore the file with git"
-        ) from None
+            f"{place}: a record with the names of format 1: expected {FORMAT}; run "
+            "python data/records/migrate.py"
+        )
+    checksum = entry.pop("sha256", None)
+    if set(entry) - FIELDS or checksum is None or line_of(entry) != line:
+        raise ValueError(f"{place}: not as it was written; restore the file with git")
     return entry
 
 

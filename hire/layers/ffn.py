@@ -250,7 +250,7 @@ class HireFFN:
         """
         axis = RowSharding.of(self.axis or "")
 
-        def own(parts: dict[str, Any], x: Queries) -> jax.Array:
+        def on_one_device(parts: dict[str, Any], x: Queries) -> jax.Array:
             num_groups, static_groups = (
                 parts["up"].shape[0] // self.group_size,
                 self.static_groups // axis.size,
@@ -273,7 +273,7 @@ class HireFFN:
             return jax.lax.psum(method(layer, x), axis.name)
 
         return axis.shard_map(
-            own,
+            on_one_device,
             {
                 name: getattr(self, name)
                 for name in ("up", "down", "estimator", "gate", "up_estimator")
@@ -435,27 +435,30 @@ class HireFFN:
             self.activations(lambda rows: row_scores(x, rows[static_rows])), self.down[static_rows]
         )
 
-    def dense_reference(self, x: Queries, together: int = 1) -> Float[Array, "b d"]:
+    def dense_reference(self, x: Queries, tokens_per_selection: int = 1) -> Float[Array, "b d"]:
         """Compute the same output from all neurons, with the unselected activations set to 0.
 
         This is the reference. It is also faster for many queries at once.
 
         Args:
             x: Queries `(b, d)`.
-            together: Number of consecutive queries that form one call with `share_selection`.
+            tokens_per_selection: Number of consecutive queries that form one call with
+                `share_selection`.
 
         Returns:
             Float32 outputs `(b, d)`.
         """
         if self.axis is not None:
-            return self.on_devices(x, lambda layer, x: layer.dense_reference(x, together))
+            return self.on_devices(
+                x, lambda layer, x: layer.dense_reference(x, tokens_per_selection)
+            )
         active = self.activations(lambda rows: row_scores(x, rows))
         scores = group_scores(active, self.group_size)[:, self.static_groups :]
         if self.candidates < scores.shape[1]:
             estimated = self.estimated_group_scores(x)
             if self.share_selection:
-                calls = estimated.reshape(-1, together, estimated.shape[1])
-                estimated = jnp.repeat(self.pool_scores(calls), together, axis=0)
+                calls = estimated.reshape(-1, tokens_per_selection, estimated.shape[1])
+                estimated = jnp.repeat(self.pool_scores(calls), tokens_per_selection, axis=0)
             candidates, rows = (
                 nominate_from_scores(estimated, self.candidates),
                 jnp.arange(len(x))[:, None],
@@ -471,23 +474,15 @@ class HireFFN:
             jnp.concatenate([active[:, :num_static], dynamic], axis=1), self.down
         )
 
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of weights that one call for one query reads.
-
-        They are the estimators, the static groups, the candidates, and `down` of the selected
-        groups (with `share_selection`: of all candidates). A shared selection reads them once for
-        all queries of a call.
-        """
-        return self.bytes_for(1)
-
-    def bytes_for(self, queries: int) -> int:
+    def bytes_read(self, batch: int = 1) -> int:
         """Return the bytes of weights that one call reads.
 
-        Each query reads its candidates. With `share_selection` they are read once for all queries.
+        They are the estimators, the static groups, the candidates, and `down` of the selected
+        groups (with `share_selection`: of all candidates). Each query reads its candidates; with
+        `share_selection` they are read once for all queries.
 
         Args:
-            queries: Number of queries in the call.
+            batch: Number of queries in the call.
 
         Returns:
             The number of bytes.
@@ -504,7 +499,7 @@ class HireFFN:
         )
         return estimator_bytes + group_bytes * (
             (num_inputs + 1) * self.static_groups
-            + (1 if self.share_selection else queries) * groups_per_query
+            + (1 if self.share_selection else batch) * groups_per_query
         )
 
 

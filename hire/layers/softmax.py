@@ -139,7 +139,7 @@ class HireSoftmax:
         axis = RowSharding.of(self.axis)
         return map_leading_axes(
             lambda x: axis.shard_map(
-                lambda own, x: da_top_k(x, **own, **options, axis=axis), self.sharded_parts, x
+                lambda shard, x: da_top_k(x, **shard, **options, axis=axis), self.sharded_parts, x
             ),
             hidden,
         )
@@ -181,13 +181,13 @@ class HireSoftmax:
         )
 
     def _sharded_top_k_with_normalizer(
-        self, own: dict[str, Any], hidden: Queries
+        self, shard: dict[str, Any], hidden: Queries
     ) -> TopKWithNormalizer:
         """Run `top_k_with_normalizer` on one device of the axis.
 
         Each device estimates the sum over its shard, from the same candidates as `da_top_k`.
         """
-        axis, shard_size = RowSharding.of(self.axis or ""), own["rows"].shape[0]
+        axis, shard_size = RowSharding.of(self.axis or ""), shard["rows"].shape[0]
         k, candidates = (
             axis.padded_device_count(count, shard_size) for count in (self.k, self.candidates)
         )
@@ -195,7 +195,7 @@ class HireSoftmax:
             axis.global_index(jnp.arange(shard_size), shard_size) < axis.total_rows(shard_size)
         )
         shard_result = HireSoftmax(
-            **own, k=k, candidates=candidates, implementation=self.implementation
+            **shard, k=k, candidates=candidates, implementation=self.implementation
         )._top_k_with_normalizer(hidden, is_real)
         log_sums, errors = jax.lax.all_gather(
             jnp.stack([shard_result.log_normalizer, shard_result.normalizer_stderr]),
@@ -245,12 +245,12 @@ class HireSoftmax:
         )
 
     @jax.jit
-    def exact_logits(self, hidden: Queries, words: Int[AnyArray, "b n"]) -> Float[Array, "b n"]:
+    def exact_logits(self, hidden: Queries, tokens: Int[AnyArray, "b n"]) -> Float[Array, "b n"]:
         """Return the exact logits of tokens. Only the rows of these tokens are read.
 
         Args:
             hidden: Hidden states `(b, d)`.
-            words: Token indices `(b, n)`.
+            tokens: Token indices `(b, n)`.
 
         Returns:
             The exact logits `(b, n)`.
@@ -261,25 +261,25 @@ class HireSoftmax:
         check_queries(hidden, self.estimator)
         if self.axis is not None:
             return RowSharding.of(self.axis).shard_map(
-                self._sharded_exact_logits, self.sharded_parts, hidden, words
+                self._sharded_exact_logits, self.sharded_parts, hidden, tokens
             )
-        return row_scores_at(hidden, self.rows, words, implementation=self.implementation)
+        return row_scores_at(hidden, self.rows, tokens, implementation=self.implementation)
 
     def _sharded_exact_logits(
-        self, own: dict[str, Any], hidden: Queries, words: Int[AnyArray, "b n"]
+        self, shard: dict[str, Any], hidden: Queries, tokens: Int[AnyArray, "b n"]
     ) -> Float[Array, "b n"]:
         """Run `exact_logits` on one device of the axis.
 
         The device has the rows of some tokens only; the sum over all devices has all tokens.
         """
-        axis, shard_size = RowSharding.of(self.axis or ""), own["rows"].shape[0]
+        axis, shard_size = RowSharding.of(self.axis or ""), shard["rows"].shape[0]
         position = (
-            axis.storage_index(words, axis.size * shard_size)
+            axis.storage_index(tokens, axis.size * shard_size)
             - jax.lax.axis_index(axis.name) * shard_size
         )
         scores = row_scores_at(
             hidden,
-            own["rows"],
+            shard["rows"],
             jnp.clip(position, 0, shard_size - 1),
             implementation=self.implementation,
         )
@@ -289,13 +289,13 @@ class HireSoftmax:
 
     @jax.jit
     def log_probabilities(
-        self, hidden: Queries, words: Int[AnyArray, "b n"]
+        self, hidden: Queries, tokens: Int[AnyArray, "b n"]
     ) -> Float[Array, "b n"]:
         """Return the log-probabilities of tokens: exact logits minus the estimated normaliser.
 
         Args:
             hidden: Hidden states `(b, d)`.
-            words: Token indices `(b, n)`.
+            tokens: Token indices `(b, n)`.
 
         Returns:
             The log-probabilities `(b, n)`, in nats.
@@ -304,25 +304,21 @@ class HireSoftmax:
             ValueError: If the hidden states have another width.
         """
         return (
-            self.exact_logits(hidden, words)
+            self.exact_logits(hidden, tokens)
             - self.top_k_with_normalizer(hidden).log_normalizer[:, None]
         )
 
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of weights that one query reads: the estimator and the candidates' exact rows."""
-        return self.bytes_for(1)
+    def bytes_read(self, batch: int = 1) -> int:
+        """Return the bytes of weights that one call reads, summed over all devices.
 
-    def bytes_for(self, queries: int) -> int:
-        """Return the bytes of weights that several queries read together, summed over all devices.
-
-        The queries share the estimator.
+        They are the estimator, which all queries of a call share, and the exact rows of each
+        query's candidates.
 
         Args:
-            queries: Number of queries.
+            batch: Number of queries in the call.
 
         Returns:
             The number of bytes.
         """
         exact_bytes = self.candidates * row_nbytes(self.rows, self.estimator.shape[1])
-        return self.estimator.bytes_read(self.candidates) + queries * exact_bytes
+        return self.estimator.bytes_read(self.candidates) + batch * exact_bytes

@@ -175,24 +175,24 @@ class Attention(nnx.Module):
         queries = rotate(self.query_norm(queries), positions, self.base)
         return queries, rotate(self.key_norm(keys), positions, self.base), values
 
-    def prefill(self, x: Hidden, slots: int):
+    def prefill(self, x: Hidden, cache_length: int):
         """Computes attention within texts that start at position 0.
 
         Args:
             x: Normalized hidden states, `(b, t, d)`.
-            slots: Cache length of this layer, in tokens.
+            cache_length: Cache length of this layer, in tokens.
 
         Returns:
             The output `(b, t, d)`, and the keys and the values for the cache, each
-            `(b, slots, n, e)`.
+            `(b, cache_length, n, e)`.
         """
         b, t, _ = x.shape
         queries, keys, values = self.project(x, jnp.arange(t, dtype=jnp.int32))
         output = self.causal(queries, keys, values)
         return (
             mix(output.reshape(b, t, -1), self.output),
-            self.cache_entries(keys, slots),
-            self.cache_entries(values, slots),
+            self.cache_entries(keys, cache_length),
+            self.cache_entries(values, cache_length),
         )
 
     def causal(
@@ -243,22 +243,23 @@ class Attention(nnx.Module):
         output = jax.lax.map(lambda part: block(*part), (starts, blocks))
         return output.swapaxes(0, 1).reshape(b, -1, *head_shape)[:, :t]
 
-    def cache_entries(self, entries: Float[Array, "b t n e"], slots: int) -> KeysOrValues:
+    def cache_entries(self, entries: Float[Array, "b t n e"], cache_length: int) -> KeysOrValues:
         """Arranges keys or values as a ring buffer.
 
-        Position p goes to index p mod `slots`. Only the last `slots` positions remain.
+        Position p goes to index p mod `cache_length`. Only the last `cache_length` positions
+        remain.
 
         Args:
             entries: Keys or values, `(b, t, n, e)`.
-            slots: Cache length, in tokens.
+            cache_length: Cache length, in tokens.
 
         Returns:
-            The cache, `(b, slots, n, e)`.
+            The cache, `(b, cache_length, n, e)`.
         """
         t = entries.shape[1]
-        if t <= slots:
-            return jnp.pad(entries, ((0, 0), (0, slots - t), (0, 0), (0, 0)))
-        return jnp.roll(entries[:, t - slots :], t % slots, axis=1)
+        if t <= cache_length:
+            return jnp.pad(entries, ((0, 0), (0, cache_length - t), (0, 0), (0, 0)))
+        return jnp.roll(entries[:, t - cache_length :], t % cache_length, axis=1)
 
     def step(
         self,
@@ -294,19 +295,19 @@ class Attention(nnx.Module):
             write_slot(values, value, length),
         )
 
-    def attention_mask(self, slots: int, length: Int[Array, ""]) -> Bool[Array, "1 s"]:
+    def attention_mask(self, cache_length: int, length: Int[Array, ""]) -> Bool[Array, "1 s"]:
         """Marks the cache indices to which the token at position `length` attends.
 
         Args:
-            slots: Cache length, in tokens.
+            cache_length: Cache length, in tokens.
             length: Number of cached tokens.
 
         Returns:
-            The mask, `(1, slots)`.
+            The mask, `(1, cache_length)`.
         """
-        slot = jnp.arange(slots, dtype=jnp.int32)
+        slot = jnp.arange(cache_length, dtype=jnp.int32)
         # The position at each cache index; negative where the index is empty.
-        positions = length - 1 - (length % slots - 1 - slot) % slots
+        positions = length - 1 - (length % cache_length - 1 - slot) % cache_length
         return ((positions >= 0) & (length - positions < self.window))[None]
 
 

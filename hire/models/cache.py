@@ -21,13 +21,13 @@ class Cache:
         values: One entry per layer: values `(b, s, n, e)`.
         length: Number of cached tokens. It is a Python int between steps, so that no check waits
             for the device.
-        slots: The cache length: the largest number of tokens in the cache.
+        cache_length: The largest number of tokens in the cache.
     """
 
     keys: tuple[Any, ...]
     values: tuple[Float[Array, "b _ n e"], ...]
     length: Int[Array, ""] | int
-    slots: int = field(metadata=dict(static=True))
+    cache_length: int = field(metadata=dict(static=True))
 
     def check_room(self) -> None:
         """Checks that the cache has room for one more token.
@@ -37,8 +37,8 @@ class Cache:
         Raises:
             ValueError: When the cache is full.
         """
-        if not isinstance(self.length, Tracer) and self.length >= self.slots:
+        if not isinstance(self.length, Tracer) and self.length >= self.cache_length:
             raise ValueError(
-                f"the cache's {self.slots} slots are full: expected room for one more token; "
-                "prefill with more slots"
+                f"the cache of length {self.cache_length} is full: expected room for one more "
+                "token; prefill with a larger cache_length"
             )

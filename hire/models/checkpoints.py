@@ -106,12 +106,12 @@ def load_checkpoint(
     )
 
 
-def configured(path: Path, stored: Any, config: DecoderConfig | None) -> DecoderConfig:
+def configured(path: Path, metadata: Any, config: DecoderConfig | None) -> DecoderConfig:
     """Returns the configuration that a checkpoint states.
 
     Args:
         path: Path of the checkpoint, for error messages.
-        stored: The configuration as read from JSON.
+        metadata: The configuration as read from JSON.
         config: The expected configuration. None accepts any configuration.
 
     Returns:
@@ -121,8 +121,8 @@ def configured(path: Path, stored: Any, config: DecoderConfig | None) -> Decoder
         ValueError: When the checkpoint states no valid configuration, or another one than `config`.
     """
     try:
-        layers = stored["sparse_layers"]
-        fields: dict[str, Any] = stored | dict(
+        layers = metadata["sparse_layers"]
+        fields: dict[str, Any] = metadata | dict(
             sparse_layers=None if layers is None else tuple(layers)
         )
         file_config = DecoderConfig(**fields)

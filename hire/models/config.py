@@ -5,6 +5,7 @@ They are the published ones, a one-billion-parameter shape of our choice, and a 
 
 import math
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -211,7 +212,7 @@ PRESETS = {
 }
 
 
-def preset(name: str, **changes) -> DecoderConfig:
+def preset(name: str, **changes: Any) -> DecoderConfig:
     """Returns a named configuration.
 
     Args:

@@ -28,19 +28,23 @@ class SearchedFFN(nnx.Module):
 
     Attributes:
         ffn: The search over the neurons.
-        together: Number of consecutive tokens that form one call of a shared FFN in prefill.
+        tokens_per_selection: Number of consecutive tokens that form one call of a shared FFN in
+            prefill.
     """
 
-    def __init__(self, ffn: HireFFN, together: int):
-        self.ffn, self.together = nnx.data(ffn), together
+    def __init__(self, ffn: HireFFN, tokens_per_selection: int):
+        self.ffn, self.tokens_per_selection = nnx.data(ffn), tokens_per_selection
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         if x.ndim == 2:
             return self.ffn(x).astype(x.dtype)
-        if x.shape[1] % self.together:
-            raise ValueError(f"{x.shape[1]} tokens, {self.together} together: expected a multiple")
+        if x.shape[1] % self.tokens_per_selection:
+            raise ValueError(
+                f"{x.shape[1]} tokens: expected a multiple of {self.tokens_per_selection}, the "
+                "tokens per selection"
+            )
         return (
-            self.ffn.dense_reference(x.reshape(-1, x.shape[-1]), self.together)
+            self.ffn.dense_reference(x.reshape(-1, x.shape[-1]), self.tokens_per_selection)
             .reshape(x.shape)
             .astype(x.dtype)
         )
@@ -51,8 +55,8 @@ def convert(
     *,
     softmax: HireSoftmax | None = None,
     ffn: Sequence[HireFFN] | None = None,
-    keys: Mapping[int, KeySearch] | None = None,
-    together: int | None = None,
+    kv_search: Mapping[int, KeySearch] | None = None,
+    tokens_per_selection: int | None = None,
 ) -> Decoder:
     """Returns a model that searches its softmax, its FFNs or its attention keys.
 
@@ -65,24 +69,25 @@ def convert(
         model: The model to convert.
         softmax: The search for the softmax. None makes the softmax dense.
         ffn: One search per layer for the FFNs. None leaves the FFNs as they are.
-        keys: The search for the attention keys in every decode step, by layer. Each layer must
+        kv_search: The search for the attention keys in every decode step, by layer. Each layer must
             attend to the whole context. None leaves the attention as it is.
-        together: Number of consecutive tokens of a text that form one call of a shared FFN in
-            prefill, as when they are verified together. None leaves the number as it is; it is 1
-            for FFNs that were dense.
+        tokens_per_selection: Number of consecutive tokens of a text that form one call of a shared
+            FFN in prefill, as when they are verified together. None leaves the number as it is; it
+            is 1 for FFNs that were dense.
 
     Returns:
         The converted model. Its prefill raises ValueError when the length of a text is not a
-        multiple of `together`.
+        multiple of `tokens_per_selection`.
 
     Raises:
         ValueError: When `softmax` was fitted to other rows than the embedding of the model, or is
             sharded over an axis that the mesh of jax.set_mesh does not have.
         ValueError: When `ffn` does not have one FFN per layer, an FFN has another width than the
             model, only one of the two has a gate, or the model has a router.
-        ValueError: When `together` is less than 1, or more than 1 without a searched FFN.
-        ValueError: When `keys` names a layer that does not attend to the whole context, or a search
-            was fitted to keys of another width.
+        ValueError: When `tokens_per_selection` is less than 1, or more than 1 without a searched
+            FFN.
+        ValueError: When `kv_search` names a layer that does not attend to the whole context, or a
+            search was fitted to keys of another width.
     """
     converted = nnx.merge(*nnx.split(model))
     embedding = model.embedding[...]
@@ -105,17 +110,17 @@ def convert(
         converted.embedding = nnx.Param(rows)
     if ffn is not None:
         check_ffns(model, ffn)
-    search_ffns(converted, ffn, together)
-    for layer, search in ({} if keys is None else keys).items():
+    search_ffns(converted, ffn, tokens_per_selection)
+    for layer, key_search in ({} if kv_search is None else kv_search).items():
         if layer not in model.config.global_layers:
             raise ValueError(
                 f"keys of layer {layer}: expected one of {model.config.global_layers}, the layers "
                 "that attend to the whole context"
             )
-        if search.width != model.config.head_width:
+        if key_search.width != model.config.head_width:
             raise ValueError(
-                f"keys of width {search.width}: expected {model.config.head_width}, that of the "
-                "model's heads; fit again"
+                f"keys of width {key_search.width}: expected {model.config.head_width}, that "
+                "of the model's heads; fit again"
             )
         block = converted.blocks[layer]
         dense = (
@@ -123,7 +128,7 @@ def convert(
             if isinstance(block.attention, SearchedAttention)
             else block.attention
         )
-        block.attention = SearchedAttention(dense, search)
+        block.attention = SearchedAttention(dense, key_search)
     return converted
 
 
@@ -215,34 +220,40 @@ def check_ffns(model: Decoder, ffn: Sequence[HireFFN]) -> None:
         )
 
 
-def search_ffns(converted: Decoder, ffn: Sequence[HireFFN] | None, together: int | None) -> None:
-    """Installs searched FFNs, or sets `together` of those that are installed.
+def search_ffns(
+    converted: Decoder, ffn: Sequence[HireFFN] | None, tokens_per_selection: int | None
+) -> None:
+    """Installs searched FFNs, or sets `tokens_per_selection` of those that are installed.
 
     Args:
         converted: The model, which is changed in place.
         ffn: One search per layer. None leaves the FFNs as they are.
-        together: Number of tokens per call of a shared FFN in prefill. None leaves it as it is.
+        tokens_per_selection: Number of tokens per call of a shared FFN in prefill. None leaves it
+            as it is.
 
     Raises:
-        ValueError: When `together` is less than 1, or more than 1 without a searched FFN.
+        ValueError: When `tokens_per_selection` is less than 1, or more than 1 without a searched
+            FFN.
     """
-    if together is not None:
-        check_range("together", together, 1, 2**31 - 1, "tokens of a text")
+    if tokens_per_selection is not None:
+        check_range("tokens_per_selection", tokens_per_selection, 1, 2**31 - 1, "tokens of a text")
     searched = [
         block.ffn if isinstance(block.ffn, SearchedFFN) else None for block in converted.blocks
     ]
     if (
         ffn is None
-        and together is not None
-        and together > 1
+        and tokens_per_selection is not None
+        and tokens_per_selection > 1
         and all(old is None for old in searched)
     ):
         raise ValueError(
-            f"together = {together}: expected searched FFNs, whose calls these tokens share; give "
-            "`ffn`"
+            f"tokens_per_selection = {tokens_per_selection}: expected searched FFNs, whose "
+            "calls these tokens share; give `ffn`"
         )
     ffns = [None if old is None else old.ffn for old in searched] if ffn is None else list(ffn)
     for block, old, hire_ffn in zip(converted.blocks, searched, ffns, strict=True):
         if hire_ffn is not None:
-            old_together = 1 if old is None else old.together
-            block.ffn = SearchedFFN(hire_ffn, old_together if together is None else together)
+            old_count = 1 if old is None else old.tokens_per_selection
+            block.ffn = SearchedFFN(
+                hire_ffn, old_count if tokens_per_selection is None else tokens_per_selection
+            )

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from hire.distributed import RowSharding
 from hire.layers.ffn import activate
@@ -163,7 +164,7 @@ class Decoder(nnx.Module):
         softmax: The search over the embedding, or None for a dense LM head.
     """
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
         self.embedding = matrix(rngs, config.vocabulary, config.width, config.width, dtype)
         self.blocks = module_list(
@@ -192,12 +193,12 @@ class Decoder(nnx.Module):
         """The sharding of the embedding rows that a softmax over several devices needs, or None."""
         return self.softmax.layout if isinstance(self.softmax, TiedSoftmax) else None
 
-    def storage_index(self, words: Int[AnyArray, "*b"]) -> Int[AnyArray, "*b"]:
+    def storage_index(self, tokens: Int[AnyArray, "*b"]) -> Int[AnyArray, "*b"]:
         """Returns the index in the embedding array of the row of each token."""
         return (
-            words
+            tokens
             if self.row_sharding is None
-            else self.row_sharding.storage_index(words, self.embedding.shape[0])
+            else self.row_sharding.storage_index(tokens, self.embedding.shape[0])
         )
 
     def token_embeddings(self) -> Float[Array, "v d"]:
@@ -233,12 +234,12 @@ class Decoder(nnx.Module):
             lambda state, *arrays: function(nnx.merge(graph, state), *arrays), state, *arrays
         )
 
-    def prefill(self, tokens: Tokens, slots: int | None = None) -> tuple[Hidden, Cache]:
+    def prefill(self, tokens: Tokens, cache_length: int | None = None) -> tuple[Hidden, Cache]:
         """Computes the hidden states of texts and fills a cache with them.
 
         Args:
             tokens: Token ids, `(b, t)`.
-            slots: Cache length, in tokens. None means `t`.
+            cache_length: Cache length, in tokens. None means `t`.
 
         Returns:
             The hidden states `(b, t, d)` after every token, and the cache.
@@ -249,10 +250,10 @@ class Decoder(nnx.Module):
                 are unknown and not checked.
         """
         t = tokens.shape[1]
-        cache_length: int = t if slots is None else slots
-        if not 1 <= t <= cache_length <= self.config.context:
+        room = t if cache_length is None else cache_length
+        if not 1 <= t <= room <= self.config.context:
             raise ValueError(
-                f"{t} tokens and {cache_length} cache slots: expected 1 <= tokens <= slots <= "
+                f"{t} tokens and cache_length {room}: expected 1 <= tokens <= cache_length <= "
                 f"{self.config.context}, the context"
             )
         check_tokens(tokens, self.config.vocabulary)
@@ -261,13 +262,13 @@ class Decoder(nnx.Module):
             x, keys, values = model.embed(tokens), [], []
             for block in model.blocks:
                 attention = block.attention
-                x, key, value = block(x, attention.prefill, min(cache_length, attention.window))
+                x, key, value = block(x, attention.prefill, min(room, attention.window))
                 keys.append(key)
                 values.append(value)
             return model.norm(x), tuple(keys), tuple(values)
 
         hidden, keys, values = self.method(prefill, tokens)
-        return hidden, Cache(keys, values, t, cache_length)
+        return hidden, Cache(keys, values, t, room)
 
     def step(self, token: Int[AnyArray, " b"], cache: Cache) -> tuple[Float[Array, "b d"], Cache]:
         """Computes the hidden state after one more token.
@@ -294,7 +295,7 @@ class Decoder(nnx.Module):
 
         length = jnp.asarray(cache.length, jnp.int32)
         hidden, keys, values = self.method(step, token, cache.keys, cache.values, length)
-        return hidden, Cache(keys, values, cache.length + 1, cache.slots)
+        return hidden, Cache(keys, values, cache.length + 1, cache.cache_length)
 
     @property
     def max_top_k(self) -> int:
@@ -304,7 +305,7 @@ class Decoder(nnx.Module):
         """
         return self.config.vocabulary if self.softmax is None else self.softmax.k
 
-    def best(self, hidden: Float[Array, "b d"], k: int) -> TopK:
+    def top_tokens(self, hidden: Float[Array, "b d"], k: int) -> TopK:
         """Returns the k best tokens by exact logits.
 
         A converted model searches for them.
@@ -319,7 +320,7 @@ class Decoder(nnx.Module):
         Raises:
             ValueError: When k is not in 1..max_top_k.
         """
-        check_range("k", k, 1, self.max_top_k, "the words that the softmax finds")
+        check_range("k", k, 1, self.max_top_k, "the tokens that the softmax returns")
         return top_tokens(self.softmax, self.embedding[...], hidden, k)
 
     def logits(self, hidden: Float[AnyArray, "*b d"]) -> Float[Array, "*b v"]:

@@ -39,15 +39,15 @@ class HeaderReader:
         self.file, self.size = file, size
 
     @property
-    def left(self) -> int:
+    def remaining(self) -> int:
         """Number of bytes from the current position to the end of the file."""
         return self.size - self.file.tell()
 
     def take(self, nbytes: int) -> bytes:
         """Reads `nbytes` bytes."""
-        if nbytes > self.left:
+        if nbytes > self.remaining:
             raise ValueError(
-                f"{nbytes} bytes stated at byte {self.file.tell()}, where {self.left} are left"
+                f"{nbytes} bytes stated at byte {self.file.tell()}, where {self.remaining} are left"
             )
         return self.file.read(nbytes)
 
@@ -71,17 +71,18 @@ class HeaderReader:
                 file.
         """
         count = self.number(form)
-        if count > most or count * item_bytes > self.left:
+        if count > most or count * item_bytes > self.remaining:
             raise ValueError(
-                f"a count of {count} at byte {self.file.tell()}, where {self.left} bytes are left"
+                f"a count of {count} at byte {self.file.tell()}, where {self.remaining} bytes "
+                "are left"
             )
         return count
 
     def skip(self, nbytes: int) -> None:
         """Skips `nbytes` bytes."""
-        if nbytes > self.left:
+        if nbytes > self.remaining:
             raise ValueError(
-                f"{nbytes} bytes stated at byte {self.file.tell()}, where {self.left} are left"
+                f"{nbytes} bytes stated at byte {self.file.tell()}, where {self.remaining} are left"
             )
         self.file.seek(nbytes, 1)
 
@@ -181,38 +182,40 @@ def check_gguf_header(path: Path) -> None:
 
 
 def check_architecture(
-    path: Path, found: object, supported: tuple[str, ...] = (ARCHITECTURE,)
+    path: Path, architecture: object, supported: tuple[str, ...] = (ARCHITECTURE,)
 ) -> None:
     """Checks that a file has a supported architecture.
 
     Args:
         path: Path of the file, for the error message.
-        found: The architecture that the file states.
+        architecture: The architecture that the file states.
         supported: The supported architectures.
 
     Raises:
         ValueError: When the architecture is not supported. The message names it.
     """
-    if found not in supported:
-        raise ValueError(f"{path}: architecture {found!r}: only {supported[0]} is supported so far")
+    if architecture not in supported:
+        raise ValueError(
+            f"{path}: architecture {architecture!r}: only {supported[0]} is supported so far"
+        )
 
 
-def check_gguf_metadata(path: Path, found: Mapping[str, Any], config: DecoderConfig) -> None:
+def check_gguf_metadata(path: Path, metadata: Mapping[str, Any], config: DecoderConfig) -> None:
     """Checks the metadata of a GGUF against a configuration.
 
     A key that the file does not state is assumed to agree with the configuration.
 
     Args:
         path: Path of the GGUF, for error messages.
-        found: The metadata, by key.
+        metadata: The metadata, by key.
         config: The configuration.
 
     Raises:
         ValueError: When the decoder would not honour a value. The message names the key and the
             value.
     """
-    check_architecture(path, found.get("general.architecture"))
-    pattern = found.get(f"{ARCHITECTURE}.attention.sliding_window_pattern")
+    check_architecture(path, metadata.get("general.architecture"))
+    pattern = metadata.get(f"{ARCHITECTURE}.attention.sliding_window_pattern")
     if isinstance(pattern, list):  # one value per layer: True for a local layer
         expected_pattern: Any = [not config.is_global(layer) for layer in range(config.layers)]
         pattern = [bool(part) for part in pattern]
@@ -242,13 +245,13 @@ def check_gguf_metadata(path: Path, found: Mapping[str, Any], config: DecoderCon
         "rope.scale_linear": 1,
         "expert_count": 0,
     }
-    values = {key: found.get(f"{ARCHITECTURE}.{key}") for key in expected}
+    values = {key: metadata.get(f"{ARCHITECTURE}.{key}") for key in expected}
     values["attention.sliding_window_pattern"], expected["attention.sliding_window_pattern"] = (
         pattern,
         expected_pattern,
     )
     values["tokenizer.ggml.model"], expected["tokenizer.ggml.model"] = (
-        found.get("tokenizer.ggml.model"),
+        metadata.get("tokenizer.ggml.model"),
         "llama",
     )
     compare(path, values, expected)
@@ -356,17 +359,17 @@ def check_folder_config(path: Path, config: DecoderConfig) -> None:
             )
 
 
-def ropes(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def ropes(metadata: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Lists the settings of rotary positions: one for all layers, or one per type of layer.
 
     Args:
-        found: The fields of a config.json.
+        metadata: The fields of a config.json.
 
     Yields:
         The name and the value of each setting.
     """
     for name in ("rope_scaling", "rope_parameters"):
-        value = found.get(name)
+        value = metadata.get(name)
         if (
             isinstance(value, dict)
             and value

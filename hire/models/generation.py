@@ -92,19 +92,19 @@ class SplitModel:
         return model.softmax, model.embedding[...]
 
 
-def prefill(model: SplitModel, tokens: Tokens, slots: int, k: int) -> tuple[TopK, Cache]:
+def prefill(model: SplitModel, tokens: Tokens, cache_length: int, k: int) -> tuple[TopK, Cache]:
     """Runs prefill and returns the best next tokens.
 
     Args:
         model: The split model.
         tokens: Token ids, `(b, t)`.
-        slots: Cache length, in tokens.
+        cache_length: Cache length, in tokens.
         k: Number of tokens to return per text.
 
     Returns:
         The k best tokens `(b, k)` after each text, and the cache.
     """
-    hidden, cache = compiled_prefill(model.backbone, tokens, slots)
+    hidden, cache = compiled_prefill(model.backbone, tokens, cache_length)
     return top_tokens(*model.lm_head, hidden[:, -1], k), replace(cache, length=tokens.shape[1])
 
 
@@ -128,18 +128,20 @@ def step(model: SplitModel, token: Int[AnyArray, " b"], cache: Cache, k: int) ->
     return top_tokens(*model.lm_head, hidden, k), replace(new_cache, length=cache.length + 1)
 
 
-@partial(jax.jit, static_argnames="slots")
-def compiled_prefill(trunk: SplitModel, tokens: Tokens, slots: int) -> tuple[Hidden, Cache]:
+@partial(jax.jit, static_argnames="cache_length")
+def compiled_prefill(
+    backbone: SplitModel, tokens: Tokens, cache_length: int
+) -> tuple[Hidden, Cache]:
     """Runs Decoder.prefill as one compiled program."""
-    return trunk.merge().prefill(tokens, slots)
+    return backbone.merge().prefill(tokens, cache_length)
 
 
 @partial(jax.jit, donate_argnames="cache")
 def compiled_step(
-    trunk: SplitModel, token: Int[AnyArray, " b"], cache: Cache
+    backbone: SplitModel, token: Int[AnyArray, " b"], cache: Cache
 ) -> tuple[Float[Array, "b d"], Cache]:
     """Runs Decoder.step as one compiled program, which donates the cache."""
-    return trunk.merge().step(token, cache)
+    return backbone.merge().step(token, cache)
 
 
 def generate(
@@ -151,7 +153,7 @@ def generate(
     top_k: SupportsIndex | None = None,
     top_p: Any = 1.0,
     seed: SupportsIndex = 0,
-    slots: SupportsIndex | None = None,
+    cache_length: SupportsIndex | None = None,
 ) -> Int[Array, "*b written"]:
     """Generates a continuation of each prompt.
 
@@ -165,7 +167,7 @@ def generate(
             model returns if that is less.
         top_p: See hire.sample.
         seed: Seed of the sampling.
-        slots: Cache length, in tokens. The default is `t + new_tokens`.
+        cache_length: Cache length, in tokens. The default is `t + new_tokens`.
 
     Returns:
         The prompts with their continuations: int32 `(b, t + new_tokens)`, or `(t + new_tokens,)`
@@ -183,10 +185,10 @@ def generate(
     batch_shape, t = prompts.shape[:-1], prompts.shape[-1]
     new_tokens = check_integer("new_tokens", new_tokens)
     seed = check_integer("seed", seed)
-    cache_length = t + new_tokens if slots is None else check_integer("slots", slots)
-    if new_tokens < 1 or not t + new_tokens <= cache_length <= model.config.context:
+    room = t + new_tokens if cache_length is None else check_integer("cache_length", cache_length)
+    if new_tokens < 1 or not t + new_tokens <= room <= model.config.context:
         raise ValueError(
-            f"new_tokens = {new_tokens} after {t} in a cache of {cache_length}: expected at least "
+            f"new_tokens = {new_tokens} after {t} in a cache of {room}: expected at least "
             "1, all within the cache, "
             f"and that within the context of {model.config.context}"
         )
@@ -202,7 +204,7 @@ def generate(
     split_model = SplitModel.of(model)
     draw = partial(sample, temperature=temperature, top_k=k, top_p=top_p)
     keys = jax.random.split(jax.random.key(seed), new_tokens)
-    top, cache = prefill(split_model, texts, cache_length, k)
+    top, cache = prefill(split_model, texts, room, k)
     generated = [draw(top, keys[0])]
     while len(generated) < new_tokens:
         top, cache = step(split_model, generated[-1], cache, k)

@@ -108,11 +108,11 @@ class LowRankEncoder:
         codes, scale = quantize_rows(factors.reshape(-1, factors.shape[-1]), 8)
         return EncodedRows(codes.reshape(factors.shape), scale.reshape(factors.shape[:-1]))
 
-    def estimator(self, held: EncodedRows) -> LowRank:
+    def estimator(self, encoded: EncodedRows) -> LowRank:
         """Returns the estimator of the encoded rows of one head.
 
         Args:
-            held: The encoded rows of one text and head.
+            encoded: The encoded rows of one text and head.
 
         Returns:
             The estimator of the rows `(s, e)`.
@@ -120,21 +120,21 @@ class LowRankEncoder:
         fingerprint = None  # because the rows grow
         return LowRank(
             self.projection,
-            QuantizedRows(held.codes, held.scale, 8, len(self.projection)),
+            QuantizedRows(encoded.codes, encoded.scale, 8, len(self.projection)),
             fingerprint,
         )
 
-    def sums(self, weights: Float[AnyArray, "g s"], held: EncodedRows) -> Float[Array, "g e"]:
+    def sums(self, weights: Float[AnyArray, "g s"], encoded: EncodedRows) -> Float[Array, "g e"]:
         """Sums the approximated rows, each times its weight.
 
         Args:
             weights: Weights, `(g, s)`.
-            held: The encoded rows of one text and head.
+            encoded: The encoded rows of one text and head.
 
         Returns:
             The sums, `(g, e)`.
         """
-        return weighted_row_sum(weights, self.estimator(held).factors) @ self.projection
+        return weighted_row_sum(weights, self.estimator(encoded).factors) @ self.projection
 
 
 @pytree
@@ -298,29 +298,29 @@ class SearchedAttention(nnx.Module):
 
     Attributes:
         dense: The dense attention.
-        search: The search over the keys.
+        key_search: The search over the keys.
     """
 
-    def __init__(self, dense: Attention, search: KeySearch):
-        self.dense, self.search = dense, nnx.data(search)
+    def __init__(self, dense: Attention, key_search: KeySearch):
+        self.dense, self.key_search = dense, nnx.data(key_search)
 
     @property
     def window(self) -> int:
         """Number of positions to which a token attends, in tokens."""
         return self.dense.window
 
-    def prefill(self, x: Hidden, slots: int):
+    def prefill(self, x: Hidden, cache_length: int):
         """Runs the prefill of the dense attention and encodes its keys and values.
 
         Args:
             x: Normalized hidden states, `(b, t, d)`.
-            slots: Cache length of this layer, in tokens.
+            cache_length: Cache length of this layer, in tokens.
 
         Returns:
-            The output `(b, t, d)`, the searchable keys, and the values `(b, slots, n, e)`.
+            The output `(b, t, d)`, the searchable keys, and the values `(b, cache_length, n, e)`.
         """
-        output, keys, values = self.dense.prefill(x, slots)
-        return output, self.search.encode(keys, values), values
+        output, keys, values = self.dense.prefill(x, cache_length)
+        return output, self.key_search.encode(keys, values), values
 
     def step(
         self,
@@ -344,14 +344,14 @@ class SearchedAttention(nnx.Module):
         """
         queries, key, value = self.dense.project(x[:, None], length[None])
         attend_heads = jax.vmap(
-            jax.vmap(self.search.attend, (0, 1, 1, 0, 0, None)), (0, 0, 0, 0, 0, None)
+            jax.vmap(self.key_search.attend, (0, 1, 1, 0, 0, None)), (0, 0, 0, 0, 0, None)
         )
         output = attend_heads(
             self.grouped(queries), keys, values, key[:, 0], value[:, 0], length
         ).astype(x.dtype)
         key, value = ordered_after(output, key), ordered_after(output, value)
         new_keys = jax.tree.map(
-            partial(write_slot, length=length), keys, self.search.encode(key, value)
+            partial(write_slot, length=length), keys, self.key_search.encode(key, value)
         )
         return (
             mix(output.reshape(x.shape[0], -1), self.dense.output),
@@ -380,12 +380,15 @@ class SearchedAttention(nnx.Module):
         Returns:
             Number of bytes.
         """
-        search, n, entry_bytes = self.search, self.dense.kv_heads, self.dense.head_width * itemsize
+        n, entry_bytes = self.dense.kv_heads, self.dense.head_width * itemsize
         encoded_bytes = 0
-        for encoder in (search.keys, search.values):  # one float32 scale per key and per value
+        for encoder in (
+            self.key_search.keys,
+            self.key_search.values,
+        ):  # one float32 scale per key and per value
             encoded_bytes += (
                 length * n * (len(encoder.projection) + 4)
                 + encoder.projection.nbytes
                 + encoder.mixing.nbytes
             )
-        return encoded_bytes + 2 * n * min(search.candidates, length) * entry_bytes
+        return encoded_bytes + 2 * n * min(self.key_search.candidates, length) * entry_bytes

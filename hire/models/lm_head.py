@@ -91,14 +91,14 @@ def top_tokens(
         The logits and the tokens, both `(b, k)`.
     """
 
-    def best(
+    def top_tokens(
         softmax: LMHeadSearch | None, rows: Rows | Blocks, hidden: Float[Array, "b d"]
     ) -> TopK:
         if softmax is None:
             return exact_top_k(row_scores(hidden, rows), k)
         return TopK(*(part[:, :k] for part in softmax.with_rows(rows)(hidden)))
 
-    return with_auto_axes(best, softmax, rows, hidden)
+    return with_auto_axes(top_tokens, softmax, rows, hidden)
 
 
 def plain_rows(

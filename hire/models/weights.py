@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 from flax import nnx
+from jax.typing import DTypeLike
 from platformdirs import user_cache_dir
 from tokenizers import Tokenizer
 
@@ -142,7 +143,7 @@ def cache_folder() -> Path:
 
 
 def load_gemma(
-    name: str = "gemma3_270m", source: str | Path | None = None, *, dtype=jnp.float32
+    name: str = "gemma3_270m", source: str | Path | None = None, *, dtype: DTypeLike = jnp.float32
 ) -> TextModel:
     """Loads Gemma 3 with its tokenizer.
 
@@ -407,15 +408,15 @@ def gguf_names(model: Decoder) -> dict[str, np.ndarray]:
     }
 
 
-def check_shape(path: Path, ours: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+def check_shape(path: Path, ours: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     """Checks the shape of a weight.
 
     Raises:
         ValueError: When the shape is not that of this model.
     """
-    if found != expected:
+    if shape != expected:
         raise ValueError(
-            f"{path}: {ours} has shape {found}, expected {expected}; is it another model?"
+            f"{path}: {ours} has shape {shape}, expected {expected}; is it another model?"
         )
 
 
@@ -485,7 +486,7 @@ def read_gguf_once(
             if not entry.name.startswith(name)
         ]
         storage.clear(*old_files)
-        return dict(stored=precision)
+        return {"stored": precision}
 
     precision = storage.cached(files, make)["stored"]
     return load_file(files[0]), read_tokenizer(files[1]), precision
@@ -574,19 +575,19 @@ def read_gguf(path: Path, config: DecoderConfig) -> tuple[dict[str, np.ndarray],
     return arrays, tokenizer, f"{precision} weights"
 
 
-def check_names(path: Path, found: Iterable[str], expected: Sequence[str], head: str) -> None:
+def check_names(path: Path, names: Iterable[str], expected: Sequence[str], head: str) -> None:
     """Checks the names of the tensors in a file.
 
     Args:
         path: Path of the file, for error messages.
-        found: The names in the file.
+        names: The names in the file.
         expected: The names that the decoder needs.
         head: The name of a separate LM head, which is allowed.
 
     Raises:
         ValueError: When a tensor is missing, or the decoder would not use one.
     """
-    missing, unknown = set(expected) - set(found), set(found) - set(expected) - {head}
+    missing, unknown = set(expected) - set(names), set(names) - set(expected) - {head}
     if missing:
         first = next(name for name in expected if name in missing)
         raise ValueError(f"{path}: no tensor {first}; expected the weights of Gemma 3")

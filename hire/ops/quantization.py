@@ -50,17 +50,17 @@ CLIP_FRACTIONS = tuple(1 - 0.05 * step for step in range(9))
 # As one program it allocates nothing as large as the rows.
 @functools.partial(jax.jit, static_argnames="bits")
 def quantize_rows(
-    rows: Rows, bits: int, spread: Float[AnyArray, "d d"] | None = None
+    rows: Rows, bits: int, query_root: Float[AnyArray, "d d"] | None = None
 ) -> tuple[Codes, Float[Array, " m"]]:
     """Round rows to codes and compute their scales.
 
     At 4 bits it tries several scales for each row and takes the one with the least squared error.
-    With `spread` it then takes the scale with which these codes have the least error in scores.
+    With `query_root` it then takes the scale with which these codes have the least error in scores.
 
     Args:
         rows: Rows `(m, d)`.
         bits: 8 or 4.
-        spread: A root `(d, d)` of the second moment of the queries, or None.
+        query_root: A root `(d, d)` of the second moment of the queries, or None.
 
     Returns:
         The codes, int8 `(m, d)` at 8 bits or uint8 `(m, ceil(d / 2))` at 4 bits, and the scales,
@@ -87,10 +87,10 @@ def quantize_rows(
             jnp.minimum(clip_error, min_error),
         )
     codes = jnp.clip(jnp.round(rows_f32 / scale[:, None]), -steps, steps)
-    if spread is not None:
-        projected = codes @ spread
+    if query_root is not None:
+        projected = codes @ query_root
         size = jnp.sum(projected**2, axis=-1)
-        refit_scale = jnp.sum(projected * (rows_f32 @ spread), axis=-1) / jnp.where(
+        refit_scale = jnp.sum(projected * (rows_f32 @ query_root), axis=-1) / jnp.where(
             size > 0, size, 1.0
         )
         usable = (
@@ -138,9 +138,9 @@ class QuantizedRows:
         """Bytes of codes and scales, which is all that a search reads."""
         return self.codes.nbytes + self.scale.nbytes
 
-    def __getitem__(self, some: slice) -> "QuantizedRows":
+    def __getitem__(self, selection: slice) -> "QuantizedRows":
         """Return a slice of the rows."""
-        return replace(self, codes=self.codes[some], scale=self.scale[some])
+        return replace(self, codes=self.codes[selection], scale=self.scale[selection])
 
 
 def dequantize(part: AnyArray | QuantizedRows) -> Float[Array, "_ _"]:

@@ -85,7 +85,7 @@ def quantized_scores(x: Queries, rows: QuantizedRows) -> Float[Array, "b m"]:
     """
     x, (b, d) = x.astype(jnp.float32), (len(x), rows.width)
 
-    def whole(x: Queries) -> Float[Array, "_ m"]:
+    def all_columns(x: Queries) -> Float[Array, "_ m"]:
         return row_scores(x, unpack_codes(rows.codes, rows.bits, d))
 
     def one(x: Queries) -> Float[Array, "1 m"]:
@@ -95,7 +95,7 @@ def quantized_scores(x: Queries, rows: QuantizedRows) -> Float[Array, "b m"]:
         So 4-bit codes need one product for each half.
         """
         if rows.bits == 8:
-            return whole(x)
+            return all_columns(x)
         halves = zip(
             jnp.split(jnp.pad(x, ((0, 0), (0, d % 2))), 2, axis=1),
             unpack_nibbles(rows.codes),
@@ -114,7 +114,7 @@ def quantized_scores(x: Queries, rows: QuantizedRows) -> Float[Array, "b m"]:
         return blocked_scores(x, rows.codes, lambda codes: unpack_codes(codes, rows.bits, d))
 
     return (
-        by_platform(parts, lambda: whole(x)) if b <= MAX_BLOCKED_BATCH else whole(x)
+        by_platform(parts, lambda: all_columns(x)) if b <= MAX_BLOCKED_BATCH else all_columns(x)
     ) * rows.scale[None]
 
 
@@ -211,7 +211,7 @@ def shared_scores_at(
     """
     x = jnp.asarray(x)
 
-    def whole() -> Float[Array, "b _"]:
+    def in_one_product() -> Float[Array, "b _"]:
         return matmul_f32(x, gather_rows(rows, indices, group).T)
 
     def in_chunks() -> Float[Array, "b _"]:
@@ -222,7 +222,7 @@ def shared_scores_at(
         return chunk_products.reshape(-1, len(x)).T[:, : indices.size * group]
 
     # One query needs no loop: outside a loop XLA gathers on all cores.
-    products = whole() if len(x) == 1 else by_platform(in_chunks, whole)
+    products = in_one_product() if len(x) == 1 else by_platform(in_chunks, in_one_product)
     return products * row_scales(rows, indices, group)
 
 
@@ -390,7 +390,7 @@ def shared_sums_at(
     """
     weights = jnp.asarray(weights) * row_scales(rows, indices, group)
 
-    def whole() -> Float[Array, "b d"]:
+    def in_one_product() -> Float[Array, "b d"]:
         return matmul_f32(weights, gather_rows(rows, indices, group))
 
     def in_chunks() -> Float[Array, "b d"]:
@@ -406,4 +406,4 @@ def shared_sums_at(
             (chunk_weights, chunk_indices),
         ).sum(0)
 
-    return whole() if len(weights) == 1 else by_platform(in_chunks, whole)
+    return in_one_product() if len(weights) == 1 else by_platform(in_chunks, in_one_product)

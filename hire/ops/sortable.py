@@ -14,7 +14,7 @@ EMPTY = -(2**31)
 
 
 def pack_score_index(
-    scores: Float[Array, "*b w"], places: Int[Array, "*b w"] | Int[Array, ""] | int, cut: int
+    scores: Float[Array, "*b w"], positions: Int[Array, "*b w"] | Int[Array, ""] | int, cut: int
 ) -> Int[Array, "*b w"]:
     """Pack scores and positions into integers that sort like the scores.
 
@@ -24,7 +24,7 @@ def pack_score_index(
 
     Args:
         scores: Scores `(*b, w)`.
-        places: Positions `(*b, w)`, or one position for all scores.
+        positions: Positions `(*b, w)`, or one position for all scores.
         cut: Mask of the bits for the position, see `index_mask`.
 
     Returns:
@@ -34,7 +34,7 @@ def pack_score_index(
     bits = jax.lax.bitcast_convert_type(
         jnp.clip(scores.astype(jnp.float32), limits.min, limits.max), jnp.int32
     )
-    return (sortable_bits(bits) & ~cut) | (cut - places)
+    return (sortable_bits(bits) & ~cut) | (cut - positions)
 
 
 def sortable_bits(bits: Int[Array, "*b w"]) -> Int[Array, "*b w"]:
@@ -92,21 +92,21 @@ def best_of_buckets(
     Returns:
         A list of `per_bucket` arrays `(*b, buckets)`, the largest first.
     """
-    winners = [jnp.max(keys, axis=-2)]
+    maxima = [jnp.max(keys, axis=-2)]
     # The integers of a bucket differ, so the ones below the last winner are all but the winners.
-    while len(winners) < per_bucket:
-        last = jnp.expand_dims(winners[-1], -2)
-        winners.append(jnp.max(jnp.where(keys < last, keys, EMPTY), axis=-2))
-    return winners
+    while len(maxima) < per_bucket:
+        last = jnp.expand_dims(maxima[-1], -2)
+        maxima.append(jnp.max(jnp.where(keys < last, keys, EMPTY), axis=-2))
+    return maxima
 
 
 def top_k_of_buckets(
-    winners: list[Int[Array, "*b buckets"]], k: int, depth: int
+    maxima: list[Int[Array, "*b buckets"]], k: int, depth: int
 ) -> Int[Array, "*b k"]:
     """Return the indices of the k best rows among the winners of all buckets.
 
     Args:
-        winners: Winners of the buckets, see `best_of_buckets`.
+        maxima: Winners of the buckets, see `best_of_buckets`.
         k: Number of rows to return.
         depth: Rows of a bucket.
 
@@ -114,9 +114,9 @@ def top_k_of_buckets(
         Row indices `(*b, k)`, in no order.
     """
     buckets, mask, pooled = (
-        winners[0].shape[-1],
+        maxima[0].shape[-1],
         index_mask(depth),
-        jnp.concatenate(winners, axis=-1),
+        jnp.concatenate(maxima, axis=-1),
     )
     top, indices = top_k_packed(pooled, k)
     return (mask - (top & mask)) * buckets + indices % buckets
@@ -142,8 +142,8 @@ def top_k_packed(keys: Int[Array, "*b m"], k: int) -> tuple[Int[Array, "*b k"], 
         is_top = above | (tied & (jnp.cumsum(tied, axis=-1) <= ties_needed))
         positions = jnp.where(is_top, jnp.cumsum(is_top, axis=-1) - 1, k)
         iota = jax.lax.broadcasted_iota(jnp.int32, positions.shape, positions.ndim - 1)
-        slots = jnp.zeros((*positions.shape[:-1], k), jnp.int32)
-        indices = jnp.put_along_axis(slots, positions, iota, axis=-1, inplace=False, mode="drop")
+        unfilled = jnp.zeros((*positions.shape[:-1], k), jnp.int32)
+        indices = jnp.put_along_axis(unfilled, positions, iota, axis=-1, inplace=False, mode="drop")
         return jnp.take_along_axis(keys, indices, axis=-1), indices
 
     def sorted_floats() -> tuple[Array, Array]:
@@ -170,8 +170,8 @@ def kth_largest_int(keys: Int[Array, "*b m"], k: int) -> Int[Array, "*b 1"]:
     """
 
     # The sign bit comes first: added to the smallest integer it gives 0.
-    def settle(step, found):
-        threshold = found + jnp.left_shift(1, 31 - step)
-        return jnp.where(jnp.sum(keys >= threshold, axis=-1, keepdims=True) >= k, threshold, found)
+    def set_bit(step, prefix):
+        threshold = prefix + jnp.left_shift(1, 31 - step)
+        return jnp.where(jnp.sum(keys >= threshold, axis=-1, keepdims=True) >= k, threshold, prefix)
 
-    return jax.lax.fori_loop(0, 32, settle, jnp.full_like(keys[..., :1], -(2**31)))
+    return jax.lax.fori_loop(0, 32, set_bit, jnp.full_like(keys[..., :1], -(2**31)))

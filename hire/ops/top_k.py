@@ -108,8 +108,8 @@ def bucketed_indices(scores: Scores, k: int, buckets: int, per_bucket: int) -> I
     Returns:
         Row indices `(*b, k)`, in no order.
     """
-    winners = best_of_buckets(pack_buckets(jnp.asarray(scores), buckets), per_bucket)
-    return top_k_of_buckets(winners, k, -(-scores.shape[-1] // buckets))
+    bucket_maxima = best_of_buckets(pack_buckets(jnp.asarray(scores), buckets), per_bucket)
+    return top_k_of_buckets(bucket_maxima, k, -(-scores.shape[-1] // buckets))
 
 
 def group_scores(
@@ -218,11 +218,11 @@ def expected_recall(rows: int, k: int, *, buckets: int, per_bucket: int = 1) -> 
     def log_choose(n: int, r: int) -> float:
         return math.lgamma(n + 1) - math.lgamma(r + 1) - math.lgamma(n - r + 1)
 
-    lost = 0.0
+    expected_losses = 0.0
     for r in range(max(per_bucket + 1, depth - (rows - k)), min(k, depth) + 1):
         log_share = log_choose(k, r) + log_choose(rows - k, depth - r) - log_choose(rows, depth)
-        lost += (r - per_bucket) * math.exp(log_share)
-    return 1.0 - buckets / k * lost
+        expected_losses += (r - per_bucket) * math.exp(log_share)
+    return 1.0 - buckets / k * expected_losses
 
 
 def expected_recall_top1(k: int, *, buckets: int) -> float:

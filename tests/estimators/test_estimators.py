@@ -45,18 +45,18 @@ def test_every_form_of_the_scores_is_the_product(m, d, b, bits):
     rng = np.random.default_rng(m + b)
     rows, x = (jnp.asarray(rng.normal(size=(n, d)), jnp.float32) for n in (m, b))
     if bits is None:
-        found, expected = (
+        result, expected = (
             [row_scores(x, rows), blocked_scores(x, rows)],
             np.asarray(x) @ np.asarray(rows).T,
         )
     else:
         copy = hire.Quantized.fit(rows, bits)
-        found = [copy.scores(x)]
+        result = [copy.scores(x)]
         expected = (
             np.asarray(x)
             @ (np.asarray(unpack_codes(copy.codes, bits, d)) * np.asarray(copy.scale)[:, None]).T
         )
-    for scores in found:
+    for scores in result:
         np.testing.assert_allclose(scores, expected, atol=1e-4)
 
 

@@ -1,6 +1,8 @@
-"""The ladder: every rung against the model itself, its bytes by hand, what is held beside it, and
-memory that is too small.
+"""The ablation: every variant against the model itself, its bytes by hand, the alternatives beside
+it, and memory that is too small.
 """
+
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,8 @@ from hire.lab.data import model_states
 from hire.lab.data.model_states import hidden_states
 from hire.lab.data.text import beginnings, documents
 from hire.lab.metrics import group_sparsity
-from hire.lab.studies import ablation
+from hire.lab.studies import ablation, ablation_map, ablation_timing, ablation_variants
+from hire.lab.studies.ablation_variants import BOTH, DENSE, SHARED, STATIC
 from hire.lab.tpu import programs
 from hire.models import Decoder, TextModel, preset, weights
 from hire.models.generation import SplitModel
@@ -21,50 +24,72 @@ from hire.models.tokenizer import byte_tokenizer
 from hire.ops.tpu.row_scores import blocks
 from hire.tuning import true_top_k
 
-WORDS, KEPT = 512, 0.25
+VOCABULARY, K_FRACTION = 512, 0.25
 
 
 @pytest.fixture(scope="module")
 def model():
-    config = preset("tiny", vocabulary=WORDS, gated=False, group_size=8, kept=KEPT, kv_heads=1)
+    config = preset(
+        "tiny", vocabulary=VOCABULARY, gated=False, group_size=8, kept=K_FRACTION, kv_heads=1
+    )
     return Decoder(config, rngs=nnx.Rngs(0))
 
 
-def parts(**changes):
-    whole = dict(
+def sizes(**changes):
+    everything_a_candidate = dict(
         k=4,
-        candidates=WORDS,
-        rank=16,
+        candidates=VOCABULARY,
+        softmax_rank=16,
         ffn_rank=16,
-        kept=KEPT,
-        nominated=1.0,
-        common=0.125,
-        shared=1.0,
+        ffn_k_fraction=K_FRACTION,
+        ffn_candidates_fraction=1.0,
+        static_fraction=0.125,
+        shared_candidates_fraction=1.0,
     )
-    return ablation.Ladder(**whole | changes)
+    return ablation_variants.VariantSizes(**everything_a_candidate | changes)
 
 
-def test_with_everything_a_candidate_every_rung_is_the_model(model, rng):
-    tokens = jnp.asarray(rng.integers(3, WORDS, (2, 16)), jnp.int32)
-    rungs = parts(common=0.0).variants(model, together=4)
-    own = hidden_states(model)(tokens)
-    best = model.best(own[:, -1], 4)
-    assert list(rungs) == [
+def variants_of(model, **changes):
+    return ablation_variants.build_untrained(model, sizes(**changes))
+
+
+def test_with_everything_a_candidate_every_variant_is_the_model(model, rng):
+    tokens = jnp.asarray(rng.integers(3, VOCABULARY, (2, 16)), jnp.int32)
+    variants = variants_of(model, static_fraction=0.0, shared_batch=4)
+    hidden = hidden_states(model)(tokens)
+    top = model.top_tokens(hidden[:, -1], 4)
+    assert list(variants) == [
         "dense", "LR softmax", "Q softmax", "LR fitted int8",
-        "+ sparse FFN", "+ common path", "+ shared selection",
+        "+ sparse FFN", "+ static groups", "+ shared selection",
     ]  # fmt: skip
-    for name, rung in rungs.items():
-        np.testing.assert_allclose(hidden_states(rung)(tokens), own, atol=2e-4, err_msg=name)
-        assert rung.best(own[:, -1], 4).indices.tolist() == best.indices.tolist(), name
-    apart = hidden_states(parts(nominated=0.25).variants(model)["+ common path"])(tokens)
-    assert (
-        np.abs(apart - own).max() > 1e-3
-    )  # a path that is always computed takes the place of groups that would be kept
+    for name, variant in variants.items():
+        np.testing.assert_allclose(hidden_states(variant)(tokens), hidden, atol=2e-4, err_msg=name)
+        assert variant.top_tokens(hidden[:, -1], 4).indices.tolist() == top.indices.tolist(), name
+    static = variants_of(model, ffn_candidates_fraction=0.25)[STATIC]
+    # Static groups take the place of groups that would be in the top-k.
+    assert np.abs(hidden_states(static)(tokens) - hidden).max() > 1e-3
+
+
+def test_static_groups_have_the_estimator_of_the_other_groups(model):
+    variants = variants_of(model)
+    for ffn, static_ffn in zip(
+        ablation_variants.ffns_of(variants[BOTH]),
+        ablation_variants.ffns_of(variants[STATIC]),
+        strict=True,
+    ):
+        assert static_ffn.static_groups == 2 and static_ffn.candidates == 14  # of 16 groups
+        x = np.ones((1, 64), np.float32)
+        np.testing.assert_array_equal(
+            static_ffn.estimator.scores(x), ffn.estimator.scores(x)[:, 16:]
+        )
+        np.testing.assert_array_equal(
+            static_ffn.estimator.error_bounds, ffn.estimator.error_bounds[16:]
+        )
 
 
 def test_the_most_used_groups_come_first_and_change_nothing(model, rng):
     tokens, usage = (
-        jnp.asarray(rng.integers(3, WORDS, (1, 9)), jnp.int32),
+        jnp.asarray(rng.integers(3, VOCABULARY, (1, 9)), jnp.int32),
         rng.uniform(size=(2, 16)),
     )
     ordered = group_sparsity.most_used_first(model, usage)
@@ -80,143 +105,177 @@ def test_the_most_used_groups_come_first_and_change_nothing(model, rng):
 def test_bytes_of_a_step_by_hand(model):
     counts, entry = model.config.parameters(), 4
     cache = 2 * 2 * 10 * 16 * entry  # keys and values of two layers, ten positions, one head of 16
-    dense = ablation.step_bytes(model, 1, 10)
+    dense = ablation_timing.step_bytes(model, 1, 10)
     assert dense == {part: entry * count for part, count in counts.items()} | dict(cache=cache)
-    rung = parts(candidates=32, nominated=0.5).variants(model)["+ sparse FFN"]
-    softmax = WORDS * (16 + 4) + 16 * (64 + 4)  # int8 factors and projection with their scales
+    variant = variants_of(model, candidates=32, ffn_candidates_fraction=0.5)[BOTH]
+    softmax = VOCABULARY * (16 + 4) + 16 * (64 + 4)  # int8 factors and projection, and their scales
     row = 64 * entry
-    copies, groups = 2 * (128 * (16 + 4) + 16 * (64 + 4)), 2 * 8 * row
+    estimators, groups = 2 * (128 * (16 + 4) + 16 * (64 + 4)), 2 * 8 * row
     for batch in (1, 3):
-        found = ablation.step_bytes(rung, batch, 10)
-        assert found["softmax"] == softmax + batch * 32 * row
-        assert found["ffn"] == copies + batch * groups * (8 + 4)
-        assert found["attention"] == dense["attention"] and found["cache"] == batch * cache
-    shared = parts(shared=0.5).variants(model)["+ shared selection"]
-    assert ablation.step_bytes(shared, 3, 10)["ffn"] == copies + groups * (8 + 8)
+        nbytes = ablation_timing.step_bytes(variant, batch, 10)
+        assert nbytes["softmax"] == softmax + batch * 32 * row
+        assert nbytes["ffn"] == estimators + batch * groups * (8 + 4)
+        assert nbytes["attention"] == dense["attention"] and nbytes["cache"] == batch * cache
+    shared = variants_of(model, shared_candidates_fraction=0.5)[SHARED]
+    assert ablation_timing.step_bytes(shared, 3, 10)["ffn"] == estimators + groups * (8 + 8)
 
 
-def test_what_a_rung_says_of_text(model):
-    subject = TextModel(model, byte_tokenizer(), "random weights")
+def text_windows(subject):
     texts = beginnings(documents("evaluation", ["novel"])[:2], 400)
-    windows = np.stack([subject.tokens(text.text, 32) for text in texts])
-    names = np.asarray(["one", "two"])
+    return np.stack([subject.tokens(text.text, 32) for text in texts]), np.asarray(["one", "two"])
 
-    def states_and_best(model):
+
+def test_quality_of_a_variant_on_text(model):
+    subject = TextModel(model, byte_tokenizer(), "random weights")
+    windows, names = text_windows(subject)
+
+    def states_and_top(model):
         states = model_states.collect(model, windows, names)
         return states, true_top_k(model.embedding[...], states.hidden, 4)
 
-    own = ablation.quality(subject, *states_and_best(model))
-    assert own["recall"] == own["top1"] == 1.0 and own["n"] == 60 and len(own["nats"]) == 2
+    dense = ablation.quality(subject, *states_and_top(model))
+    assert dense["recall"]["low"] == dense["top1"]["low"] == 1.0
+    assert dense["n"] == 60 and len(dense["nats"]) == 2
     exact = -jax.nn.log_softmax(model.logits(model.prefill(windows)[0])[:, 1:-1])
     nats = np.take_along_axis(np.asarray(exact), windows[:, 2:, None], axis=2).sum((1, 2))
-    np.testing.assert_allclose(own["nats"], nats, rtol=1e-5)
-    rung = parts(common=0.0).variants(model)["+ sparse FFN"]
+    np.testing.assert_allclose(dense["nats"], nats, rtol=1e-5)
+    variant = variants_of(model, static_fraction=0.0)[BOTH]
     searched = ablation.quality(
-        TextModel(rung, subject.tokenizer, ""), *states_and_best(rung), own["nats"]
+        TextModel(variant, subject.tokenizer, ""), *states_and_top(variant), dense["nats"]
     )
-    assert searched["recall"] == 1.0 and searched["accuracy"] == own["accuracy"]
-    assert searched["over"]["mean"] == pytest.approx(0.0, abs=1e-5)
-    subject_rungs = parts(common=0.0, nominated=0.5).fitted(model, windows, together=2)
-    told = ablation.judged(
-        subject,
-        {name: subject_rungs[name] for name in ("dense", "+ sparse FFN")},
-        windows,
-        names,
-        4,
-    )
-    assert told["dense"]["bits_per_byte"] == pytest.approx(
-        own["bits_per_byte"], rel=1e-5
-    )  # ordered, and the same
-    assert told["dense"]["over"]["mean"] == 0.0 and told["+ sparse FFN"]["over"]["mean"] != 0.0
+    assert searched["recall"]["mean"] == 1.0 and searched["accuracy"] == dense["accuracy"]
+    assert searched["relative_loss"]["mean"] == pytest.approx(0.0, abs=1e-5)
 
 
-def test_what_a_user_would_pick_instead(model, rng):
+def test_a_trained_model_is_fitted_and_judged(model):
+    subject = TextModel(model, byte_tokenizer(), "random weights")
+    windows, names = text_windows(subject)
+    trained = ablation.prepare(
+        subject, sizes(static_fraction=0.0, ffn_candidates_fraction=0.5), windows, (windows, names)
+    )
+    estimator = hire.LowRank.fit(trained.rows, 16, calibration=trained.hidden, bits=8)
+    softmax = hire.HireSoftmax(trained.rows, estimator, 4, VOCABULARY)
+    ffns = []
+    for up, down, inputs in trained.layers():
+        assert inputs.shape == (2 * 32, 64)
+        estimator = hire.LowRank.fit(up, 16, calibration=inputs, bits=8)
+        ffns.append(hire.HireFFN(up, down, estimator, **trained.ffn_counts))
+    variants = ablation_variants.build(trained.model, softmax, ffns, trained.sizes)
+    judged = ablation.judge(
+        trained.subject, {name: variants[name] for name in (DENSE, BOTH)}, *trained.evaluation, 4
+    )
+    states = model_states.collect(model, windows, names)
+    unordered = ablation.quality(
+        subject, states, true_top_k(model.embedding[...], states.hidden, 4)
+    )
+    # The order of the groups changes nothing.
+    assert judged[DENSE]["bits_per_byte"] == pytest.approx(unordered["bits_per_byte"], rel=1e-5)
+    assert judged[DENSE]["relative_loss"]["mean"] == 0.0
+    assert judged[BOTH]["relative_loss"]["mean"] != 0.0
+    assert trained.text(trained.prompt) in trained.text(windows[0])
+
+
+def test_dense_rows_of_fewer_bytes(model, rng):
     token, tokens = (
         jnp.asarray([7], jnp.int32),
-        jnp.asarray(rng.integers(3, WORDS, (1, 8)), jnp.int32),
+        jnp.asarray(rng.integers(3, VOCABULARY, (1, 8)), jnp.int32),
     )
 
     @jax.jit
     def compiled(split):
         model = split.merge()
         hidden, _ = model.step(token, model.prefill(tokens, 12)[1])
-        return hidden.astype(jnp.float32), model.best(hidden, 4)
+        return hidden.astype(jnp.float32), model.top_tokens(hidden, 4)
 
-    def next_words(model):
+    def next_tokens(model):
         return compiled(SplitModel.of(model))
 
-    dense = ablation.unselected(model)
-    hidden, best = next_words(dense)
+    dense = ablation_variants.without_selection(model)
+    hidden, top = next_tokens(dense)
     x = jnp.asarray(rng.normal(size=(3, 64)), jnp.float32)
     up, down = (part[...] for part in (model.blocks[0].ffn.up, model.blocks[0].ffn.down))
     np.testing.assert_allclose(dense.blocks[0].ffn(x), jax.nn.relu(x @ up.T) @ down, atol=1e-4)
-    for other in (
-        ablation.in_small_rows(dense, 4, small) for small in (ablation.bfloat16, ablation.int8)
-    ):
-        near, found = next_words(other)
-        assert np.abs(near - hidden).max() < 0.1 * np.abs(hidden).max()
-        assert best.indices[0, 0] in found.indices[0]
-    searched = parts().variants(model)["+ sparse FFN"]
-    small = ablation.on_int8(searched)
-    assert np.abs(next_words(small)[0] - next_words(searched)[0]).max() < 0.1 * np.abs(hidden).max()
-    assert isinstance(small.softmax.rows, hire.Quantized)
-    assert sum(ablation.step_bytes(small, 1, 8).values()) < sum(
-        ablation.step_bytes(searched, 1, 8).values()
+    for shrink in (ablation_variants.to_bfloat16, ablation_variants.to_int8):
+        small = ablation_variants.with_small_rows(dense, 4, shrink)
+        small_hidden, small_top = next_tokens(small)
+        assert np.abs(small_hidden - hidden).max() < 0.1 * np.abs(hidden).max()
+        assert top.indices[0, 0] in small_top.indices[0]
+    searched = variants_of(model)[BOTH]
+    on_int8 = ablation_variants.with_int8_rows(searched)
+    difference = np.abs(next_tokens(on_int8)[0] - next_tokens(searched)[0]).max()
+    assert difference < 0.1 * np.abs(hidden).max()
+    assert isinstance(on_int8.softmax.rows, hire.Quantized)
+    assert sum(ablation_timing.step_bytes(on_int8, 1, 8).values()) < sum(
+        ablation_timing.step_bytes(searched, 1, 8).values()
     )
 
 
-def test_rungs_are_timed_in_turn_and_set_against_their_bytes(model):
-    rungs = {"dense": model, "both": parts().variants(model)["+ sparse FFN"]}
-    timed = ablation.time_variants(rungs, 3, 16, 4, 2, nothing=lambda x: x)
-    assert {name: len(seconds) for name, seconds in timed.items()} == dict(
-        dense=2, both=2, nothing=2
+def test_variants_are_timed_in_turn_and_set_against_their_bytes(model):
+    variants = {DENSE: model, BOTH: variants_of(model)[BOTH]}
+    durations = ablation_timing.time_variants(variants, 3, 16, 4, 2, nothing=lambda x: x)
+    assert {name: len(seconds) for name, seconds in durations.items()} == {
+        DENSE: 2,
+        BOTH: 2,
+        "nothing": 2,
+    }
+    points = ablation_timing.points(variants, {(3, 16): {DENSE: [0.1, 0.3, 0.2], BOTH: [0.1]}}, 1e6)
+    floor = sum(ablation_timing.step_bytes(model, 3, 8).values()) / 1e6
+    assert points["b3 cache16"][DENSE] == dict(
+        floor=floor, seconds=0.2, time_over_floor=pytest.approx(0.2 / floor)
     )
-    found = ablation.points(rungs, {(3, 16): dict(dense=[0.1, 0.3, 0.2], both=[0.1])}, 1e6)
-    floor = sum(ablation.step_bytes(model, 3, 8).values()) / 1e6
-    assert found["b3 cache16"]["dense"] == dict(
-        floor=floor, seconds=0.2, over=pytest.approx(0.2 / floor)
-    )
-    shares = ablation.spent(rungs, 16, 4, 2)
-    nbytes = ablation.step_bytes(model, 1, 8)
+    settings = SimpleNamespace(cache_length=16, k=4, repeats=2)
+    shares = ablation_timing.part_shares(variants, settings)
+    nbytes = ablation_timing.step_bytes(model, 1, 8)
     assert shares["dense, bytes"]["softmax"] == pytest.approx(
         nbytes["softmax"] / sum(nbytes.values())
     )
-    assert all(min(share.values()) > 0 for share in shares.values()) and sum(
-        shares["both, time"].values()
-    ) == pytest.approx(1)
+    assert all(min(share.values()) > 0 for share in shares.values())
+    assert sum(shares["+ sparse FFN, time"].values()) == pytest.approx(1)
 
 
-def test_other_shares_by_the_same_copies(model, rng):
-    tokens = jnp.asarray(rng.integers(3, WORDS, (2, 16)), jnp.int32)
-    narrow = parts(common=0.0, kept=0.125, nominated=0.25).variants(model)["+ sparse FFN"]
-    wide = ablation.with_shares(narrow, KEPT, 1.0)
-    assert [(ffn.k, ffn.candidates) for ffn in ablation.ffns_of(wide)] == [
-        (4, 16)
-    ] * 2  # of 16 groups
-    assert (
-        ablation.ffns_of(wide)[0].estimator.nbytes == ablation.ffns_of(narrow)[0].estimator.nbytes
-    )
+def test_a_speedup_has_the_range_of_its_turns():
+    durations = {DENSE: [3.0, 4.0, 2.0], BOTH: [1.0, 2.0, 2.0]}
+    assert ablation_timing.speedup_range(durations, BOTH) == (1.0, 3.0)
+    assert ablation_timing.speedup_text(durations, BOTH) == "1.50x (1.00 to 3.00)"
+
+
+def test_other_shares_by_the_same_estimators(model, rng):
+    tokens = jnp.asarray(rng.integers(3, VOCABULARY, (2, 16)), jnp.int32)
+    narrow = variants_of(
+        model, static_fraction=0.0, ffn_k_fraction=0.125, ffn_candidates_fraction=0.25
+    )[BOTH]
+    wide = ablation_variants.with_shares(narrow, K_FRACTION, 1.0)
+    wide_ffns, narrow_ffns = ablation_variants.ffns_of(wide), ablation_variants.ffns_of(narrow)
+    assert [(ffn.k, ffn.candidates) for ffn in wide_ffns] == [(4, 16)] * 2  # of 16 groups
+    assert wide_ffns[0].estimator.nbytes == narrow_ffns[0].estimator.nbytes
     np.testing.assert_allclose(hidden_states(wide)(tokens), hidden_states(model)(tokens), atol=2e-4)
     assert np.abs(hidden_states(narrow)(tokens) - hidden_states(model)(tokens)).max() > 1e-3
-    together = parts().variants(model, together=4)["+ shared selection"]
-    for changed in (ablation.with_shares(together, KEPT, 1.0), ablation.on_int8(together)):
-        assert [block.ffn.together for block in changed.blocks] == [4, 4]
+    shared = variants_of(model, shared_batch=4)[SHARED]
+    for changed in (
+        ablation_variants.with_shares(shared, K_FRACTION, 1.0),
+        ablation_variants.with_int8_rows(shared),
+    ):
+        assert [block.ffn.tokens_per_selection for block in changed.blocks] == [4, 4]
 
 
-def test_a_model_over_blocks_has_the_same_rungs_and_rivals(model, rng):
-    tokens = jnp.asarray(rng.integers(3, WORDS, (2, 16)), jnp.int32)
+def test_a_model_over_blocks_has_the_same_variants_and_alternatives(model, rng):
+    tokens = jnp.asarray(rng.integers(3, VOCABULARY, (2, 16)), jnp.int32)
     rows = model.embedding[...]
-    softmax = hire.HireSoftmax(blocks(rows), hire.Quantized.fit(rows, 8), 4, WORDS)
+    softmax = hire.HireSoftmax(blocks(rows), hire.Quantized.fit(rows, 8), 4, VOCABULARY)
     blocked = hire.convert(model, softmax=softmax)
-    own = hidden_states(model)(tokens)
-    for other in (ablation.in_small_rows(blocked, 4, ablation.int8), ablation.on_int8(blocked)):
-        assert other.embedding.shape == (WORDS, 64) and other.softmax.rows.shape == (WORDS, 64)
-        near = ablation.in_small_rows(model, 4, ablation.int8)
-        np.testing.assert_array_equal(other.embed(tokens), near.embed(tokens))
-    assert list(parts().variants(blocked)) == list(parts().variants(model))
-    np.testing.assert_allclose(
-        hidden_states(parts().variants(blocked)["dense"])(tokens), own, atol=1e-5
-    )
+    hidden = hidden_states(model)(tokens)
+    to_int8 = ablation_variants.to_int8
+    small = ablation_variants.with_small_rows(model, 4, to_int8)
+    for other in (
+        ablation_variants.with_small_rows(blocked, 4, to_int8),
+        ablation_variants.with_int8_rows(blocked),
+    ):
+        assert other.embedding.shape == (VOCABULARY, 64)
+        assert other.softmax.rows.shape == (VOCABULARY, 64)
+        np.testing.assert_array_equal(other.embed(tokens), small.embed(tokens))
+    variants = variants_of(blocked)
+    assert list(variants) == list(variants_of(model))
+    np.testing.assert_allclose(hidden_states(variants[DENSE])(tokens), hidden, atol=1e-5)
 
 
 def test_too_little_memory_offers_half_of_it(monkeypatch, capsys):
@@ -224,30 +283,35 @@ def test_too_little_memory_offers_half_of_it(monkeypatch, capsys):
         weights.psutil, "virtual_memory", lambda: type("Memory", (), dict(available=6e9))()
     )
     with pytest.raises(MemoryError, match="paper_1b.*8.1 GB.*6.0 GB.*paper_half"):
-        ablation.random_model("paper_1b")
+        ablation_variants.random_model("paper_1b")
     monkeypatch.setattr(
         weights.psutil, "virtual_memory", lambda: type("Memory", (), dict(available=1e9))()
     )
-    name, found = ablation.model_that_fits("paper_1b")
-    assert name == "small" and found.config == preset("small")
+    name, small = ablation_variants.model_that_fits("paper_1b")
+    assert name == "small" and small.config == preset("small")
     assert "going on with paper_half" in capsys.readouterr().out
 
 
 def test_the_map_by_hand():
-    assert ablation.published_speedups() == [1.22, 1.16, 1.47]
-    assert ablation.speed_of(0.4, 0.4, (0.0, 0.5)) == pytest.approx(1 / 0.4)  # 1 - 0.4 - 0.2
-    softmax, ffn = ablation.shares(preset("paper_1b"))
+    published = ablation_map.published_speedups()
+    assert published == dict(softmax=1.22, ffn=1.16, both=1.47)
+    expected = ablation_map.additive_speedup(published["softmax"], published["ffn"])
+    assert expected == pytest.approx(published["both"], abs=0.005)
+    by_bytes = ablation_map.speedup_by_bytes(0.4, 0.4, dict(softmax=0.0, ffn=0.5))
+    assert by_bytes == pytest.approx(1 / 0.4)  # 1 - 0.4 - 0.2
+    share = ablation_map.share_of_speedup(by_bytes, 0.5)
+    only_ffn = ablation_map.speedup_by_bytes(0.0, share, dict(softmax=1.0, ffn=0.5))
+    assert only_ffn == pytest.approx(by_bytes)
+    softmax, ffn = ablation_map.byte_shares(preset("paper_1b"))
     counts = preset("paper_1b").parameters()
-    sizes = {
+    billions = {
         name: sum(shape.parameters().values()) / 1e9
-        for name, shape in ablation.known_shapes().items()
+        for name, shape in ablation_map.known_shapes().items()
     }
-    assert sizes["Llama 3.2 1B"] == pytest.approx(1.2358, abs=1e-3) and sizes[
-        "gemma3_1b"
-    ] == pytest.approx(1.0, abs=1e-3)
-    assert 0.35 < softmax < 0.42 and softmax / ffn == pytest.approx(
-        counts["softmax"] / counts["ffn"]
-    )
+    assert billions["Llama 3.2 1B"] == pytest.approx(1.2358, abs=1e-3)
+    assert billions["gemma3_1b"] == pytest.approx(1.0, abs=1e-3)
+    assert 0.35 < softmax < 0.42
+    assert softmax / ffn == pytest.approx(counts["softmax"] / counts["ffn"])
 
 
 def test_a_searched_step_reads_what_its_classes_say():
@@ -258,9 +322,9 @@ def test_a_searched_step_reads_what_its_classes_say():
     width, neurons, layers = config.width, config.ffn_width, config.layers
     softmax = 8192 * (128 + 4) + 128 * (width + 4) + 4 * 3 + 2 * 2048 * width * 2
     assert reads["softmax"] - reads["dense"] == pytest.approx(softmax - 8192 * width * 2, abs=1e3)
-    kept, candidates = 12, 25  # 5 % and 10 % of 256
-    copy = neurons * (width // 4 + 4) + width // 4 * (width + 4)
-    ffn = layers * (copy + 2 * (kept + candidates) * 8 * width * 2)
+    k, candidates = 12, 25  # 5 % and 10 % of 256
+    estimator = neurons * (width // 4 + 4) + width // 4 * (width + 4)
+    ffn = layers * (estimator + 2 * (k + candidates) * 8 * width * 2)
     assert reads["FFN"] - reads["dense"] == pytest.approx(
         ffn - layers * 2 * neurons * width * 2, abs=1e3
     )

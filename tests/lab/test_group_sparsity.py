@@ -56,8 +56,8 @@ def test_unions_and_lags_by_hand():
     assert group_sparsity.predicted_by_earlier(sets, [1, 2]) == [pytest.approx(1 / 3), 0.0]
 
 
-def states(subject, windows, ffns=None, **together):
-    model = subject.model if ffns is None else hire.convert(subject.model, ffn=ffns, **together)
+def states(subject, windows, ffns=None, **options):
+    model = subject.model if ffns is None else hire.convert(subject.model, ffn=ffns, **options)
     return model_states.hidden_states(model)(windows)
 
 
@@ -65,22 +65,26 @@ def test_with_every_group_a_candidate_nothing_is_lost(studied, rng):
     subject, windows = studied.subject, rng.integers(3, 500, (3, 16)).astype(np.int32)
     own, whole = states(subject, windows), studied.searched(int8, 1.0)
     np.testing.assert_allclose(states(subject, windows, whole), own, atol=1e-4)
-    shared = studied.searched(int8, 1.0, shared=True)
-    np.testing.assert_allclose(states(subject, windows, shared, together=8), own, atol=1e-4)
+    shared = studied.searched(int8, 1.0, share_selection=True)
+    np.testing.assert_allclose(
+        states(subject, windows, shared, tokens_per_selection=8), own, atol=1e-4
+    )
     few = studied.searched(studied.low_rank(4), 0.1)
     assert np.abs(states(subject, windows, few) - own).max() > 0.1
-    judged = studied.judged(whole)
+    judged = studied.loss_difference(whole)
     assert judged["mean"] == pytest.approx(0.0, abs=1e-6) and judged["documents"] == len(
         studied.texts
     )
-    assert studied.judged(few)["bytes"] == group_sparsity.bytes_share(few) < judged["bytes"]
+    assert (
+        studied.loss_difference(few)["bytes"] == group_sparsity.bytes_share(few) < judged["bytes"]
+    )
 
 
 def test_different_texts_share_what_they_need_together(studied, rng):
     one = rng.integers(3, 500, (1, 16)).astype(np.int32)
-    shared = studied.searched(int8, 0.1, shared=True)
+    shared = studied.searched(int8, 0.1, share_selection=True)
     alone = hire.convert(studied.model, ffn=studied.searched(int8, 0.1))
-    across = hire.convert(studied.model, ffn=shared, together=4)
+    across = hire.convert(studied.model, ffn=shared, tokens_per_selection=4)
     for block in across.blocks:
         block.ffn = trained_sparsity.Across(block.ffn)
     same, other = (
@@ -94,8 +98,8 @@ def test_different_texts_share_what_they_need_together(studied, rng):
         model_states.hidden_states(across)(same), np.repeat(expected[None], 4, axis=0), atol=1e-4
     )
     assert np.abs(model_states.hidden_states(across)(other)[0] - expected).max() > 0.1
-    judged = studied.judged(shared, together=4, across=True)
-    assert judged["mean"] != studied.judged(shared, together=4)["mean"]
+    judged = studied.loss_difference(shared, tokens_per_selection=4, across=True)
+    assert judged["mean"] != studied.loss_difference(shared, tokens_per_selection=4)["mean"]
 
 
 def test_recall_grows_with_candidates_and_bits(studied):
@@ -145,12 +149,14 @@ def test_a_gated_model_is_searched_by_its_gate(tiny):
     own = model_quality.score_documents(subject, texts).nats
     for both in (None, int8):
         whole = group_sparsity.searched(
-            subject.model, int8, kept=1.0, candidates=1.0, group_size=8, up_copy=both
+            subject.model, int8, kept_fraction=1.0, candidates=1.0, group_size=8, up_copy=both
         )
         np.testing.assert_allclose(
             trained_sparsity.scores_with(subject, texts, whole).nats, own, rtol=1e-5
         )
-    some = group_sparsity.searched(subject.model, int8, kept=0.25, candidates=0.5, group_size=8)
+    some = group_sparsity.searched(
+        subject.model, int8, kept_fraction=0.25, candidates=0.5, group_size=8
+    )
     assert np.abs(trained_sparsity.scores_with(subject, texts, some).nats / own - 1).max() > 1e-4
 
 

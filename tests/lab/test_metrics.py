@@ -51,8 +51,8 @@ def log_p(model, tokens):
     """
     filled = np.zeros((1, 100), np.int32)
     filled[0, : len(tokens) - 1] = tokens[:-1]
-    told = np.asarray(all_log_p(*nnx.split(model), filled))[: len(tokens) - 1]
-    return told[np.arange(len(told)), tokens[1:]], told.argmax(1)
+    output = np.asarray(all_log_p(*nnx.split(model), filled))[: len(tokens) - 1]
+    return output[np.arange(len(output)), tokens[1:]], output.argmax(1)
 
 
 def test_every_token_is_asked_for_once_with_its_context():
@@ -84,7 +84,7 @@ def test_bits_per_byte_by_hand(subject):
 
 def test_sliding_losses_are_those_of_the_windows(subject):
     states = model_states.document_states(subject, TEXTS, 16, 8)
-    told = model_quality.head_outputs(subject.model.embedding[...], states, k=8)
+    output = model_quality.head_outputs(subject.model.embedding[...], states, k=8)
     assert (
         states.targets[states.documents == 0].tolist() == subject.tokens(TEXTS[0].text)[1:].tolist()
     )
@@ -93,8 +93,8 @@ def test_sliding_losses_are_those_of_the_windows(subject):
     for end in (*range(25, len(tokens), 8), len(tokens)):
         start, fresh = end - 16, min(8, (end - 17) % 8 or 8)
         expected += [*log_p(subject.model, [2, *tokens[start:end]])[0][-fresh:]]
-    np.testing.assert_allclose(-told.nats[states.documents == 0], expected, atol=1e-4)
-    scores = model_quality.scores_of(told, states, TEXTS)
+    np.testing.assert_allclose(-output.nats[states.documents == 0], expected, atol=1e-4)
+    scores = model_quality.scores_of(output, states, TEXTS)
     assert scores.tokens.tolist() == [53, 8] and scores.nats[0] == pytest.approx(
         -np.sum(expected), rel=1e-5
     )
@@ -103,17 +103,17 @@ def test_sliding_losses_are_those_of_the_windows(subject):
 def test_one_prefill_serves_dense_and_searched(subject, softmax):
     states = model_states.document_states(subject, TEXTS, 16, 8)
     rows = subject.model.embedding[...]
-    exact, found = (
+    exact, result = (
         model_quality.head_outputs(rows, states, k=8),
         model_quality.head_outputs(softmax, states, k=8),
     )
-    np.testing.assert_array_equal(found.best.indices, softmax(states.hidden).indices)
+    np.testing.assert_array_equal(result.true_top.indices, softmax(states.hidden).indices)
     candidates = replace(softmax, k=softmax.candidates)(states.hidden).indices
     outside = [target not in some for target, some in zip(states.targets, candidates, strict=True)]
-    np.testing.assert_array_equal(found.outside, outside)
+    np.testing.assert_array_equal(result.outside, outside)
     assert 0 < np.mean(outside) < 1 and not exact.outside.any()
     np.testing.assert_allclose(
-        found.nats,
+        result.nats,
         -softmax.log_probabilities(states.hidden, states.targets[:, None])[:, 0],
         atol=1e-4,
     )
@@ -125,22 +125,22 @@ def test_one_prefill_serves_dense_and_searched(subject, softmax):
         and changed["outside"]["mean"] == 0
     )
     assert abs(changed["variation"]["mean"]) < 1e-6 and abs(changed["loss"]["mean"]) < 1e-6
-    worse = model_quality.against(found, exact, states.documents)
+    worse = model_quality.against(result, exact, states.documents)
     assert (
         worse["outside"]["mean"] == pytest.approx(np.mean(outside)) and worse["recall"]["mean"] < 1
     )
     assert worse["variation"]["mean"] == pytest.approx(
-        model_quality.total_variation(found.best, exact.best).mean()
+        model_quality.total_variation(result.true_top, exact.true_top).mean()
     )
 
 
 def test_differences_in_points_by_hand():
-    told = intervals.points(
+    output = intervals.points(
         [1.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0], np.asarray(["a", "a", "b", "b"])
     )
-    assert (told["mean"], told["n"], told["documents"]) == (0.5, 4, 2) and (
-        told["low"],
-        told["high"],
+    assert (output["mean"], output["n"], output["documents"]) == (0.5, 4, 2) and (
+        output["low"],
+        output["high"],
     ) == (0.5, 0.5)
     apart = intervals.points([1.0, 0.0], [0.0, 0.0])
     assert (apart["mean"], apart["low"], apart["high"]) == (0.5, 0.0, 1.0)
@@ -149,11 +149,13 @@ def test_differences_in_points_by_hand():
 def test_a_cloze_by_hand():
     filler = "Now there was a long and quiet evening on the wide water of the bay. " * 3
     text = f"{filler}The captain had seen the whale. Nobody among us had yet seen that whale. "
-    (found,) = questions.cloze([Document("sea", "novel", text)], each=4, sentences=5)
+    (result,) = questions.cloze(
+        [Document("sea", "novel", text)], questions_per_document=4, sentences=5
+    )
     assert (
-        found["word"] == "whale"
-        and found["context"].endswith("Nobody among us had yet seen that")
-        and found["document"] == "sea"
+        result["word"] == "whale"
+        and result["context"].endswith("Nobody among us had yet seen that")
+        and result["document"] == "sea"
     )
     assert not questions.cloze(
         [Document("sea", "novel", text.replace("seen that whale", "seen that ship"))]
@@ -161,7 +163,7 @@ def test_a_cloze_by_hand():
     assert not questions.cloze(
         [Document("sea", "novel", text.replace("Nobody", "No whale"))]
     )  # known from the last sentence alone
-    assert len(questions.cloze([Document("sea", "novel", text * 7)], each=2)) == 2
+    assert len(questions.cloze([Document("sea", "novel", text * 7)], questions_per_document=2)) == 2
 
 
 def requested(kind, *arguments):
@@ -176,13 +178,13 @@ def test_the_adapter_is_the_model(subject):
         ("The sea", " is wide and deep"),
         ("Ahab", "bbbb"),
     ]
-    told = lm.loglikelihood(requested("loglikelihood", *pairs))
-    for (context, text), (likely, greedy) in zip(pairs, told, strict=True):
+    output = lm.loglikelihood(requested("loglikelihood", *pairs))
+    for (context, text), (likely, greedy) in zip(pairs, output, strict=True):
         tokens = subject.tokens(context + text)
         expected, best = log_p(subject.model, tokens)
         assert likely == pytest.approx(expected[-len(text) :].sum(), rel=1e-4)
         assert greedy == (best[-len(text) :].tolist() == tokens[-len(text) :].tolist())
-    assert [greedy for _, greedy in told] == [
+    assert [greedy for _, greedy in output] == [
         False,
         False,
         False,
@@ -208,7 +210,7 @@ def test_greedy_text_stops_where_it_is_told_to(subject, softmax):
         written == [subject.tokenizer.decode(tokens[5:].tolist()), "", ""] and written[0] == "bbbb"
     )
     every = replace(softmax, candidates=300)
-    assert Harness(subject, every).written("Ahab", asked[0]) == "bbbb"
+    assert Harness(subject, every).generate_text("Ahab", asked[0]) == "bbbb"
 
 
 @pytest.mark.parametrize(
@@ -234,7 +236,7 @@ def test_settings_that_greedy_decoding_cannot_have_are_refused(subject, settings
 @pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens"])
 def test_every_name_of_a_length_is_honoured(subject, name):
     greedy = dict(do_sample=False, temperature=0.0, until="")
-    assert Harness(subject).written("Ahab", greedy | {name: 3}) == "bbb"
+    assert Harness(subject).generate_text("Ahab", greedy | {name: 3}) == "bbb"
 
 
 def test_searched_harnesses_share_a_prefill(subject, softmax, monkeypatch):
@@ -284,16 +286,16 @@ def test_a_local_task_is_what_the_harness_makes_of_it(subject, softmax, wheel):
         question("Fire is\nA. A.cold\nB. hot\nAnswer:", "B"),
         question("Ice?\n\na) warm\nb) cold\nc) hot", "b) cold"),
     )
-    found, failed = lm_eval_tasks.run_tasks(
+    result, failed = lm_eval_tasks.run_tasks(
         subject,
         {"dense": None, "HiRE": softmax},
         ["local_quartz", "nothing", "local_cloze"],
         limit=3,
     )
-    assert list(found) == ["local_quartz"] and list(failed) == ["nothing", "local_cloze"]
+    assert list(result) == ["local_quartz"] and list(failed) == ["nothing", "local_cloze"]
     assert "nothing" in failed["nothing"]
     assert "local_cloze" in failed["local_cloze"] and "512" in failed["local_cloze"]
-    told = found["local_quartz"]["dense"]
+    output = result["local_quartz"]["dense"]
     right = []
     for text, choices, gold in (
         ("The sea is", "wet dry", 0),
@@ -306,12 +308,12 @@ def test_a_local_task_is_what_the_harness_makes_of_it(subject, softmax, wheel):
             for each in asked[1:]
         ]
         right.append(float(np.argmax(sums) == gold))
-    assert told["right"] == right and told["documents"] == ["0", "1", "2"]
-    assert told["metrics"]["local_quartz"]["acc,none"] == pytest.approx(np.mean(right))
-    assert told["data"] == "quartz/samples.jsonl of PyPI evals==3.0.1.post1"
-    apart = lm_eval_tasks.pooled([found["local_quartz"]["HiRE"]], [told])
+    assert output["right"] == right and output["documents"] == ["0", "1", "2"]
+    assert output["metrics"]["local_quartz"]["acc,none"] == pytest.approx(np.mean(right))
+    assert output["data"] == "quartz/samples.jsonl of PyPI evals==3.0.1.post1"
+    apart = lm_eval_tasks.pooled([result["local_quartz"]["HiRE"]], [output])
     assert apart["n"] == 3 and apart["mean"] == pytest.approx(
-        np.mean(found["local_quartz"]["HiRE"]["right"]) - np.mean(right)
+        np.mean(result["local_quartz"]["HiRE"]["right"]) - np.mean(right)
     )
 
 
@@ -343,7 +345,7 @@ def test_bad_data_is_one_line_that_names_the_task(subject, wheel, row, value):
             "request 0",
         ),
         (lambda s: Harness(s).loglikelihood(requested("loglikelihood", ("a" * 600, "b"))), "602"),
-        (lambda s: Harness(s).written("a" * 500, {}), "501 .* 256"),
+        (lambda s: Harness(s).generate_text("a" * 500, {}), "501 .* 256"),
     ],
 )
 def test_bad_text_is_named(subject, call, value):

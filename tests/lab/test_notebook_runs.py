@@ -16,9 +16,17 @@ from hire.lab.report import notebooks
 from hire.models.weights import cache_folder
 
 
-def test_profiles_name_parameters_that_exist():
+def test_profiles_have_the_sizes_of_the_parameters_cells():
     for profile in figure_index.PROFILES:
-        notebooks.check_parameters(profile)
+        notebooks.check_sizes(profile, {})
+
+
+PROFILE = "01_good: {{steps: {}}}\n02_bad: {{steps: 1}}\n"
+# What `Study` does with the sizes, without its imports.
+LOAD_SIZES = """
+import yaml
+steps = steps or yaml.safe_load(open(f"profiles/{profile}.yaml"))["01_good"]["steps"]
+"""
 
 
 @pytest.fixture
@@ -39,7 +47,7 @@ def workshop(tmp_path, monkeypatch):
     def write(name, *sources, **parameters):
         cells = [
             nbformat.v4.new_code_cell(source)
-            for source in ('profile = "smoke"\nsteps = 1', *sources)
+            for source in ('profile = "auto"\nsteps = None', LOAD_SIZES, *sources)
         ]
         cells[0].metadata["tags"] = ["parameters"]
         kernel = dict(name="python3", display_name="Python 3", language="python")
@@ -50,7 +58,7 @@ def workshop(tmp_path, monkeypatch):
         "01_good", "from pathlib import Path\nPath('../ran').open('a').write(f'{profile} {steps};')"
     )
     write("02_bad", "print('fine')", "raise KeyError('the third cell')")
-    (tmp_path / "notebooks/profiles/smoke.yaml").write_text("01_good: {steps: 7}\n")
+    (tmp_path / "notebooks/profiles/smoke.yaml").write_text(PROFILE.format(7))
     return tmp_path, write
 
 
@@ -60,9 +68,9 @@ def test_a_failing_notebook_is_named_and_the_others_still_run(workshop, capsys):
     write("02_bad", "from pathlib import Path\nPath('../ran').write_text(profile)")
     assert notebooks.run_notebooks("smoke") == ["01_good"]
     assert (
-        "01_good: FAILED" in (said := capsys.readouterr().out)
-        and "ValueError: first" in said
-        and "cell" in said
+        "01_good: FAILED" in (message := capsys.readouterr().out)
+        and "ValueError: first" in message
+        and "cell" in message
     )
     assert (folder / "ran").read_text() == "smoke"
 
@@ -74,7 +82,7 @@ def test_a_run_goes_on_where_it_was(workshop, capsys):
     assert notebooks.run_notebooks("smoke") == []
     assert (folder / "ran").read_text() == "smoke 7;"  # not run again
     assert "01_good: up to date" in capsys.readouterr().out
-    (folder / "notebooks/profiles/smoke.yaml").write_text("01_good: {steps: 8}\n")
+    (folder / "notebooks/profiles/smoke.yaml").write_text(PROFILE.format(8))
     assert notebooks.run_notebooks("smoke") == []
     assert (folder / "ran").read_text() == "smoke 7;smoke 8;"  # its parameters changed
     assert notebooks.run_notebooks("smoke", "01", fresh=True) == []
@@ -82,7 +90,7 @@ def test_a_run_goes_on_where_it_was(workshop, capsys):
 
 
 def test_a_fresh_run_makes_hidden_states_anew(workshop):
-    kept = cache_folder() / "prefills"
+    kept = cache_folder() / "hidden_states"
     kept.mkdir(exist_ok=True)
     (kept / "one.npz").touch()
     assert notebooks.run_notebooks("smoke", "01", fresh=True) == []
@@ -101,7 +109,7 @@ def test_a_stale_stamp_runs_the_notebook_again(workshop, monkeypatch, capsys, st
     elif stale == "cut short":
         stamp.write_text(stamp.read_text()[:-1])
     else:
-        (folder / "notebooks/profiles/cpu.yaml").write_text("01_good: {steps: 7}\n")
+        (folder / "notebooks/profiles/cpu.yaml").write_text(PROFILE.format(7))
         (folder / "out/cpu").mkdir()
         shutil.copy(stamp, folder / "out/cpu/01_good.done")
         monkeypatch.setattr(notebooks, "compared", lambda name: "")
@@ -120,7 +128,12 @@ def test_a_dead_kernel_is_said_to_be_one(workshop, capsys):
 
 
 @pytest.mark.parametrize(
-    "profile, value", [("01_good: {stepz: 7}", "stepz"), ("03_none: {}", "03_none")]
+    "profile, value",
+    [
+        ("01_good: {stepz: 7}\n02_bad: {steps: 1}", "stepz"),
+        ("01_good: {steps: 7}", "02_bad"),
+        ("01_good: {steps: 7}\n02_bad: {steps: 1}\n03_none: {}", "03_none"),
+    ],
 )
 def test_a_misspelt_parameter_is_refused_before_anything_runs(workshop, profile, value):
     folder, _ = workshop
@@ -130,13 +143,30 @@ def test_a_misspelt_parameter_is_refused_before_anything_runs(workshop, profile,
     assert not (folder / "ran").exists()
 
 
+def test_a_size_can_be_changed_and_then_writes_elsewhere(workshop, capsys):
+    folder, _ = workshop
+    assert notebooks.run_notebooks("smoke", "01", overrides=dict(steps=9)) == []
+    assert (folder / "ran").read_text() == "smoke 9;"
+    assert (folder / "out/smoke-changed/01_good.done").exists()
+    assert not (folder / "out/smoke").exists()
+    for arguments, value in (
+        (("smoke", "01", dict(stepz=9)), "stepz"),
+        (("smoke", None, dict(steps=9)), "steps"),
+    ):
+        profile, only, overrides = arguments
+        with pytest.raises(ValueError, match=value):
+            notebooks.run_notebooks(profile, only, overrides=overrides)
+    assert main(["figures", "--only", "01", "--set", "steps"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_errors_of_the_command_are_one_line(capsys):
     assert main(["figures", "--profile", "fast"]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and "fast" in said and said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "fast" in message and message.count("\n") == 1
     assert main(["figures", "--only", "77"]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and "77" in said and said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "77" in message and message.count("\n") == 1
 
 
 def test_a_run_killed_in_a_notebook_starts_with_that_notebook_again():

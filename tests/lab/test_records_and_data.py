@@ -1,9 +1,12 @@
 """The lab: text, records, timing, figures, scorecard, targets."""
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 
+import jsonschema
 import matplotlib
 import nbformat
 import numpy as np
@@ -14,8 +17,10 @@ from hire.lab import figure_index, records
 from hire.lab.data import model_states
 from hire.lab.data.text import KINDS, SPLITS, documents
 from hire.lab.metrics import model_quality
-from hire.lab.report import pages, plots, run, scorecard
+from hire.lab.report import pages, scorecard
 from hire.lab.rivals import dense
+from hire.lab.studies import figure_files, plots, study
+from hire.lab.studies.study import Claim, Record, Result, Study
 from hire.lab.timing import decode_step, interleaved, roofline
 from hire.models import load_text_model, preset
 
@@ -48,10 +53,11 @@ def test_no_document_is_in_two_splits_and_all_kinds_are_there():
     [
         (lambda: documents("test"), ValueError, "'test'"),
         (lambda: documents("train", ["poem"]), ValueError, "'poem'"),
-        (lambda: figure_index.register("99"), ValueError, "'99'"),
-        (lambda: figure_index.parameters("gpu"), ValueError, "'gpu'"),
-        (lambda: run.Run("01", "fast"), ValueError, "'fast'"),
-        (lambda: run.Run("01", "tpu"), RuntimeError, "'tpu'.*cpu"),
+        (lambda: figure_index.figure_entry("99"), ValueError, "'99'"),
+        (lambda: figure_index.sizes_by_notebook("gpu"), ValueError, "'gpu'"),
+        (lambda: Study("01", dict(profile="fast")), ValueError, "'fast'"),
+        (lambda: Study("01", dict(profile="tpu")), RuntimeError, "'tpu'.*cpu"),
+        (lambda: figure_index.settings("02_recall", "cpu", dict(rnak=8)), ValueError, "'rnak'"),
         (lambda: interleaved.interleaved({}, [1], 2), ValueError, "1 .* 2"),
     ],
 )
@@ -73,7 +79,7 @@ def test_the_hub_out_of_reach_is_one_line(monkeypatch):
 def test_windows_start_with_bos_and_states_keep_their_documents():
     subject = load_text_model("tiny")
     texts = documents("evaluation", ["speech"])[:3]
-    tokens, names = model_states.windows(subject, texts, 32, each=2)
+    tokens, names = model_states.windows(subject, texts, 32, windows_per_document=2)
     assert tokens.shape == (6, 32) and (tokens[:, 0] == 2).all()
     assert subject.tokenizer.decode(tokens[0, 1:].tolist()) == texts[0].text[:31]
     states = model_states.collect(subject.model, tokens, names, skip=4)
@@ -99,7 +105,7 @@ def test_a_step_is_timed_whole_and_in_parts():
     np.testing.assert_allclose(best.values, [[logits.max()]], rtol=1e-5)
     durations = steps.over_batches([1, 3], [hidden, hidden], 2)
     assert [len(seconds) for seconds in durations.values()] == [2, 2]
-    top = steps.whole(3)(hidden)
+    top = steps.complete_step(3)(hidden)
     assert (
         top.indices.shape == (3, 1) and len(set(top.values[:, 0].tolist())) == 3
     )  # each text goes on with a word of its own
@@ -223,14 +229,18 @@ def test_two_processes_that_write_records_lose_none(tmp_path, record_property):
     assert [path.name for path in tmp_path.iterdir()] == ["topic.jsonl"]
 
 
-def test_records_of_before_there_were_checksums_are_read_and_kept(tmp_path):
+def test_a_record_that_is_not_as_written_is_refused(tmp_path):
     facts = dict(kind="measured", weights="none", setting={})
-    (tmp_path / "topic.jsonl").write_text('{"id": "a",  "results": {"x": 1}}\n')
-    records.write(tmp_path, "topic", "b", results=dict(x=2), **facts)
-    assert [entry["results"]["x"] for entry in records.read(tmp_path)] == [1, 2]
+    for name in "ab":
+        records.write(tmp_path, "topic", name, results=dict(x=name), **facts)
+    assert [entry["results"]["x"] for entry in records.read(tmp_path)] == ["a", "b"]
     path = tmp_path / "topic.jsonl"
-    path.write_text(path.read_text().replace('"x": 1', '"x": 7'))
+    written = path.read_text()
+    path.write_text(written.replace('"x": "a"', '"x": "c"'))
     with pytest.raises(ValueError, match=r"topic\.jsonl:1"):
+        records.read(tmp_path)
+    path.write_text(written.replace(', "format": 2', "", 1))
+    with pytest.raises(ValueError, match=r"topic\.jsonl:1.*migrate\.py"):
         records.read(tmp_path)
     with pytest.raises(ValueError, match="colour"):
         records.write(tmp_path, "other", "b", results=dict(x=2), colour="red", **facts)
@@ -241,8 +251,8 @@ def test_series_are_compared_within_their_tolerance():
     new = dict(
         series=dict(recall=[0.91, 1.0], ms=[1.4], come=[1]), tolerance=dict(default=0.02, ms=0.5)
     )
-    assert plots.differences(old, new) == ["come", "gone"]
-    assert plots.differences(old, new | dict(tolerance=dict(default=0.001, ms=0.5))) == [
+    assert figure_files.differences(old, new) == ["come", "gone"]
+    assert figure_files.differences(old, new | dict(tolerance=dict(default=0.001, ms=0.5))) == [
         "come",
         "gone",
         "recall",
@@ -274,6 +284,106 @@ def test_only_a_measurement_on_a_tpu_reproduces(obtained, expected):
     assert scorecard.verdict(rows) == expected
 
 
+def test_the_scorecard_follows_its_schema():
+    rows = scorecard.scorecard()
+    schema = json.loads((figure_index.FIGURES / "scorecard.schema.json").read_text())
+    jsonschema.validate(rows, schema)
+    assert json.loads((figure_index.FIGURES / "scorecard.json").read_text()) == rows
+    assert len({row["claim"] for row in rows}) == len(rows) == 13
+    for row in rows:
+        assert re.search(r"\d|half", row["criterion"])
+        assert row["met"] == any(entry["supports"] for entry in row["obtained"])
+        for entry in row["obtained"]:
+            bounds = [value for value in (entry["low"], entry["high"]) if value is not None]
+            assert bounds in ([], sorted(bounds)) and len(bounds) in (0, 2)
+            assert not bounds or bounds[0] <= entry["value"] <= bounds[1]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate([rows[0] | dict(obtained=[])], schema)
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyResult(Result):
+    """One number, as a result of figure 01."""
+
+    number: float
+    weights: str = "none"
+    tolerance = {"default": 0.1}
+
+    def finding(self):
+        return f"The number is {self.number}."
+
+    def series(self):
+        return {"number": [self.number]}
+
+    def records(self):
+        claim = Claim(self.number, "numbers", "exact", "toy", supports=True, low=0.0, high=9.0)
+        return [Record("toy", "none", {}, dict(x=self.number), claims={"memory-bound": claim})]
+
+    def plot(self):
+        figure, axes = plots.new_figure(1, 1)
+        plots.draw_line(axes[0, 0], [0, 1], [0, self.number], plots.BLUE)
+        return figure
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Folders of the test for figures, records and everything below out/."""
+    monkeypatch.setattr(study, "OUT", tmp_path / "out")
+    monkeypatch.setattr(study, "FIGURES", tmp_path / "figures")
+    monkeypatch.setattr(study, "RECORDS", tmp_path / "records")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "profile, sizes, folder",
+    [
+        ("cpu", {}, ""),
+        ("cpu", dict(new_tokens=None), ""),
+        ("cpu", dict(new_tokens=3), "out/cpu-changed/"),
+        ("smoke", {}, "out/smoke/"),
+    ],
+)
+def test_only_the_committed_profile_writes_evidence(folders, capsys, profile, sizes, folder):
+    run = Study("01", dict(profile=profile) | sizes)
+    assert run.settings.new_tokens == (
+        sizes.get("new_tokens") or figure_index.sizes_by_notebook(profile)[run.name]["new_tokens"]
+    )
+    run.publish(ToyResult(4.0))
+    made = {path.relative_to(folders).as_posix() for path in folders.rglob("*.*")}
+    figure, record = f"{folder}figures/01_bottleneck", f"{folder}records/01_bottleneck.jsonl"
+    assert made == {f"{figure}.png", f"{figure}.json", record}
+    (entry,) = records.read((folders / record).parent)
+    assert (
+        entry["claims"]["memory-bound"] | dict(value=4.0, figure="01", device=None)
+        == (entry["claims"]["memory-bound"])
+    )
+    assert ("not to figures/" in capsys.readouterr().out) == bool(folder)
+
+
+@pytest.mark.parametrize(
+    "chosen, environment, backend, expected",
+    [
+        ("auto", None, "cpu", "cpu"),
+        ("auto", None, "tpu", "tpu"),
+        ("auto", "smoke", "tpu", "smoke"),
+        ("cpu", "smoke", "tpu", "cpu"),
+        ("tpu", "smoke", "tpu", "tpu"),
+    ],
+)
+def test_auto_takes_the_profile_of_the_machine(monkeypatch, chosen, environment, backend, expected):
+    monkeypatch.setattr(figure_index.jax, "default_backend", lambda: backend)
+    monkeypatch.delenv(figure_index.PROFILE_VARIABLE, raising=False)
+    if environment:
+        monkeypatch.setenv(figure_index.PROFILE_VARIABLE, environment)
+    assert figure_index.resolve_profile(chosen) == expected
+
+
+def test_evidence_of_another_device_stays_out_of_the_committed_folders(folders, monkeypatch):
+    monkeypatch.setattr(figure_index.jax, "default_backend", lambda: "tpu")
+    assert not Study("01", dict(profile="cpu")).is_evidence
+    assert not Study("01", dict(profile="tpu")).is_evidence
+
+
 def test_a_target_is_met_missed_or_without_a_record(monkeypatch):
     targets = [
         dict(id="a", what="w", record="r", field="results.x.low", at_least=0.5),
@@ -301,26 +411,26 @@ def test_answers_take_their_numbers_from_records(monkeypatch):
     )
     monkeypatch.setattr(pages, "load", lambda name: {"questions": [question]})
     monkeypatch.setattr(records, "read", lambda: [dict(id="r", results=dict(x=[1, 0.25]))])
-    name = figure_index.ready()[0]["name"]
-    where = f"[{name}](../notebooks/{name}.ipynb), notebook 99, not written yet"
-    assert pages.answers() == f"1. **How much?** Of 25.0%, not *not measured yet*. ({where})"
+    name = figure_index.figures_with_notebook()[0]["name"]
+    answer = "Of 25.0%, not *not measured yet*."
+    assert pages.answers() == [dict(question="How much?", answer=answer, notebooks=[name])]
     question["answer"] = "{r|results.x.7|.1f}"
     with pytest.raises(ValueError, match=r"'r'.*'results\.x\.7'"):
         pages.answers()
 
 
-def test_the_ten_questions_are_answered_from_notebooks_of_the_register():
+def test_the_ten_questions_are_answered_from_notebooks_of_the_index():
     questions = figure_index.load("questions")["questions"]
     assert len(questions) == 10
     for entry in questions:
         assert set(entry["notebooks"]) <= {
-            figure["name"][:2] for figure in figure_index.load("register")["figures"]
+            figure["name"][:2] for figure in figure_index.load("index")["figures"]
         }
         assert "|" in entry["answer"]
 
 
-def test_claims_of_the_register_exist_and_every_figure_has_its_number():
-    entries = figure_index.load("register")["figures"]
+def test_claims_of_the_index_exist_and_every_figure_has_its_number():
+    entries = figure_index.load("index")["figures"]
     claims = {claim["id"] for claim in figure_index.load("claims")["claims"]}
     assert [entry["name"][:2] for entry in entries] == [f"{number:02}" for number in range(1, 12)]
     assert claims >= {claim for entry in entries for claim in entry["claims"]}
@@ -347,7 +457,7 @@ def test_evidence_in_the_repository_is_whole():
             "machine",
             "command",
         } <= set(entry)
-    for path in plots.Path(figure_index.FIGURES).glob("*_*.json"):
+    for path in figure_index.FIGURES.glob("*_*.json"):
         shown = json.loads(path.read_text())
         assert shown["profile"] != "smoke" and shown["series"] and shown["finding"]
         pixels = plots.plt.imread(path.with_suffix(".png"))

@@ -61,7 +61,7 @@ def test_slices_by_hand():
     assert [bundle_parser.network(bundle_parser.sides(f"v5e:{slice}")) for slice in ("1x1", "2x2", "4x4", "8x8", "16x16")] == [
         (1, 0), (2, 2), (2, 6), (2, 14), (4, 16)
     ]  # fmt: skip
-    assert bundle_parser.sent(HLO) == 32 * 128 * 4
+    assert bundle_parser.bytes_sent(HLO) == 32 * 128 * 4
     started = bundle_parser.Instruction(
         "a", "(f32[8,128]{1,0}, f32[32,128]{1,0})", "all-gather-start", ""
     )
@@ -96,17 +96,17 @@ def test_operations_that_are_alike_share_a_schedule():
         + "\n}\n"
     )
     known = {"first": (150.0, 4096.0, ()), "TLP": (30.0, 0.0, ())}
-    found = {each.name: each for each in bundle_parser.operations(hlo, known)}
-    assert [found[name].cycles for name in ("control", "first", "second", "other")] == [
+    result = {each.name: each for each in bundle_parser.operations(hlo, known)}
+    assert [result[name].cycles for name in ("control", "first", "second", "other")] == [
         30,
         150,
         150,
         0,
     ]
     assert (
-        found["second"].nbytes == 4096
-        and found["other"].holes == ("no schedule of it",)
-        and "scalar" not in found
+        result["second"].nbytes == 4096
+        and result["other"].unparsed == ("no schedule of it",)
+        and "scalar" not in result
     )
 
 
@@ -118,25 +118,25 @@ def test_operations_by_hand():
         "uneven": (30.0, 64.0, unknown),
         "silent": (9.0, 64.0, ()),
     }
-    found = {each.name: each for each in bundle_parser.operations(HLO, known)}
-    assert found["inner"].times == 7 and found["inner"].cycles == 7 * 150
-    assert found["inner"].seconds == pytest.approx(7 * 150 / 1.5e9)
+    result = {each.name: each for each in bundle_parser.operations(HLO, known)}
+    assert result["inner"].times == 7 and result["inner"].cycles == 7 * 150
+    assert result["inner"].seconds == pytest.approx(7 * 150 / 1.5e9)
     # The prefetch of 256,000 bytes takes 0.3126 us, of which 0.2 us pass while `busy` computes.
-    assert found["copy-start"].nbytes == 256_000
-    assert found["copy-start"].waits == pytest.approx(256_000 / 819e9 - 0.2e-6)
-    assert found["uneven"].nbytes == 256_000  # its operand in HBM, not the copy in VMEM
-    assert found["uneven"].seconds == pytest.approx(256_000 / 819e9 + bundle_parser.LATENCY)
-    assert found["silent"].nbytes == 256_000  # which its schedule does not show
-    assert found["silent"].holes == ("fewer bytes in its schedule than it must move",)
-    gathered = found[
+    assert result["copy-start"].nbytes == 256_000
+    assert result["copy-start"].wait_seconds == pytest.approx(256_000 / 819e9 - 0.2e-6)
+    assert result["uneven"].nbytes == 256_000  # its operand in HBM, not the copy in VMEM
+    assert result["uneven"].seconds == pytest.approx(256_000 / 819e9 + bundle_parser.LATENCY)
+    assert result["silent"].nbytes == 256_000  # which its schedule does not show
+    assert result["silent"].unparsed == ("fewer bytes in its schedule than it must move",)
+    gathered = result[
         "gathered"
     ]  # three quarters of it come from the other chips of a 2x2, over two links and two hops
     assert gathered.kind == "collective" and gathered.nbytes == 3 / 4 * 32 * 128 * 4
     assert gathered.seconds == pytest.approx(
         gathered.nbytes / (2 * bundle_parser.LINK) + 2 * bundle_parser.HOP
     )
-    assert found["strange"].holes == ("no schedule of it",)
-    assert "out" not in found and "a" not in found
+    assert result["strange"].unparsed == ("no schedule of it",)
+    assert "out" not in result and "a" not in result
 
 
 def installed():
@@ -160,10 +160,10 @@ def sized(*shape):
 @needs_compiler
 @pytest.mark.parametrize("batch", [1, 8])
 def test_no_estimate_is_below_its_bytes(batch):
-    found = compiler.estimate(dense, sized(batch, 1024), sized(32768, 1024))
+    result = compiler.estimate(dense, sized(batch, 1024), sized(32768, 1024))
     floor = 2 * 32768 * 1024 / bundle_parser.BANDWIDTH
-    assert floor < found["moving"] <= found["seconds"] < 6 * floor
-    assert found["memory"]["argument"] >= 2 * 32768 * 1024
+    assert floor < result["transfer_seconds"] <= result["seconds"] < 6 * floor
+    assert result["memory"]["argument"] >= 2 * 32768 * 1024
 
 
 @needs_compiler
@@ -186,9 +186,9 @@ def test_without_the_compiler_it_says_how_to_get_it(monkeypatch):
 @pytest.mark.parametrize("name", programs.KERNEL_TARGETS)
 def test_every_kernel_compiles_for_a_v5e_and_stays_near_its_bytes(name):
     program = programs.kernels()[name]
-    found = compiler.estimate(program.function, program.weights, program.x)
-    own = max(found["operations"], key=lambda each: each["seconds"])
-    assert own["kind"] == "custom-call" and not found["holes"]
+    result = compiler.estimate(program.function, program.weights, program.x)
+    own = max(result["operations"], key=lambda each: each["seconds"])
+    assert own["kind"] == "custom-call" and not result["unparsed"]
     floor = program.reads / bundle_parser.BANDWIDTH
     assert floor < own["seconds"] < programs.KERNEL_TARGETS[name] * floor
 
@@ -201,15 +201,15 @@ def test_the_public_classes_take_the_kernels_on_a_tpu_alone():
     kinds = {}
     for implementation in ("auto", "xla"):
         program = programs.hire_softmax(
-            1024, 8, "LR int8", implementation, words=65536, candidates=256
+            1024, 8, "LR int8", implementation, vocabulary=65536, candidates=256
         )
-        found = compiler.estimate(program.function, program.weights, program.x)
-        kinds[implementation] = [each["kind"] for each in found["operations"]].count("custom-call")
+        result = compiler.estimate(program.function, program.weights, program.x)
+        kinds[implementation] = [each["kind"] for each in result["operations"]].count("custom-call")
     assert kinds == {"auto": 2, "xla": 0}
 
 
 def test_programs_run_where_they_are_and_read_what_they_say():
-    softmax = programs.hire_softmax(256, 2, "LR int8", "xla", words=4096, candidates=64)
+    softmax = programs.hire_softmax(256, 2, "LR int8", "xla", vocabulary=4096, candidates=64)
     assert softmax.reads == 4096 * 128 + 4 * 4096 + 128 * 256 + 4 * 128 + 2 * 64 * 256 * 2
     ffn = programs.hire_ffn(256, 2, "xla", 0.1, 0.2, neurons=512)
     assert ffn.reads == 512 * 64 + 4 * 512 + 64 * 256 + 4 * 64 + 2 * (12 + 6) * 8 * 256 * 2
@@ -222,12 +222,12 @@ def test_da_top_k_sends_the_same_few_bytes_for_any_vocabulary(monkeypatch):
     monkeypatch.setattr(multichip, "WIDTH", 256)
     sent = {}
     for words in (8192, 16384):
-        monkeypatch.setattr(multichip, "WORDS", words)
+        monkeypatch.setattr(multichip, "VOCABULARY", words)
         for name in ("HiRE DA", "dense gathered"):
             program = multichip.program(name, "v5e:2x2", 8)
             sent[words, name] = compiler.estimate(
                 program.function, program.weights, program.x, specs=program.specs
-            )["sent"]
+            )["bytes_sent"]
     assert (
         sent[8192, "HiRE DA"] == sent[16384, "HiRE DA"] == 8 * 16 * 8 * 4
     )  # texts, share of k, bytes, chips

@@ -155,9 +155,10 @@ def test_variants_have_names():
 def test_outcomes_are_records_or_toys():
     toys = trainer.outcomes(["dense", "short-none@1"], toy=True)
     assert all(
-        toy["scored"]["all"]["loss"] > 4 and len(toy["curve"]) == 12 for toy in toys.values()
+        toy["summary"]["all"]["loss"] > 4 and len(toy["training_loss"]) == 12
+        for toy in toys.values()
     )
-    assert toys["dense"]["scored"].keys() == {"speech", "commentary", "novel", "all"}
+    assert toys["dense"]["summary"].keys() == {"speech", "commentary", "novel", "all"}
     counted = trainer.outcomes(["baselines"], toy=True)["baselines"]["all"]
     assert counted["5-gram"] < counted["1-gram"] < 16
     with pytest.raises(FileNotFoundError, match="short-none@9"):
@@ -200,14 +201,14 @@ save_checkpoint(path, subject.model, subject.tokenizer)
 def test_a_full_disk_leaves_the_last_model(saved):
     model, path = saved
     whole = path.read_bytes()
-    told = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", SAVE, str(path), str(len(whole) // 2)],
         capture_output=True,
         text=True,
     )
-    assert told.returncode == 1
-    last = told.stderr.strip().splitlines()[-1]
-    assert last.startswith("OSError") and "toy.safetensors" in last, told.stderr
+    assert output.returncode == 1
+    last = output.stderr.strip().splitlines()[-1]
+    assert last.startswith("OSError") and "toy.safetensors" in last, output.stderr
     assert path.read_bytes() == whole and list(path.parent.iterdir()) == [path]
 
 
@@ -294,7 +295,7 @@ def test_baselines_take_each_document_by_itself():
     sizes = [len(text.text.encode()) for text in texts]
     for order in ("1-gram", "5-gram"):
         assert together[order] == pytest.approx(
-            np.average([found[order] for found in alone], weights=sizes)
+            np.average([result[order] for result in alone], weights=sizes)
         )
     assert together["5-gram"] < together["1-gram"] < 8
 

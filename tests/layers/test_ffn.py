@@ -17,7 +17,7 @@ from hire.ops.top_k import kth_largest, mask_top_groups
 
 # Compiled whole: drawn shapes would compile every operation anew.
 called = jax.jit(lambda ffn, x: ffn(x))
-masked = jax.jit(hire.HireFFN.dense_reference, static_argnames="together")
+masked = jax.jit(hire.HireFFN.dense_reference, static_argnames="tokens_per_selection")
 
 
 def test_groups_are_scored_and_kept_by_hand():
@@ -176,7 +176,7 @@ def test_quantized_matrices_are_the_floats_that_they_stand_for(
         static_groups=first,
         share_selection=shared,
     )
-    found, expected = (
+    result, expected = (
         hire.HireFFN(
             up,
             down,
@@ -186,9 +186,9 @@ def test_quantized_matrices_are_the_floats_that_they_stand_for(
         )
         for (up, down, gate), (up_rows, _, gate_rows) in ((small, parts), (floats, floats))
     )
-    np.testing.assert_allclose(found(x), expected(x), atol=2e-3)
-    np.testing.assert_allclose(masked(found, x, b), masked(expected, x, b), atol=2e-3)
-    assert found.bytes_read < expected.bytes_read
+    np.testing.assert_allclose(result(x), expected(x), atol=2e-3)
+    np.testing.assert_allclose(masked(result, x, b), masked(expected, x, b), atol=2e-3)
+    assert result.bytes_read() < expected.bytes_read()
 
 
 def by_hand_unpacked(rows):
@@ -207,14 +207,14 @@ def test_bytes_by_hand(rng):
     copy = hire.Quantized.fit(up[4:], 8)  # 16 neurons of 8 bytes and a scale of 4 bytes
     settings = dict(group_size=2, k=3, candidates=5, static_groups=2)
     row = 2 * 8 * 4  # one group in one matrix
-    assert hire.HireFFN(up, down, copy, **settings).bytes_read == 16 * 12 + row * (2 * 2 + 5 + 1)
+    assert hire.HireFFN(up, down, copy, **settings).bytes_read() == 16 * 12 + row * (2 * 2 + 5 + 1)
     assert hire.HireFFN(
         up, down, copy, share_selection=True, **settings
-    ).bytes_read == 16 * 12 + row * (2 * 2 + 5 + 5)
+    ).bytes_read() == 16 * 12 + row * (2 * 2 + 5 + 5)
     gates = hire.Quantized.fit(gate[4:], 8)
-    assert hire.HireFFN(up, down, gates, gate, copy, **settings).bytes_read == 2 * 16 * 12 + row * (
-        3 * 2 + 2 * 5 + 1
-    )
+    assert hire.HireFFN(
+        up, down, gates, gate, copy, **settings
+    ).bytes_read() == 2 * 16 * 12 + row * (3 * 2 + 2 * 5 + 1)
 
 
 @pytest.mark.parametrize(
@@ -310,8 +310,8 @@ def test_a_converted_model_steps_as_it_reads(rng, shared):
     np.testing.assert_allclose(hidden_states(fast)(tokens), whole, atol=2e-4)
     _, cache = fast.prefill(tokens[:, :11], 12)
     np.testing.assert_allclose(fast.step(tokens[:, 11], cache)[0], whole[:, 11], atol=2e-4)
-    with pytest.raises(ValueError, match="12 tokens, 5 together: expected a multiple"):
-        hire.convert(model, ffn=ffns, together=5).prefill(tokens)
+    with pytest.raises(ValueError, match="12 tokens: expected a multiple of 5"):
+        hire.convert(model, ffn=ffns, tokens_per_selection=5).prefill(tokens)
     with pytest.raises(
         ValueError, match=r"FFNs of widths \[64\]: expected 2, one a layer, of width 64"
     ):

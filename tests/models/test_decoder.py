@@ -155,8 +155,8 @@ def same_model(ours, theirs, tokens, atol=0.0):
     hidden, _ = theirs.prefill(tokens)
     np.testing.assert_allclose(ours.prefill(tokens)[0], hidden, atol=atol)
     np.testing.assert_allclose(ours.logits(hidden), theirs.logits(hidden), atol=1e-4)
-    best = ours.best(hidden[:, -1], 8).indices.tolist()
-    assert best == theirs.best(hidden[:, -1], 8).indices.tolist()
+    best = ours.top_tokens(hidden[:, -1], 8).indices.tolist()
+    assert best == theirs.top_tokens(hidden[:, -1], 8).indices.tolist()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -190,29 +190,29 @@ def test_rows_in_blocks_become_the_embedding_and_turn_back(tiny, rng, own):
 
 
 def ffns_of(model, **more):
-    found = []
+    result = []
     for block in model.blocks:
         up, down, gate = (getattr(block.ffn, name)[...] for name in ("up", "down", "gate"))
-        found.append(
+        result.append(
             hire.HireFFN(up, down, hire.Quantized.fit(gate, 8), gate, k=4, candidates=8, **more)
         )
-    return found
+    return result
 
 
 def test_tokens_that_share_a_call_are_kept_or_refused(tiny):
     ffns = ffns_of(tiny, share_selection=True)
-    searched = convert(tiny, ffn=ffns, together=4)
+    searched = convert(tiny, ffn=ffns, tokens_per_selection=4)
     for kept in (
         convert(searched),
         convert(searched, softmax=softmax_of(tiny, 300)),
         convert(searched, ffn=ffns),
     ):
-        assert [block.ffn.together for block in kept.blocks] == [4, 4]
-    assert convert(searched, together=2).blocks[0].ffn.together == 2
-    assert convert(tiny, ffn=ffns).blocks[0].ffn.together == 1
-    for model, together in ((tiny, 4), (searched, 0)):
-        with pytest.raises(ValueError, match=f"together = {together}"):
-            convert(model, together=together)
+        assert [block.ffn.tokens_per_selection for block in kept.blocks] == [4, 4]
+    assert convert(searched, tokens_per_selection=2).blocks[0].ffn.tokens_per_selection == 2
+    assert convert(tiny, ffn=ffns).blocks[0].ffn.tokens_per_selection == 1
+    for model, count in ((tiny, 4), (searched, 0)):
+        with pytest.raises(ValueError, match=f"tokens_per_selection = {count}"):
+            convert(model, tokens_per_selection=count)
 
 
 def test_ffns_of_another_kind_are_refused(tiny):
@@ -330,7 +330,7 @@ def test_a_text_that_does_not_fit_is_refused(tiny, rng):
     [
         (dict(new_tokens=0), "new_tokens = 0"),
         (dict(new_tokens=504), "504 .* 512"),
-        (dict(new_tokens=3, slots=11), "3 .* 11"),
+        (dict(new_tokens=3, cache_length=11), "3 .* 11"),
         (dict(new_tokens=3, temperature=-1.0), "-1.0"),
         (dict(new_tokens=3, temperature=1.0, top_k=301), "301"),
         (dict(new_tokens=3, temperature=1.0, top_p=0.0), "0.0"),
@@ -350,16 +350,16 @@ def test_a_text_that_overflows_leaves_the_others_of_its_batch_alone(tiny, rng, s
             jnp.asarray(rng.normal(size=(40, 16)), jnp.float32) for _ in range(3)
         )
         broken = convert(
-            broken, keys={1: KeySearch.fit(keys, values, queries, (8, 8), candidates=4)}
+            broken, kv_search={1: KeySearch.fit(keys, values, queries, (8, 8), candidates=4)}
         )
     tokens = jnp.asarray([[7] * 9, [3, 4, 5, 6, 8, 9, 10, 11, 12]], jnp.int32)
     parts = SplitModel.of(broken)
     (_, both), (_, alone) = (prefill(parts, part, 12, 4) for part in (tokens, tokens[1:]))
     for token in (20, 21):
-        found, both = step(parts, jnp.full((2,), token), both, 4)
+        result, both = step(parts, jnp.full((2,), token), both, 4)
         own, alone = step(parts, jnp.full((1,), token), alone, 4)
-        assert np.isfinite(found.values[1, 1:]).all()  # the word itself has no finite logit
-        np.testing.assert_allclose(found.values[1:], own.values, atol=1e-5)
+        assert np.isfinite(result.values[1, 1:]).all()  # the word itself has no finite logit
+        np.testing.assert_allclose(result.values[1:], own.values, atol=1e-5)
 
 
 PROMPT = [3, 200, 299, 7, 256]
@@ -382,7 +382,9 @@ def test_prompts_of_any_whole_numbers_give_the_same_ids(prompts):
     """Ids beyond 255 and 65535 do not wrap, whatever type the prompt had."""
     model = Decoder(preset("tiny", vocabulary=300), rngs=nnx.Rngs(0))
     expected = generate(model, jnp.asarray([PROMPT], jnp.int32), new_tokens=4)
-    written = generate(model, prompts, new_tokens=np.int64(4), slots=np.int32(9), seed=np.int64(3))
+    written = generate(
+        model, prompts, new_tokens=np.int64(4), cache_length=np.int32(9), seed=np.int64(3)
+    )
     assert written.dtype == jnp.int32
     assert written.tolist() == (expected[0] if np.ndim(prompts) == 1 else expected).tolist()
 
@@ -425,7 +427,7 @@ def test_ids_beyond_the_vocabulary_have_no_hidden_state(tiny):
     with pytest.raises(ValueError, match="300"):
         tiny.prefill(jnp.asarray([[3, 300]]))
     with pytest.raises(ValueError, match="301"):
-        tiny.best(jnp.zeros((1, 64)), 301)
+        tiny.top_tokens(jnp.zeros((1, 64)), 301)
 
 
 def bits64():
@@ -449,12 +451,12 @@ def test_with_64_bit_numbers_on_it_writes_the_same(tiny, rng):
             after, cache = model.prefill(np.asarray(prompts, np.int64), 24)
             np.testing.assert_allclose(after, hidden, atol=1e-5)
             model.step(jnp.asarray([1, 2]), cache)
-            assert model.best(after[:, -1], 3).indices.shape == (2, 3)
-        found = [
+            assert model.top_tokens(after[:, -1], 3).indices.shape == (2, 3)
+        result = [
             generate(model, prompts, new_tokens=4, temperature=0.5, top_k=8).tolist()
             for model in (tiny, converted)
         ]
-    assert found == expected
+    assert result == expected
 
 
 # Files. A tiny model is written in both formats with the writers of their own libraries, and must

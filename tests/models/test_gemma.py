@@ -118,7 +118,7 @@ def test_a_small_fitted_copy_finds_the_top_words(gemma, softmax):
     )
     best = true_top_k(softmax.rows, unseen.hidden, 32)
     judged = search_recall.judge(softmax, unseen, best)
-    assert softmax.bytes_read <= 0.08 * softmax.rows.nbytes
+    assert softmax.bytes_read() <= 0.08 * softmax.rows.nbytes
     assert judged["recall"]["mean"] >= 0.97 and judged["top1"]["mean"] >= 0.98
     plain = candidates_needed(
         hire.LowRank.fit(softmax.rows, 160, bits=8), unseen.hidden, best.indices

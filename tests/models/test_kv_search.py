@@ -104,23 +104,22 @@ def test_a_full_rank_estimate_is_the_score_and_a_lower_one_spends_its_rank_on_th
 
 
 @functools.cache
-def steps(heads, kv_heads, slots=24):
-    """One step by dense and by searched attention, every slot a candidate, after `length` of the
+def steps(heads, kv_heads, cache_length=24):
+    """One step by dense and by searched attention, every key a candidate, after `length` of the
     tokens x.
     """
     config = preset("tiny", layers=1, global_every=1, heads=heads, kv_heads=kv_heads)
     dense = Attention(config, 0, jnp.float32, nnx.Rngs(0))
-    searched = SearchedAttention(dense, fitted(slots, rank=5))
+    searched = SearchedAttention(dense, fitted(cache_length, rank=5))
 
     @jax.jit
     def both(x, token, length):
-        _, keys, values = dense.prefill(
-            x, slots
-        )  # what the slots from `length` on hold counts for nothing
-        held = jnp.where((jnp.arange(slots) < length)[None, :, None, None], values, 0)
+        _, keys, values = dense.prefill(x, cache_length)
+        # Entries from `length` on count for nothing.
+        filled = jnp.where((jnp.arange(cache_length) < length)[None, :, None, None], values, 0)
         theirs, ours = (
             dense.step(token, keys, values, length),
-            searched.step(token, searched.search.encode(keys, held), values, length),
+            searched.step(token, searched.key_search.encode(keys, filled), values, length),
         )
         return (*theirs, ours[0], ours[1].rows, ours[2])
 
@@ -137,7 +136,7 @@ def test_with_every_key_a_candidate_a_step_is_dense_attention(heads, length, see
 
 
 def test_a_cache_that_grows_is_that_of_the_whole_text(rng):
-    model = SplitModel.of(hire.convert(toy(), keys={1: fitted(24)}))
+    model = SplitModel.of(hire.convert(toy(), kv_search={1: fitted(24)}))
     tokens = texts(rng, 2, 24)
     _, whole = prefill(model, tokens, 32, 4)
     _, cache = prefill(model, tokens[:, :18], 32, 4)
@@ -155,18 +154,18 @@ def test_a_cache_that_grows_is_that_of_the_whole_text(rng):
 
 def test_generation_is_dense_while_all_keys_are_candidates(rng):
     tokens = texts(rng, 2, 30)
-    model = hire.convert(toy(), keys={1: fitted(64)})
+    model = hire.convert(toy(), kv_search={1: fitted(64)})
     assert (
         hire.generate(model, tokens, new_tokens=8) == hire.generate(toy(), tokens, new_tokens=8)
     ).all()
     again = (
-        hire.convert(model, keys={1: fitted(24)}).blocks[1].attention
+        hire.convert(model, kv_search={1: fitted(24)}).blocks[1].attention
     )  # in place of the other search
-    assert isinstance(again.dense, Attention) and again.search.candidates == 24
+    assert isinstance(again.dense, Attention) and again.key_search.candidates == 24
 
 
 def test_a_step_is_given_its_cache_to_keep(unchecked, rng):
-    model = hire.convert(toy(1), keys={1: fitted(16)})
+    model = hire.convert(toy(1), kv_search={1: fitted(16)})
     parts = SplitModel.of(model)
     _, cache = prefill(parts, texts(rng, 1, 8), 400, 4)
     compiled = compiled_step.lower(parts, jnp.zeros((1,), jnp.int32), cache).compile()
@@ -183,7 +182,7 @@ def test_a_step_is_given_its_cache_to_keep(unchecked, rng):
 
 
 def test_bytes_by_hand():
-    attention = hire.convert(toy(), keys={1: fitted(32, rank=8)}).blocks[1].attention
+    attention = hire.convert(toy(), kv_search={1: fitted(32, rank=8)}).blocks[1].attention
     # Two heads of 100 keys and values: 8 codes and a scale each, 32 of them exactly; projections
     # and mixings.
     assert (
@@ -219,8 +218,8 @@ def test_a_long_text_attends_block_by_block_as_at_once(monkeypatch, length, wind
             ),
             r"\(9, 8\)",
         ),
-        (lambda: hire.convert(toy(), keys={0: fitted(4)}), "layer 0"),
-        (lambda: hire.convert(toy(), keys={1: fitted(4, 8, width=8)}), "width 8"),
+        (lambda: hire.convert(toy(), kv_search={0: fitted(4)}), "layer 0"),
+        (lambda: hire.convert(toy(), kv_search={1: fitted(4, 8, width=8)}), "width 8"),
     ],
 )
 def test_a_search_that_cannot_be_is_refused(unchecked, call, value):
@@ -237,14 +236,14 @@ def test_the_study_tells_what_a_search_and_the_latest_tokens_lose(rng):
         np.asarray(texts(rng, 3, 120)),
         TextModel(toy(1), byte_tokenizer(), "random weights"),
     )
-    (told,) = study(
+    (output,) = study(
         subject, windows[:1], windows[1:], {120: [(16, 8, 120), (16, 8, 20)]}, 8
     ).values()
-    whole, some = told["LR 16, 8 k'=120"], told["LR 16, 8 k'=20"]
+    whole, some = output["LR 16, 8 k'=120"], output["LR 16, 8 k'=20"]
     assert (
-        abs(whole["lost"]["mean"]) < 1e-5
+        abs(whole["loss_difference"]["mean"]) < 1e-5
         and whole["kept"] == pytest.approx(1.0, abs=1e-5)
         and whole["recall"] == 1.0
     )
     assert 0 < some["kept"] < 1 and some["recall"] < 1 and some["bytes"] < whole["bytes"]
-    assert told["latest"]["lost"]["n"] == 16
+    assert output["latest"]["loss_difference"]["n"] == 16

@@ -60,13 +60,13 @@ def test_every_device_draws_its_own_rows_of_the_same_model(alone, four):
 
 def test_drawing_takes_memory_for_its_own_rows_alone():
     def used(where: object) -> int:
-        told = (
+        output = (
             normal_initializer((4096, 512), 512, jnp.float32, where)
             .lower(jax.random.key(0))
             .compile()
             .memory_analysis()
         )
-        return told.output_size_in_bytes + told.temp_size_in_bytes
+        return output.output_size_in_bytes + output.temp_size_in_bytes
 
     whole = used(partition_spec(4096, 512))
     with jax.set_mesh(mesh(4)):

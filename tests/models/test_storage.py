@@ -45,13 +45,13 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, error):
     path.write_text("before")
     if error.filename:
         error.filename = str(path)
-    with pytest.raises(OSError) as told, storage.replacing(path) as [scratch]:
+    with pytest.raises(OSError) as output, storage.replacing(path) as [scratch]:
         scratch.write_text("part")
         raise error
     assert (
-        str(path) in str(told.value)
-        and "\n" not in str(told.value)
-        and len(str(told.value)) > len(str(path)) + 20
+        str(path) in str(output.value)
+        and "\n" not in str(output.value)
+        and len(str(output.value)) > len(str(path)) + 20
     )
     assert path.read_text() == "before" and names(tmp_path) == ["a.txt"]
 
@@ -62,9 +62,9 @@ def test_errors_that_are_not_the_disks_pass_unchanged(tmp_path):
         FileNotFoundError(errno.ENOENT, "none", "/else"),
         PermissionError(errno.EACCES, "no", "/else"),
     ):
-        with pytest.raises(type(error)) as told, storage.replacing(tmp_path / "a"):
+        with pytest.raises(type(error)) as output, storage.replacing(tmp_path / "a"):
             raise error
-        assert told.value is error
+        assert output.value is error
 
 
 def test_what_a_killed_writer_left_is_removed_and_a_live_ones_scratch_is_not(tmp_path):

@@ -152,6 +152,6 @@ def test_a_set_of_the_best_is_that_of_a_sort_and_ties_fill_it_from_below(keys, d
     k = data.draw(st.integers(1, len(keys)))
     order = np.argsort(-np.asarray(keys, np.int64), kind="stable")[:k]
     assert kth_largest_int(jnp.asarray([keys]), k).tolist() == [[keys[order[-1]]]]
-    found, indices = top_k_packed(jnp.asarray([keys]), k)
+    result, indices = top_k_packed(jnp.asarray([keys]), k)
     assert indices.tolist() == [sorted(order.tolist())]  # rising, on a CPU
-    assert found.tolist() == [[keys[index] for index in sorted(order)]]
+    assert result.tolist() == [[keys[index] for index in sorted(order)]]

@@ -26,10 +26,10 @@ QUICK = [
 ]  # interpreted kernels take seconds: a failing example is shown as it was drawn
 
 
-def close(found, expected, tolerance):
-    assert found.shape == expected.shape and found.dtype == jnp.float32
+def close(result, expected, tolerance):
+    assert result.shape == expected.shape and result.dtype == jnp.float32
     np.testing.assert_allclose(
-        found, expected, atol=tolerance * float(jnp.abs(expected).max()) + 1e-6
+        result, expected, atol=tolerance * float(jnp.abs(expected).max()) + 1e-6
     )
 
 
@@ -107,14 +107,14 @@ def test_the_kernel_of_scores_keeps_the_best_of_every_bucket(
 ):
     x, codes, scale = example_arguments.of_scores(b=batch, m=count, d=width, bits=bits, seed=seed)
     x = x.astype(jnp.bfloat16).astype(jnp.float32)  # as the kernel rounds it
-    found = bucket_scores.bucket_top_k(
+    result = bucket_scores.bucket_top_k(
         x, codes, scale, bits=bits, buckets=buckets, per_bucket=per_bucket, interpret=INTERPRET
     )
     exact = bucket_scores.scores_reference(x, codes, scale, bits=bits)
     keys, cut = pack_buckets(exact, buckets), index_mask(-(-count // buckets))
     places, values = (
-        cut - (found & cut),
-        jax.lax.bitcast_convert_type(sortable_bits(found & ~cut), jnp.float32),
+        cut - (result & cut),
+        jax.lax.bitcast_convert_type(sortable_bits(result & ~cut), jnp.float32),
     )
     expected = jnp.sort(
         jnp.where(
@@ -126,7 +126,7 @@ def test_the_kernel_of_scores_keeps_the_best_of_every_bucket(
     )
     for rank in range(min(per_bucket, keys.shape[1])):
         filled = np.asarray(expected[:, -1 - rank] > -jnp.inf)
-        assert (np.asarray(found[rank] != EMPTY) == filled).all()
+        assert (np.asarray(result[rank] != EMPTY) == filled).all()
         rounding = 0.02 * float(
             jnp.abs(exact).max()
         )  # of the key's lowest bits and, at 4 bits, of the split queries
@@ -165,9 +165,9 @@ def test_the_softmax_is_the_same_by_its_kernels(interpreted):
         hire.HireSoftmax(blocks, copy, **how, implementation="xla")(x).indices.tolist()
         == plain.indices.tolist()
     )
-    found = hire.HireSoftmax(blocks, copy, **how, implementation="pallas")(x)
-    assert found.indices.tolist() == plain.indices.tolist()
-    np.testing.assert_allclose(found.values, plain.values, rtol=1e-5)
+    result = hire.HireSoftmax(blocks, copy, **how, implementation="pallas")(x)
+    assert result.indices.tolist() == plain.indices.tolist()
+    np.testing.assert_allclose(result.values, plain.values, rtol=1e-5)
 
 
 @pytest.mark.parametrize("how", [dict(), dict(static_groups=2), dict(share_selection=True)])
@@ -178,11 +178,11 @@ def test_the_layer_is_the_same_by_its_kernel(interpreted, how):
     layer = hire.HireFFN(
         up, down, hire.Quantized.fit(up[8 * common :], 8), k=6, candidates=16, **how
     )
-    found, expected = (
+    result, expected = (
         dataclasses.replace(layer, implementation=implementation)(x)
         for implementation in ("pallas", "xla")
     )
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_a_form_that_is_named_is_taken_or_refused():

@@ -50,7 +50,7 @@ def environment() -> tuple[str, ...]:
 def forget() -> None:
     """Remove all cached results, so that they are computed again."""
     # Scratch names begin with a dot: files that another process is writing now stay.
-    storage.clear(*(cache_folder() / "prefills").glob("[!.]*"))
+    storage.clear(*(cache_folder() / "hidden_states").glob("[!.]*"))
 
 
 def cached(make: Callable[[np.ndarray], list], items: np.ndarray, *made_of) -> list[np.ndarray]:
@@ -72,7 +72,7 @@ def cached(make: Callable[[np.ndarray], list], items: np.ndarray, *made_of) -> l
         OSError: The file cannot be written.
     """
     key = repr((made_of, items.shape[1:], items.dtype.str, environment()))
-    path = cache_folder() / "prefills" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    path = cache_folder() / "hidden_states" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     keys = [hashlib.sha256(np.ascontiguousarray(item).tobytes()).hexdigest() for item in items]
     if path.parent.exists():
         storage.tidy(path.parent)
@@ -156,7 +156,7 @@ def cached_states(
     subject: TextModel,
     texts: Sequence[Document],
     length: int = 60,
-    each: int = 1,
+    windows_per_document: int = 1,
     *,
     skip: int = 20,
 ) -> States:
@@ -169,10 +169,10 @@ def cached_states(
         subject: The model, as loaded.
         texts: Documents.
         length: Tokens of a window.
-        each: Number of windows per document, at most.
+        windows_per_document: Number of windows per document, at most.
         skip: Positions at the beginning of each window that are left out.
     """
-    tokens, names = windows(subject, texts, length, each)
+    tokens, names = windows(subject, texts, length, windows_per_document)
 
     def make(tokens: np.ndarray) -> list:
         return [
@@ -197,6 +197,10 @@ def true_top_tokens(subject: TextModel, hidden: np.ndarray, k: int) -> TopK:
     rows = subject.model.token_embeddings()
     return TopK(
         *cached(
-            lambda hidden: [*true_top_k(rows, hidden, k)], hidden, "words", k, *weights(subject)
+            lambda hidden: [*true_top_k(rows, hidden, k)],
+            hidden,
+            "true top tokens",
+            k,
+            *weights(subject),
         )
     )

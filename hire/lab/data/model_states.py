@@ -15,12 +15,12 @@ from hire.types import AnyArray, Hidden
 
 # Tokens per forward pass. With more of them, the activations of a layer no longer fit into a CPU's
 # caches.
-TOGETHER = 1024
+TOKENS_PER_PASS = 1024
 
 
-def at_once(windows: int, length: int) -> int:
+def windows_per_pass(windows: int, length: int) -> int:
     """Return how many of `windows` windows of `length` tokens go into one forward pass."""
-    return min(windows, max(1, TOGETHER // length))
+    return min(windows, max(1, TOKENS_PER_PASS // length))
 
 
 class States(NamedTuple):
@@ -38,7 +38,7 @@ class States(NamedTuple):
 
 
 def windows(
-    subject: TextModel, texts: Sequence[Document], length: int, each: int = 1
+    subject: TextModel, texts: Sequence[Document], length: int, windows_per_document: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cut windows of tokens from documents.
 
@@ -48,7 +48,7 @@ def windows(
         subject: The model, for its tokenizer.
         texts: Documents.
         length: Tokens of a window; the first is <bos>.
-        each: Number of windows per document, at most. They are evenly spaced.
+        windows_per_document: Number of windows per document, at most. They are evenly spaced.
 
     Returns:
         Tokens (w, length), and the name of each window's document (w,).
@@ -59,8 +59,8 @@ def windows(
     tokens, names = [], []
     for text in texts:
         # One window needs only the beginning of a book.
-        ids = subject.tokens(text.text if each > 1 else text.text[: 32 * length])
-        spans = min(each, (len(ids) - 1) // (length - 1))
+        ids = subject.tokens(text.text if windows_per_document > 1 else text.text[: 32 * length])
+        spans = min(windows_per_document, (len(ids) - 1) // (length - 1))
         for span in range(spans):
             start = 1 + span * ((len(ids) - 1) // spans)
             tokens.append(np.concatenate([ids[:1], ids[start : start + length - 1]]))
@@ -125,7 +125,7 @@ def collect(model: Decoder, tokens: np.ndarray, names: np.ndarray, *, skip: int 
         names: The document of each window (w,).
         skip: Positions at the beginning of each window that are left out.
     """
-    hidden = in_batches(hidden_states(model), tokens, at_once(*tokens.shape))[:, skip:-1]
+    hidden = in_batches(hidden_states(model), tokens, windows_per_pass(*tokens.shape))[:, skip:-1]
     count = hidden.shape[1]
     return States(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -143,7 +143,7 @@ class Asked(NamedTuple):
     """
 
     tokens: np.ndarray
-    wanted: int
+    queries: int
 
 
 def continuation(subject: TextModel, context: str, text: str) -> Asked:
@@ -219,13 +219,13 @@ def states_of(model: Decoder, asked: Sequence[Asked]) -> States:
     remaining = sorted(range(len(asked)), key=lambda place: -lengths[place])
     while remaining:
         length = filled_length(lengths[remaining[0]], context)
-        size = at_once(len(remaining), length)
+        size = windows_per_pass(len(remaining), length)
         indices, remaining = remaining[:size], remaining[size:]
         window = np.zeros((size, length), np.int32)
         for row, place in zip(window, indices, strict=False):
             row[: lengths[place]] = asked[place].tokens[:-1]
         for row, place in zip(np.asarray(prefill(window)), indices, strict=False):
-            hidden[place] = row[lengths[place] - asked[place].wanted : lengths[place]]
+            hidden[place] = row[lengths[place] - asked[place].queries : lengths[place]]
     targets, counts = ([tokens[-count:] for tokens, count in asked], [count for _, count in asked])
     all_hidden = np.concatenate([hidden[place] for place in range(len(asked))])
     return States(all_hidden, np.concatenate(targets), np.repeat(np.arange(len(asked)), counts))

@@ -133,7 +133,9 @@ def parsed(place: int, text: str, ideal: str) -> dict:
     return dict(question=question.strip(), choices=choices, gold=gold)
 
 
-def cloze(texts: Sequence[Document], each: int = 4, sentences: int = 5) -> list[dict]:
+def cloze(
+    texts: Sequence[Document], questions_per_document: int = 4, sentences: int = 5
+) -> list[dict]:
     """Build passages in the form of LAMBADA (arXiv 1606.06031).
 
     A passage is a context of sentences and the last word of the last sentence. As in most of
@@ -142,7 +144,7 @@ def cloze(texts: Sequence[Document], each: int = 4, sentences: int = 5) -> list[
 
     Args:
         texts: Documents.
-        each: Number of passages per document, at most. They are evenly spaced.
+        questions_per_document: Number of passages per document, at most. They are evenly spaced.
         sentences: Sentences of a passage.
 
     Returns:
@@ -170,7 +172,9 @@ def cloze(texts: Sequence[Document], each: int = 4, sentences: int = 5) -> list[
                 )
         passages += [
             doc_passages[index]
-            for index in np.linspace(0, len(doc_passages) - 1, min(each, len(doc_passages)))
+            for index in np.linspace(
+                0, len(doc_passages) - 1, min(questions_per_document, len(doc_passages))
+            )
             .round()
             .astype(int)
         ]

@@ -4,8 +4,7 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import pyarrow.parquet
+from types import ModuleType
 
 from hire.lab.paths import TEXT
 
@@ -49,12 +48,8 @@ def documents(
         ConnectionError: The hub cannot be reached.
     """
     if source is not None:
-        # Imported here: it takes two seconds, and the committed corpus does not need it.
-        import datasets
-
-        datasets.disable_progress_bars()
         try:
-            rows = datasets.load_dataset(source, config, split=split)
+            rows = hub_library().load_dataset(source, config, split=split)
         except Exception as error:
             reason = (
                 str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -72,11 +67,15 @@ def documents(
     for kind in kinds or ():
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r}: expected one of {', '.join(KINDS)}")
-    return [document for document in committed(split) if kinds is None or document.kind in kinds]
+    return [
+        document
+        for document in committed_documents(split)
+        if kinds is None or document.kind in kinds
+    ]
 
 
 @functools.cache
-def committed(split: str) -> list[Document]:
+def committed_documents(split: str) -> list[Document]:
     """Return the documents of a split of the committed corpus, verified by data/text/SHA256SUMS.
 
     Raises:
@@ -94,7 +93,15 @@ def committed(split: str) -> list[Document]:
         raise ValueError(
             f"{path}: not the file that SHA256SUMS beside it states; restore both with git"
         )
-    table = pyarrow.parquet.read_table(
-        pyarrow.BufferReader(content), columns=["document", "kind", "text"]
+    rows = hub_library().load_dataset(
+        "parquet", data_files=str(path), split="train", streaming=True
     )
-    return [Document(*row.values()) for row in table.to_pylist()]
+    return [Document(row["document"], row["kind"], row["text"]) for row in rows]
+
+
+def hub_library() -> ModuleType:
+    """Return the library `datasets`. Importing it takes two seconds, so it is imported late."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    return datasets

@@ -147,12 +147,12 @@ def most_used_first(model: Decoder, usage: np.ndarray) -> Decoder:
 
 def searched(
     model: Decoder,
-    copy: Callable[[int, Rows], Estimator],
+    fit_estimator: Callable[[int, Rows], Estimator],
     *,
-    kept: float,
+    kept_fraction: float,
     candidates: float,
-    common: float = 0.0,
-    shared: bool = False,
+    static_fraction: float = 0.0,
+    share_selection: bool = False,
     group_size: int | None = None,
     up_copy: Callable[[int, Rows], Estimator] | None = None,
 ) -> list[hire.HireFFN]:
@@ -160,12 +160,12 @@ def searched(
 
     Args:
         model: The decoder.
-        copy: Function of (layer, rows) that fits the estimator of the neurons outside the static
-            groups: of `gate` in a gated layer, of `up` otherwise.
-        kept: Fraction of the groups that is kept.
+        fit_estimator: Function of (layer, rows) that fits the estimator of the neurons outside the
+            static groups: of `gate` in a gated layer, of `up` otherwise.
+        kept_fraction: Fraction of the groups that is kept.
         candidates: Fraction of the groups that is nominated.
-        common: Fraction of the groups that is static; these are the first groups.
-        shared: Whether one selection serves a batch.
+        static_fraction: Fraction of the groups that is static; these are the first groups.
+        share_selection: Whether one selection serves a batch.
         group_size: Neurons of a group; that of the model by default.
         up_copy: Function of (layer, rows) that fits another estimator, of `up`.
     """
@@ -174,11 +174,12 @@ def searched(
         size = group_size or ffn.group_size
         up, down, gate = ffn.up[...], ffn.down[...], None if ffn.gate is None else ffn.gate[...]
         k, static_groups, count = (
-            floor_fraction(fraction, len(up) // size) for fraction in (kept, common, candidates)
+            floor_fraction(fraction, len(up) // size)
+            for fraction in (kept_fraction, static_fraction, candidates)
         )
         non_static = slice(static_groups * size, None)
         layer_args = (
-            copy(layer, (up if gate is None else gate)[non_static]),
+            fit_estimator(layer, (up if gate is None else gate)[non_static]),
             gate,
             None if up_copy is None else up_copy(layer, up[non_static]),
         )
@@ -191,7 +192,7 @@ def searched(
                 k=k,
                 candidates=count,
                 static_groups=static_groups,
-                share_selection=shared,
+                share_selection=share_selection,
             )
         )
     return layers
@@ -199,4 +200,4 @@ def searched(
 
 def bytes_share(ffns: Sequence[hire.HireFFN]) -> float:
     """Return the bytes that searched ReLU layers read per query, as a fraction of dense."""
-    return sum(ffn.bytes_read for ffn in ffns) / sum(2 * ffn.up.nbytes for ffn in ffns)
+    return sum(ffn.bytes_read() for ffn in ffns) / sum(2 * ffn.up.nbytes for ffn in ffns)

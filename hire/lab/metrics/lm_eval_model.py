@@ -23,13 +23,13 @@ EOS, BOS = 1, 2
 class Harness(TemplateLM):
     """A model with its tokenizer as an lm-eval model.
 
-    Several instances of one model that differ only in their softmax can share `kept`: one prefill
-    then serves all of them. No text is truncated.
+    Several instances of one model that differ only in their softmax can share `prefilled`: one
+    prefill then serves all of them. No text is truncated.
 
     Args:
         subject: The model with its tokenizer; the model may be converted.
         softmax: Search the LM head with this softmax.
-        kept: Hidden states by request, extended with those of new requests.
+        prefilled: Hidden states by request, extended with those of new requests.
 
     Raises:
         ValueError: A request has nothing to predict, or more text than the model's context. The
@@ -40,10 +40,10 @@ class Harness(TemplateLM):
         self,
         subject: TextModel,
         softmax: HireSoftmax | None = None,
-        kept: dict[bytes, np.ndarray] | None = None,
+        prefilled: dict[bytes, np.ndarray] | None = None,
     ):
         super().__init__()
-        self.subject, self.kept = subject, {} if kept is None else kept
+        self.subject, self.prefilled = subject, {} if prefilled is None else prefilled
         self.model = subject.model if softmax is None else convert(subject.model, softmax=softmax)
         rows = self.model.embedding[...]
         self.softmax = rows if self.model.softmax is None else self.model.softmax.with_rows(rows)
@@ -80,21 +80,21 @@ class Harness(TemplateLM):
             For each request: log p of its tokens in nats, and whether greedy decoding yields them.
         """
         cache_keys = [
-            prediction.tokens.tobytes() + prediction.wanted.to_bytes(4, "big")
+            prediction.tokens.tobytes() + prediction.queries.to_bytes(4, "big")
             for prediction in asked
         ]
         uncached = {
             key: prediction
             for key, prediction in zip(cache_keys, asked, strict=True)
-            if key not in self.kept
+            if key not in self.prefilled
         }
         if uncached:
             states = states_of(self.model, list(uncached.values()))
-            ends = np.cumsum([prediction.wanted for prediction in uncached.values()])[:-1]
-            self.kept |= dict(zip(uncached, np.split(states.hidden, ends), strict=True))
-        hidden = np.concatenate([self.kept[key] for key in cache_keys])
-        targets = np.concatenate([prediction.tokens[-prediction.wanted :] for prediction in asked])
-        token_owners = np.repeat(owners, [prediction.wanted for prediction in asked])
+            ends = np.cumsum([prediction.queries for prediction in uncached.values()])[:-1]
+            self.prefilled |= dict(zip(uncached, np.split(states.hidden, ends), strict=True))
+        hidden = np.concatenate([self.prefilled[key] for key in cache_keys])
+        targets = np.concatenate([prediction.tokens[-prediction.queries :] for prediction in asked])
+        token_owners = np.repeat(owners, [prediction.queries for prediction in asked])
         outputs = head_outputs(self.softmax, States(hidden, targets, token_owners))
         return -np.bincount(token_owners, outputs.nats, count), np.bincount(
             token_owners, ~outputs.hits, count
@@ -157,9 +157,9 @@ class Harness(TemplateLM):
         Raises:
             ValueError: As in `written`.
         """
-        return [self.written(*request.args) for request in requests]
+        return [self.generate_text(*request.args) for request in requests]
 
-    def written(self, context: str, settings: dict) -> str:
+    def generate_text(self, context: str, settings: dict) -> str:
         """Return the greedy continuation of a context.
 
         Args:
@@ -178,7 +178,7 @@ class Harness(TemplateLM):
                 f"{len(tokens)} tokens and {max_tokens} to write: expected at most "
                 f"{self.max_length}, the model's context"
             )
-        split_model, slots = (
+        split_model, cache_length = (
             SplitModel.of(self.model),
             filled_length(len(tokens) + max_tokens, self.max_length),
         )
@@ -188,7 +188,9 @@ class Harness(TemplateLM):
             (size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if size <= len(tokens)),
             default=1,
         )
-        top, cache = prefill(split_model, jnp.asarray(tokens[None, :prefill_length]), slots, 1)
+        top, cache = prefill(
+            split_model, jnp.asarray(tokens[None, :prefill_length]), cache_length, 1
+        )
         for token in tokens[prefill_length:]:
             top, cache = step(split_model, jnp.asarray([token]), cache, 1)
         ids, text = [], ""

@@ -34,7 +34,7 @@ def definition(name: str) -> str | dict:
         if name == CLOZE
         else questions(name)
     )
-    shared = dict(
+    common_options = dict(
         task=name,
         test_split="test",
         custom_dataset=lambda **_: {"test": datasets.Dataset.from_list(rows)},
@@ -44,13 +44,13 @@ def definition(name: str) -> str | dict:
         dict(metric=metric, aggregation="perplexity" if metric == "perplexity" else "mean")
         for metric in metrics
     ]
-    shared |= dict(
+    common_options |= dict(
         metric_list=[
             metric | dict(higher_is_better=metric["metric"] != "perplexity") for metric in means
         ]
     )
     if name == CLOZE:  # these settings follow lambada_openai of lm-eval
-        return shared | dict(
+        return common_options | dict(
             output_type="loglikelihood", doc_to_text="{{context}}", doc_to_target="{{' ' + word}}"
         )
     templates = dict(
@@ -58,7 +58,7 @@ def definition(name: str) -> str | dict:
         doc_to_choice=lambda row: row["choices"],
         doc_to_target="gold",
     )
-    return shared | dict(output_type="multiple_choice") | templates
+    return common_options | dict(output_type="multiple_choice") | templates
 
 
 @functools.cache
@@ -176,13 +176,13 @@ def pooled(ours: Sequence[dict], theirs: Sequence[dict]) -> dict:
     Returns:
         The result of hire.lab.metrics.intervals.points.
     """
-    right, baseline_right = (
+    correct, baseline_correct = (
         np.concatenate([part["right"] for part in side]) for side in (ours, theirs)
     )
     owners = [
         f"{index} {document}" for index, part in enumerate(ours) for document in part["documents"]
     ]
-    return points(right, baseline_right, np.asarray(owners))
+    return points(correct, baseline_correct, np.asarray(owners))
 
 
 def judge_questions(
@@ -215,16 +215,19 @@ def judge_questions(
         for name, by_softmax in task_results.items()
     }
     data = {name: by_softmax["exact"]["data"] for name, by_softmax in task_results.items()}
-    setting = dict(k=k, headline=headline, limit=limit, data=data)
-    results = dict(accuracy=accuracy, metrics=scores, failed=failed)
+    setting = dict(k=k, softmax_setting=headline, questions_per_task=limit, data=data)
+    results = dict(accuracy_difference=accuracy, metrics=scores, failed_tasks=failed)
     summary = "{mean:+.2%} ({low:+.2%} to {high:+.2%})".format(**accuracy)
     claim = dict(
-        value=summary,
+        value=accuracy["mean"],
+        low=accuracy["low"],
+        high=accuracy["high"],
         unit=f"accuracy over exact, {accuracy['n']} questions",
         quality="paired, 95 % interval",
-    )
-    claim |= dict(
-        setting=f"Gemma 3 270M, {label}", figure="10", supports=accuracy["mean"] >= -0.005
+        setting=f"Gemma 3 270M, {label}",
+        supports=accuracy["mean"] >= -0.005,
+        device=None,
+        figure="10",
     )
     print(f"accuracy over exact: {summary}, {accuracy['n']} questions")
     print(

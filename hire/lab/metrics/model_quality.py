@@ -12,12 +12,11 @@ import numpy as np
 from hire.estimators.cascade import Cascade
 from hire.estimators.low_rank import LowRank
 from hire.estimators.quantized import Quantized
-from hire.lab.data.model_states import States, at_once, document_states, hidden_states, in_batches
+from hire.lab.data.model_states import States, hidden_states, in_batches, windows_per_pass
 from hire.lab.data.text import Document
 from hire.lab.metrics.intervals import mean_with_interval, points, relative_loss
-from hire.layers.ffn import HireFFN
 from hire.layers.softmax import HireSoftmax
-from hire.models import Decoder, TextModel, convert, generate
+from hire.models import Decoder, TextModel
 from hire.ops.row_products import row_scores
 from hire.ops.top_k import TopK, exact_top_k
 from hire.sampling import sampling_probabilities
@@ -104,7 +103,7 @@ def score_documents(
     for window, (_, ids) in zip(windows, spans, strict=True):
         window[1:] = np.resize(ids, length)
     is_token = np.arange(length)[None] < np.asarray([len(ids) for _, ids in spans])[:, None]
-    size = batch or at_once(len(windows), length)
+    size = batch or windows_per_pass(len(windows), length)
     scored = in_batches(
         lambda tokens: nll_and_correct(model.logits(prefill(tokens[:, :-1])), tokens[:, 1:]),
         windows,
@@ -189,7 +188,7 @@ class HeadOutputs(NamedTuple):
     nats: Float[AnyArray, " n"]
     hits: Bool[AnyArray, " n"]
     outside: Bool[AnyArray, " n"]
-    best: TopK
+    true_top: TopK
 
 
 @partial(jax.jit, static_argnames="k")
@@ -208,16 +207,16 @@ def head_outputs_of_batch(
         # All candidates, best first.
         results = replace(softmax, k=softmax.candidates).top_k_with_normalizer(hidden)
         nats = results.log_normalizer - softmax.exact_logits(hidden, targets[:, None])[:, 0]
-        best, outside = results.top, jnp.all(results.top.indices != targets[:, None], axis=1)
+        top, outside = results.top, jnp.all(results.top.indices != targets[:, None], axis=1)
     else:
         logits = row_scores(hidden, softmax)
-        nats, best, outside = (
+        nats, top, outside = (
             nll(logits, targets),
             exact_top_k(logits, k),
             jnp.zeros(targets.shape, bool),
         )
     return HeadOutputs(
-        nats, best.indices[:, 0] == targets, outside, TopK(best.values[:, :k], best.indices[:, :k])
+        nats, top.indices[:, 0] == targets, outside, TopK(top.values[:, :k], top.indices[:, :k])
     )
 
 
@@ -236,18 +235,18 @@ def head_outputs(
         The outputs for all states, as numpy arrays.
     """
     return in_batches(
-        lambda *some: head_outputs_of_batch(softmax, *some, k=k),
+        lambda *arrays: head_outputs_of_batch(softmax, *arrays, k=k),
         states.hidden,
         batch,
         states.targets,
     )
 
 
-def scores_of(told: HeadOutputs, states: States, texts: Sequence[Document]) -> Scores:
+def scores_of(outputs: HeadOutputs, states: States, texts: Sequence[Document]) -> Scores:
     """Sum the outputs for the states of `document_states` by document."""
     nats, hits, tokens = (
         np.bincount(states.documents, part, len(texts))
-        for part in (told.nats, told.hits, np.ones(len(told.nats)))
+        for part in (outputs.nats, outputs.hits, np.ones(len(outputs.nats)))
     )
     return Scores(nats, hits, tokens, np.asarray([len(text.text.encode()) for text in texts]))
 
@@ -269,14 +268,14 @@ def against(ours: HeadOutputs, exact: HeadOutputs, documents: np.ndarray) -> dic
     """
     _, owners = np.unique(documents, return_inverse=True)
     hits = np.stack(
-        [np.isin(*pair) for pair in zip(exact.best.indices, ours.best.indices, strict=True)]
+        [np.isin(*pair) for pair in zip(exact.true_top.indices, ours.true_top.indices, strict=True)]
     )
     rates = dict(
         recall=hits.mean(1),
-        agreement=ours.best.indices[:, 0] == exact.best.indices[:, 0],
+        agreement=ours.true_top.indices[:, 0] == exact.true_top.indices[:, 0],
         outside=ours.outside,
     )
-    variation = total_variation(ours.best, exact.best)
+    variation = total_variation(ours.true_top, exact.true_top)
     return dict(
         loss=relative_loss(
             *(np.bincount(owners, part.nats.astype(np.float64)) for part in (ours, exact))
@@ -290,13 +289,13 @@ def against(ours: HeadOutputs, exact: HeadOutputs, documents: np.ndarray) -> dic
 
 
 def softmaxes_of(
-    rows: Rows, seen: Queries, k: int, settings: Sequence[Sequence[int]]
+    rows: Rows, calibration: Queries, k: int, settings: Sequence[Sequence[int]]
 ) -> dict[str, HireSoftmax]:
     """Fit HiRE softmaxes with an int8 low-rank estimator.
 
     Args:
         rows: Rows (v, d) of the LM head.
-        seen: Hidden states that the estimator is fitted to.
+        calibration: Hidden states that the estimator is fitted to.
         k: Number of tokens that are returned.
         settings: (rank, k') for a low-rank estimator. (rank, k', stage size) for a cascade: the
             low-rank estimator passes that many candidates on to int8 rows.
@@ -306,7 +305,7 @@ def softmaxes_of(
     """
     softmaxes = {}
     for rank, candidates, *stage_sizes in settings:
-        low_rank = LowRank.fit(rows, rank, calibration=seen, bits=8)
+        low_rank = LowRank.fit(rows, rank, calibration=calibration, bits=8)
         name = f"LR {rank} k'={candidates}" + "".join(f" of {size}" for size in stage_sizes)
         estimator = (
             Cascade((low_rank, Quantized.fit(rows, 8)), tuple(stage_sizes))
@@ -315,124 +314,3 @@ def softmaxes_of(
         )
         softmaxes[name] = HireSoftmax(rows, estimator, k, candidates)
     return softmaxes
-
-
-def in_every_form(
-    rows: Rows, seen: Queries, rank: int, k: int, candidates: int
-) -> dict[str, HireSoftmax]:
-    """Create HiRE softmaxes with three kinds of estimator.
-
-    The estimators are low-rank, 4-bit, and int8 low-rank fitted to hidden states.
-
-    Args:
-        rows: Rows (v, d) of the LM head.
-        seen: Hidden states that the last estimator is fitted to.
-        rank: Rank of the low-rank estimators.
-        k: Number of tokens that are returned.
-        candidates: Number of candidates k'.
-
-    Returns:
-        The softmaxes by name.
-    """
-    estimators = {"LR": LowRank.fit(rows, rank), "Q": Quantized.fit(rows, 4)}
-    estimators["LR fitted int8"] = LowRank.fit(rows, rank, calibration=seen, bits=8)
-    return {
-        f"{name} k'={candidates}": HireSoftmax(rows, estimator, k, candidates)
-        for name, estimator in estimators.items()
-    }
-
-
-def stated(found: dict) -> str:
-    """Format the result of `against` as one line."""
-    parts = (
-        f"{name} {found[name]['mean']:.4f}"
-        for name in ("recall", "agreement", "variation", "outside")
-    )
-    return (
-        "loss {mean:+.3%} ({low:+.3%} to {high:+.3%})".format(**found["loss"])
-        + f", {', '.join(parts)}"
-    )
-
-
-def compared(
-    subject: TextModel,
-    ffns: dict[str, Sequence[HireFFN] | None],
-    softmaxes: dict[str, HireSoftmax | None],
-    texts: Sequence[Document],
-    k: int,
-    **windows: int,
-) -> tuple[dict[str, float], dict[str, dict]]:
-    """Compare all combinations of FFN and softmax searches with the unconverted model.
-
-    One prefill serves all softmaxes.
-
-    Args:
-        subject: The model with its tokenizer.
-        ffns: FFN searches by name; None is the model's FFNs.
-        softmaxes: Softmax searches by name; None is the model's softmax.
-        texts: Documents.
-        k: Number of best tokens that are compared.
-        **windows: `length` and `stride` of `document_states`.
-
-    Returns:
-        The summary of the unconverted model (see `Scores.summary`), and the result of `against` by
-        "ffn, softmax".
-    """
-    rows, base_states, comparisons = (
-        subject.model.token_embeddings(),
-        document_states(subject, texts, **windows),
-        {},
-    )
-    exact = head_outputs(rows, base_states, k)
-    for ffn_name, ffn in ffns.items():
-        model = subject.model if ffn is None else convert(subject.model, ffn=ffn)
-        states = (
-            base_states
-            if ffn is None
-            else document_states(replace(subject, model=model), texts, **windows)
-        )
-        for softmax_name, softmax in softmaxes.items():
-            if (ffn, softmax) != (None, None):
-                ours = head_outputs(rows if softmax is None else softmax, states, k)
-                comparisons[f"{ffn_name}, {softmax_name}"] = against(
-                    ours, exact, base_states.documents
-                )
-    return scores_of(exact, base_states, texts).summary(), comparisons
-
-
-def side_by_side(
-    subject: TextModel, other: Decoder, text: str, prompt: int, new_tokens: int, slots: int
-) -> str:
-    """Compare greedy continuations of a text by a model and by its conversion.
-
-    Args:
-        subject: The model with its tokenizer.
-        other: The converted model.
-        text: The text; its first `prompt` tokens are the prompt.
-        prompt: Number of tokens of the prompt.
-        new_tokens: Number of tokens to generate.
-        slots: Length of the cache in tokens. Steps may be compiled for it already.
-
-    Returns:
-        The dense continuation. Where they differ, also both continuations from that token on.
-    """
-    tokens = jnp.asarray(subject.tokens(text, prompt))[None]
-    continuations = [
-        np.asarray(generate(model, tokens, new_tokens=new_tokens, slots=slots))[0]
-        for model in (subject.model, other)
-    ]
-    lines = [repr(subject.tokenizer.decode(continuations[0][1:].tolist()))]
-    differing = np.flatnonzero(continuations[0] != continuations[1])
-    if not len(differing):
-        return f"{lines[0]}\n    the same, word for word"
-    position = int(differing[0])
-    logits = subject.model.logits(
-        subject.model.prefill(jnp.asarray(continuations[0][None, :position]))[0][:, -1]
-    )[0]
-    for name, ids in zip(("dense", "HiRE"), continuations, strict=True):
-        lines.append(
-            f"    from word {position} on, {name}: "
-            f"{subject.tokenizer.decode(ids[position:].tolist())!r}, "
-            f"dense logit {logits[ids[position]]:.3f}"
-        )
-    return "\n".join(lines)

@@ -7,17 +7,14 @@ import numpy as np
 from hire.estimators.base import Estimator
 from hire.lab.data.model_states import States, in_batches
 from hire.lab.metrics.intervals import mean_with_interval
-from hire.lab.metrics.model_quality import losses, total_variation
 from hire.layers.softmax import HireSoftmax
-from hire.models import Decoder
-from hire.ops.batches import batches
 from hire.ops.top_k import TopK, bucketed_top_k, expected_recall, expected_recall_top1, recall
 from hire.tuning import candidates_needed
 from hire.types import Array, Float, Queries, Rows
 
 
 def curve(
-    rows: Rows, estimator: Estimator, hidden: Queries, best: TopK, candidates: Sequence[int]
+    rows: Rows, estimator: Estimator, hidden: Queries, true_top: TopK, candidates: Sequence[int]
 ) -> dict[str, list[float]]:
     """Evaluate an estimator at every number of candidates, against the true top-k.
 
@@ -25,7 +22,7 @@ def curve(
         rows: Rows (m, d).
         estimator: The estimator.
         hidden: Queries (n, d).
-        best: True top-k (n, k) of the queries.
+        true_top: True top-k (n, k) of the queries.
         candidates: Numbers of candidates k'.
 
     Returns:
@@ -35,16 +32,18 @@ def curve(
         `mass`: fraction of the true top-k's probability that falls on the retrieved rows.
         `bytes`: bytes read, as a fraction of float32 rows.
     """
-    k = best.indices.shape[1]
-    hits = candidates_needed(estimator, hidden, best.indices)[:, :, None] <= np.asarray(candidates)
-    probabilities = np.exp(best.values - best.values.max(1, keepdims=True))
+    k = true_top.indices.shape[1]
+    hits = candidates_needed(estimator, hidden, true_top.indices)[:, :, None] <= np.asarray(
+        candidates
+    )
+    probabilities = np.exp(true_top.values - true_top.values.max(1, keepdims=True))
     probabilities /= probabilities.sum(1, keepdims=True)
     return dict(
         recall=hits.mean((0, 1)).tolist(),
         top1=hits[:, 0].mean(0).tolist(),
         mass=(hits * probabilities[:, :, None]).sum(1).mean(0).tolist(),
         bytes=[
-            HireSoftmax(rows, estimator, k, count).bytes_read / (4 * rows.size)
+            HireSoftmax(rows, estimator, k, count).bytes_read() / (4 * rows.size)
             for count in candidates
         ],
     )
@@ -56,72 +55,29 @@ def search_all(softmax: HireSoftmax, hidden: Queries, batch: int = 128) -> TopK:
 
 
 def judge(
-    search: HireSoftmax | TopK, states: States, best: TopK, batch: int = 128
+    softmax: HireSoftmax | TopK, states: States, true_top: TopK, batch: int = 128
 ) -> dict[str, dict]:
     """Measure recall on the indices that the search itself returns.
 
     Args:
-        search: The search, or the results (n, k) that it has returned.
+        softmax: The search, or the results (n, k) that it has returned.
         states: Hidden states with their documents.
-        best: True top-k (n, k) of the states.
+        true_top: True top-k (n, k) of the states.
         batch: Queries per call of the search.
 
     Returns:
         `recall` and `top1` (recall of the top-1), each as from `mean_with_interval`.
     """
-    results = search if isinstance(search, TopK) else search_all(search, states.hidden, batch)
+    results = softmax if isinstance(softmax, TopK) else search_all(softmax, states.hidden, batch)
     hits = np.stack(
         [
             np.isin(true_indices, indices)
-            for true_indices, indices in zip(best.indices, results.indices, strict=True)
+            for true_indices, indices in zip(true_top.indices, results.indices, strict=True)
         ]
     )
     return dict(
         recall=mean_with_interval(hits.mean(1), states.documents),
         top1=mean_with_interval(hits[:, 0], states.documents),
-    )
-
-
-def distribution(
-    softmax: HireSoftmax, model: Decoder, found: TopK, states: States, best: TopK
-) -> dict[str, float]:
-    """Compare sampling and perplexity of a search with those of exact logits.
-
-    Args:
-        softmax: The search.
-        model: The decoder, for exact losses.
-        found: Results (n, k) of the search.
-        states: Hidden states with their next tokens.
-        best: True top-k (n, k) of the states.
-
-    Returns:
-        `agreement`: rate at which the top-1 is the same.
-        `variation`, `variation_99`: mean and 99th percentile of the total variation between
-            sampling from the results and from the exact top-k.
-        `perplexity`: exact perplexity.
-        `perplexity_off`: relative difference of the perplexity with the estimated normalizer.
-        `nats_off`: mean absolute error of a loss in nats.
-        `within_two_errors`: fraction of losses with an error below two of the standard errors that
-            the softmax states.
-    """
-    variation = total_variation(found, best)
-    exact, estimated, stderr = losses(model, states), [], []
-    for hidden, targets in zip(
-        batches(states.hidden, 128), batches(states.targets[:, None], 128), strict=True
-    ):
-        output = softmax.top_k_with_normalizer(hidden)
-        estimated.append(output.log_normalizer - softmax.exact_logits(hidden, targets)[:, 0])
-        stderr.append(output.normalizer_stderr)
-    estimated, stderr = np.concatenate(estimated), np.concatenate(stderr)
-    errors = np.abs(estimated - exact)
-    return dict(
-        agreement=float(np.mean(found.indices[:, 0] == best.indices[:, 0])),
-        variation=float(variation.mean()),
-        variation_99=float(np.quantile(variation, 0.99)),
-        perplexity=float(np.exp(exact.mean())),
-        perplexity_off=float(np.expm1(estimated.mean() - exact.mean())),
-        nats_off=float(errors.mean()),
-        within_two_errors=float(np.mean(errors < 2 * stderr)),
     )
 
 

@@ -16,9 +16,16 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from hire.lab.data import hidden_state_cache
-from hire.lab.figure_index import parameters, ready, register
+from hire.lab.figure_index import (
+    COMMITTED_PROFILE,
+    figure_entry,
+    figures_with_notebook,
+    resolve_profile,
+    settings,
+    sizes_by_notebook,
+)
 from hire.lab.paths import FIGURES, NOTEBOOKS, OUT, ROOT
-from hire.lab.report.plots import differences
+from hire.lab.studies.figure_files import differences
 
 
 def fingerprint(name: str, chosen: dict) -> str:
@@ -32,30 +39,36 @@ def fingerprint(name: str, chosen: dict) -> str:
     return state.hexdigest()
 
 
-def check_parameters(profile: str) -> dict[str, dict]:
-    """Return the parameters of a profile by notebook.
+def check_sizes(profile: str, overrides: dict) -> None:
+    """Check that a profile gives every notebook exactly the sizes of its parameters cell.
+
+    Args:
+        profile: Name of the profile.
+        overrides: Sizes by notebook that replace those of the profile.
 
     Raises:
-        ValueError: If the profile names a notebook or a parameter that does not exist.
+        ValueError: A notebook or a size is missing or unknown.
     """
-    by_notebook = parameters(profile)
-    names = [entry["name"] for entry in ready()]
-    for name, values in by_notebook.items():
-        if name not in names:
+    sizes = sizes_by_notebook(profile)
+    names = [entry["name"] for entry in figures_with_notebook()]
+    if list(sizes) != names:
+        raise ValueError(
+            f"profiles/{profile}.yaml: notebooks {', '.join(sizes)}: expected {', '.join(names)}"
+        )
+    for name in names:
+        parameters = papermill.inspect_notebook(str(NOTEBOOKS / f"{name}.ipynb"))
+        differing = set(sizes[name]) ^ (set(parameters) - {"profile"})
+        if differing:
             raise ValueError(
-                f"profiles/{profile}.yaml: notebook {name!r}: expected one of {', '.join(names)}"
+                f"profiles/{profile}.yaml, {name}: {', '.join(sorted(differing))}: in one of the "
+                "profile and the notebook's parameters cell only; add it to the other"
             )
-        known_parameters = papermill.inspect_notebook(str(NOTEBOOKS / f"{name}.ipynb"))
-        for parameter in values or {}:
-            if parameter not in known_parameters:
-                raise ValueError(
-                    f"profiles/{profile}.yaml: {name} has no parameter {parameter!r}: expected one "
-                    f"of {', '.join(known_parameters)}"
-                )
-    return by_notebook
+        settings(name, profile, overrides.get(name, {}))
 
 
-def run_notebooks(profile: str, only: str | None = None, *, fresh: bool = False) -> list[str]:
+def run_notebooks(
+    profile: str, only: str | None = None, *, fresh: bool = False, overrides: dict | None = None
+) -> list[str]:
     """Execute every notebook, or one of them, into out/<profile>/.
 
     The smoke profile runs two notebooks at a time. Other profiles run one at a time, because their
@@ -63,25 +76,28 @@ def run_notebooks(profile: str, only: str | None = None, *, fresh: bool = False)
     other notebooks still run.
 
     Args:
-        profile: Name of the profile.
+        profile: Name of the profile, or "auto".
         only: Number of the only figure to run. Default: all.
-        fresh: Also run notebooks that already ran with the same cells, parameters and package.
+        fresh: Also run notebooks that already ran with the same cells, sizes and package.
+        overrides: Sizes of the only figure that replace those of the profile.
 
     Returns:
         The names of the notebooks that failed.
 
     Raises:
-        ValueError: If the profile, figure or a parameter is unknown. Nothing runs then.
+        ValueError: If the profile, the figure or a size is unknown. Nothing runs then.
     """
-    by_notebook = check_parameters(profile)
-    entries = ready() if only is None else [register(only)]
-    (OUT / profile).mkdir(parents=True, exist_ok=True)
+    profile = resolve_profile(profile)
+    entries = figures_with_notebook() if only is None else [figure_entry(only)]
+    names = [entry["name"] for entry in entries]
+    if overrides and only is None:
+        raise ValueError(f"sizes {', '.join(overrides)}: name the figure that they are for")
+    check_sizes(profile, {name: overrides or {} for name in names})
     if fresh:
         hidden_state_cache.forget()
-    names = [entry["name"] for entry in entries]
 
     def run(name: str) -> bool:
-        return run_notebook(name, profile, by_notebook.get(name) or {}, fresh)
+        return run_notebook(name, profile, overrides or {}, fresh)
 
     # Kernels start in the working directory of this process.
     with chdir(NOTEBOOKS), ThreadPoolExecutor(2 if profile == "smoke" else 1) as pool:
@@ -89,29 +105,31 @@ def run_notebooks(profile: str, only: str | None = None, *, fresh: bool = False)
     return [name for name, success in succeeded.items() if not success]
 
 
-def run_notebook(name: str, profile: str, values: dict, fresh: bool) -> bool:
+def run_notebook(name: str, profile: str, overrides: dict, fresh: bool) -> bool:
     """Execute one notebook unless it is up to date.
 
     Returns:
         Whether the notebook succeeded, now or before.
     """
-    target, values = OUT / profile / f"{name}.ipynb", {"profile": profile} | values
-    stamp, digest = target.with_suffix(".done"), fingerprint(name, values)
+    folder = OUT / (f"{profile}-changed" if overrides else profile)
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{name}.ipynb"
+    sizes = vars(settings(name, profile, overrides))
+    stamp, digest = target.with_suffix(".done"), fingerprint(name, {"profile": profile} | sizes)
     if not fresh and stamp.exists() and stamp.read_text() == digest:
         print(f"{name}: up to date ({stamp.relative_to(ROOT)}; FRESH=1 runs it again)", flush=True)
         return True
     print(f"{name}: running at profile {profile} …", flush=True)
     stamp.unlink(missing_ok=True)
     start = time.monotonic()
-    error = execute(name, values, target)
+    error = execute(name, {"profile": profile} | overrides, target)
     seconds = time.monotonic() - start
     if error:
         print(f"{name}: FAILED after {seconds:.0f} s: {error}", flush=True)
         return False
     stamp.write_text(digest)
-    print(
-        f"{name}: done in {seconds:.0f} s{'' if profile == 'smoke' else compared(name)}", flush=True
-    )
+    comparison = compared(name) if profile == COMMITTED_PROFILE and not overrides else ""
+    print(f"{name}: done in {seconds:.0f} s{comparison}", flush=True)
     return True
 
 

@@ -9,6 +9,7 @@ import subprocess
 from hire.lab import records
 from hire.lab.figure_index import load
 from hire.lab.paths import FIGURES, ROOT
+from hire.lab.report.templates import render
 from hire.models import storage
 
 VERDICTS = (
@@ -36,43 +37,58 @@ def verdict(obtained: list[dict]) -> str:
 
 
 def scorecard() -> list[dict]:
-    """Return one row per claim: published value, results of the records that name it, verdict."""
+    """Return one row per claim, as figures/scorecard.schema.json describes it."""
     evidence = records.read()
     rows = []
     for claim in load("claims")["claims"]:
         obtained = [
-            dict(
-                kind=entry["kind"],
-                device=entry["machine"]["device"],
-                weights=entry["weights"],
-                record=entry["id"],
-            )
-            | entry["claims"][claim["id"]]
+            contribution(entry, entry["claims"][claim["id"]])
             for entry in evidence
             if claim["id"] in entry.get("claims", {})
         ]
+        met = any(entry["supports"] for entry in obtained) if obtained else None
         row = dict(
-            claim=claim["id"], text=claim["claim"], published=claim["published"], mark=claim["mark"]
+            claim=claim["id"],
+            text=claim["claim"],
+            published=claim["published"],
+            mark=claim["mark"],
+            criterion=claim["criterion"],
+            met=met,
+            verdict=verdict(obtained),
+            obtained=obtained,
         )
-        rows.append(row | dict(obtained=obtained, verdict=verdict(obtained)))
+        rows.append(row)
     return rows
+
+
+def contribution(record: dict, claim: dict) -> dict:
+    """Return what a record contributes to a claim, with where it comes from."""
+    return dict(
+        value=claim["value"],
+        unit=claim["unit"],
+        low=claim["low"],
+        high=claim["high"],
+        kind=record["kind"],
+        device=claim["device"] or record["machine"]["device"],
+        quality=claim["quality"],
+        setting=claim["setting"],
+        figure=claim["figure"],
+        weights=record["weights"],
+        record=record["id"],
+        supports=claim["supports"],
+    )
+
+
+def number_with_range(entry: dict) -> str:
+    """Format an obtained value with its unit and, where there is one, its range."""
+    low, high = entry["low"], entry["high"]
+    bounds = "" if low is None or high is None else f" ({low:.3g} to {high:.3g})"
+    return f"{entry['value']:.3g}{bounds} {entry['unit']}"
 
 
 def scorecard_markdown() -> str:
     """Return the scorecard as a Markdown table."""
-    lines = ["| claim | the paper (mark) | obtained here | verdict |", "|---|---|---|---|"]
-    for row in scorecard():
-        obtained = "<br>".join(
-            f"{entry['value']} {entry['unit']} ({entry['quality']}; {entry['kind']}, "
-            f"{entry['device'].split(',')[0]}, "
-            f"figure {entry['figure']})"
-            for entry in row["obtained"]
-        )
-        lines.append(
-            f"| **{row['claim']}**: {row['text']} | {row['published']} ({row['mark']}) | "
-            f"{obtained or '–'} | {row['verdict']} |"
-        )
-    return "\n".join(lines)
+    return render("scorecard.md.j2", rows=scorecard(), number_with_range=number_with_range)
 
 
 def write_scorecard() -> None:

@@ -1,254 +1,235 @@
-"""The ablation: add the parts of HiRE to one model in turn, and judge and time each variant.
+"""Figure 08, the ablation: the parts of HiRE added to one model in turn.
 
-The module also computes the map of expected speed-ups over model shapes.
+Each variant is judged and timed on a model that was trained here, and timed on a model of one
+billion parameters. The module also computes the map of expected speed-ups over model shapes.
 """
 
-import ctypes
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+import pandas
+from matplotlib.figure import Figure
 
 import hire
-from hire.estimators.base import Estimator
-from hire.estimators.fingerprints import fingerprint
-from hire.lab.data.model_states import States, collect, in_batches
-from hire.lab.figure_index import load
-from hire.lab.metrics.group_sparsity import (
-    ffn_inputs,
-    layers_of,
-    most_used_first,
-    searched,
-    sets_kept,
-)
+from hire.lab import records
+from hire.lab.data import model_states
+from hire.lab.data.model_states import States
+from hire.lab.data.text import documents
+from hire.lab.metrics import group_sparsity, search_recall
 from hire.lab.metrics.intervals import relative_loss
 from hire.lab.metrics.model_quality import losses
-from hire.lab.metrics.search_recall import judge, search_all
-from hire.lab.timing import decode_step
-from hire.lab.timing.interleaved import interleaved, medians
-from hire.lab.timing.roofline import step_work
-from hire.layers.ffn import activate
-from hire.models import Decoder, DecoderConfig, TextModel, preset
-from hire.models.conversion import SearchedFFN
-from hire.models.decoder import FFN
-from hire.models.weights import require_memory
-from hire.ops.row_products import row_scores
-from hire.ops.top_k import TopK, exact_top_k, floor_fraction
-from hire.pytrees import pytree
+from hire.lab.studies import ablation_map, plots
+from hire.lab.studies.ablation_timing import (
+    Alternatives,
+    Durations,
+    LargeRun,
+    setting_name,
+    speedup_range,
+    speedup_text,
+    step_bytes,
+    time_variants,
+)
+from hire.lab.studies.ablation_variants import (
+    BOTH,
+    DENSE,
+    FFN_ALONE,
+    SHARED,
+    SOFTMAX,
+    WIDER,
+    VariantSizes,
+    ffns_of,
+    softmax_of,
+    without_selection,
+)
+from hire.lab.studies.study import Claim, Record, Result
+from hire.lab.studies.tables import percent
+from hire.lab.timing.interleaved import speedups
+from hire.lab.training import trainer
+from hire.models import Decoder, TextModel
+from hire.ops.top_k import TopK
 from hire.tuning import true_top_k
-from hire.types import Array, Float, Queries, Rows
+from hire.types import Rows
 
-GROUP = 8
+PROMPT_TOKENS = 16
+# Criterion of the claim additive: measured over expected speed-up.
+ADDITIVE_SHARE = 0.8
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ladder:
-    """The sizes of all variants.
-
-    All shares are fractions of a layer's groups of 8 neurons.
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """The model that was trained here, with the text to fit to and to judge on.
 
     Attributes:
-        k: Size of the top-k of the softmax.
-        candidates: Candidates (k') of the softmax.
-        rank: Rank of the softmax estimators.
-        ffn_rank: Rank of the FFN estimators.
-        kept: Share of the groups in the top-k of the FFN.
-        nominated: Share of the groups that are candidates, static groups included.
-        common: Share of the groups that are static groups.
-        shared: Share of the groups that are candidates when a batch shares one selection.
+        subject: The model with its tokenizer. The most used groups of each layer come first.
+        sizes: Sizes of its variants.
+        calibration: Windows (w, t) of speeches and commentary, to fit to.
+        hidden: Hidden states (n, d) of these windows.
+        evaluation: Windows (w, t) of a novel, to judge on, and the document (w,) of each window.
     """
 
-    k: int = 32
-    candidates: int = 2048
-    rank: int = 128
-    ffn_rank: int = 384
-    kept: float = 0.05
-    nominated: float = 0.1
-    common: float = 0.02
-    shared: float = 0.25
+    subject: TextModel
+    sizes: VariantSizes
+    calibration: np.ndarray
+    hidden: np.ndarray
+    evaluation: tuple[np.ndarray, np.ndarray]
 
-    def variants(
-        self,
-        model: Decoder,
-        hidden: Queries | None = None,
-        inputs: Sequence[np.ndarray] | None = None,
-        together: int = 8,
-    ) -> dict[str, Decoder]:
-        """Create the variants of a model; each goes one step further than the one before.
+    @property
+    def model(self) -> Decoder:
+        """The dense model."""
+        return self.subject.model
 
-        The estimators are fitted to hidden states and to the inputs of the FFNs. Without these, the
-        low-rank estimators use random directions: for random weights no direction is better than
-        another. The static groups are the first groups (see `group_sparsity.most_used_first`).
+    @property
+    def rows(self) -> Rows:
+        """Rows (v, d) of the LM head."""
+        return self.model.token_embeddings()
 
-        Args:
-            model: Dense model.
-            hidden: Hidden states `(n, d)` to fit the softmax estimators to.
-            inputs: Inputs `(n, d)` of each FFN to fit its estimator to.
-            together: Number of tokens that share one selection in the last variant.
+    @property
+    def ffn_counts(self) -> dict[str, int]:
+        """Arguments `k` and `candidates` of HireFFN, in groups."""
+        return self.sizes.ffn_counts(self.model.config)
 
-        Returns:
-            A dict from the variant's name to the model. The first one is "dense".
+    @property
+    def prompt(self) -> np.ndarray:
+        """The first tokens of the novel."""
+        return self.evaluation[0][0, :PROMPT_TOKENS]
+
+    def layers(self) -> Iterator[tuple[Rows, Rows, np.ndarray]]:
+        """Yield `up` (f, d), `down` (f, d) and the inputs (n, d) of each FFN.
+
+        The inputs are those of the calibration windows.
         """
-        rows, fit = model.token_embeddings(), hire.LowRank.fit
-        if hidden is None:
-            fit = functools.partial(fit, directions="random")
-        estimator_fits = {
-            "LR softmax": lambda: fit(rows, self.rank),
-            "Q softmax": lambda: hire.Quantized.fit(rows, 8),
-            "LR fitted int8": lambda: fit(rows, self.rank, calibration=hidden, bits=8),
-        }
-        models = {"dense": model}
-        softmax = None
-        for name, fit_estimator in estimator_fits.items():
-            softmax = hire.HireSoftmax(rows, fit_estimator(), self.k, self.candidates)
-            models[name] = hire.convert(model, softmax=softmax)
-        estimators = {}
+        inputs = group_sparsity.ffn_inputs(self.model, self.calibration)
+        for ffn, x in zip(group_sparsity.layers_of(self.model), inputs, strict=True):
+            yield ffn.up[...], ffn.down[...], x.reshape(-1, x.shape[-1])
 
-        def copy_of(layer: int, beyond: Rows) -> Estimator:
-            """Return the estimator of the rows `beyond` the static groups.
-
-            The estimator is fitted once per layer, to all neurons; its last factors are the ones
-            returned.
-            """
-            up = layers_of(model)[layer].up[...]
-            if layer not in estimators:
-                calibration = None if inputs is None else inputs[layer]
-                estimators[layer] = fit(up, self.ffn_rank, calibration=calibration, bits=8)
-            estimator = estimators[layer]
-            return replace(
-                estimator,
-                factors=estimator.factors[len(up) - len(beyond) :],
-                fingerprint=fingerprint(beyond),
-            )
-
-        search_layers = functools.partial(
-            searched, model, copy_of, kept=self.kept, group_size=GROUP
-        )
-        ffns = {
-            "+ sparse FFN": search_layers(candidates=self.nominated),
-            "+ common path": search_layers(
-                candidates=self.nominated - self.common, common=self.common
-            ),
-            "+ shared selection": search_layers(candidates=self.shared, shared=True),
-        }
-        for name, ffn in ffns.items():
-            models[name] = hire.convert(
-                model, softmax=softmax, ffn=ffn, together=together if "shared" in name else 1
-            )
-        return models
-
-    def fitted(self, model: Decoder, seen: np.ndarray, together: int = 8) -> dict[str, Decoder]:
-        """Create the variants of a trained model.
-
-        The most used groups of each layer come first. The estimators are fitted to the model's
-        states on the text.
-
-        Args:
-            model: Trained sparse model.
-            seen: Windows `(w, t)` of text.
-            together: Number of tokens that share one selection in the last variant.
-        """
-        ordered_model = most_used_first(model, sets_kept(model, seen).mean((1, 2)))
-        inputs = [x.reshape(-1, x.shape[-1]) for x in ffn_inputs(ordered_model, seen)]
-        return self.variants(
-            ordered_model,
-            collect(ordered_model, seen, np.arange(len(seen))).hidden,
-            inputs,
-            together,
-        )
+    def text(self, tokens: Sequence[int] | np.ndarray | jax.Array) -> str:
+        """Return tokens (t,) as text."""
+        return self.subject.tokenizer.decode(np.asarray(tokens).tolist())
 
 
-def with_shares(rung: Decoder, kept: float, nominated: float) -> Decoder:
-    """Return a searched model with the same estimators and other sizes of the FFN search.
+def load_trained(settings: SimpleNamespace) -> TrainedModel:
+    """Load the trained model and its texts: speeches and commentary to fit to, a novel to judge on.
 
     Args:
-        rung: Searched model.
-        kept: Share of the groups in the top-k.
-        nominated: Share of the groups that are candidates.
+        settings: Sizes of the notebook.
     """
-    groups = rung.config.ffn_width // GROUP
-    counts = dict(k=floor_fraction(kept, groups), candidates=floor_fraction(nominated, groups))
-    return hire.convert(
-        rung, softmax=softmax_of(rung), ffn=[replace(ffn, **counts) for ffn in ffns_of(rung)]
+    subject = trainer.trained_model("ladder", toy=settings.models == "toy")
+    calibration, _ = model_states.windows(subject, documents("calibration"), settings.length, 2)
+    novel, novel_names = model_states.windows(
+        subject, documents("evaluation", ["novel"]), settings.length // 2
+    )
+    sizes = VariantSizes(
+        k=settings.k,
+        candidates=settings.candidates,
+        softmax_rank=settings.softmax_rank,
+        ffn_rank=settings.ffn_rank,
+        shared_batch=settings.shared_batch,
+    )
+    evaluation = novel[: settings.windows], novel_names[: settings.windows]
+    return prepare(subject, sizes, calibration[: settings.windows], evaluation)
+
+
+def prepare(
+    subject: TextModel,
+    sizes: VariantSizes,
+    calibration: np.ndarray,
+    evaluation: tuple[np.ndarray, np.ndarray],
+) -> TrainedModel:
+    """Order the groups of a trained model and collect its hidden states.
+
+    The groups that the calibration windows use most come first, which changes no output.
+
+    Args:
+        subject: The model with its tokenizer.
+        sizes: Sizes of its variants.
+        calibration: Windows (w, t) to fit to.
+        evaluation: Windows (w, t) to judge on, and the document (w,) of each window.
+    """
+    usage = group_sparsity.sets_kept(subject.model, calibration).mean((1, 2))
+    ordered = group_sparsity.most_used_first(subject.model, usage)
+    states = model_states.collect(ordered, calibration, np.arange(len(calibration)))
+    return TrainedModel(
+        subject=dataclasses.replace(subject, model=ordered),
+        sizes=sizes,
+        calibration=calibration,
+        hidden=states.hidden,
+        evaluation=evaluation,
     )
 
 
-def ffns_of(model: Decoder) -> list[hire.HireFFN]:
-    """Return the HiRE layers of a model; the list is empty if its FFNs are dense."""
-    return [block.ffn.ffn for block in model.blocks if isinstance(block.ffn, SearchedFFN)]
+def judge(
+    subject: TextModel,
+    variants: Mapping[str, Decoder],
+    windows: np.ndarray,
+    window_documents: np.ndarray,
+    k: int,
+) -> dict[str, dict]:
+    """Measure the `quality` of each variant on text, with the loss relative to the first variant.
 
-
-def softmax_of(model: Decoder) -> hire.HireSoftmax | None:
-    """Return the HireSoftmax of a model, or None if its softmax is dense."""
-    return None if model.softmax is None else model.softmax.with_rows(model.embedding[...])
+    Args:
+        subject: Model with its tokenizer.
+        variants: Variants by name; the first one must be dense.
+        windows: Windows `(w, t)` of text.
+        window_documents: Document `(w,)` of each window.
+        k: Number of top tokens.
+    """
+    results: dict[str, dict] = {}
+    cached: dict[str, tuple[States, TopK]] = {}
+    for name, variant in variants.items():
+        # A searched softmax changes no hidden state, so all variants with dense FFNs share them.
+        key = name if ffns_of(variant) else DENSE
+        if key not in cached:
+            states = model_states.collect(variant, windows, window_documents)
+            cached[key] = states, true_top_k(variant.token_embeddings(), states.hidden, k)
+        baseline = next(iter(results.values()))["nats"] if results else None
+        subject_variant = dataclasses.replace(subject, model=variant)
+        results[name] = quality(subject_variant, *cached[key], baseline)
+    return results
 
 
 def quality(
-    subject: TextModel, states: States, best: TopK, own: Sequence[float] | None = None
+    subject: TextModel, states: States, true_top: TopK, baseline_nats: Sequence[float] | None = None
 ) -> dict:
     """Measure the quality of a model on the states of documents.
 
     Args:
         subject: Model with its tokenizer.
         states: Hidden states of the documents and their next tokens.
-        best: Exact top-k tokens of the states: values and indices `(n, k)`.
-        own: Nats by document of the baseline. Default: the model itself.
+        true_top: Exact top-k tokens of the states: values and indices `(n, k)`.
+        baseline_nats: Nats by document of the baseline. Default: the model itself.
 
     Returns:
-        A dict with the keys `recall` and `top1` (recall of the exact top-k and of the top-1),
-        `bits_per_byte` (with the estimated normaliser where the softmax is searched), `accuracy`
-        (share of next tokens predicted), `nats` (by document), `n` (number of states) and `over`
-        (`relative_loss` against the baseline).
+        A dict with the keys `recall` and `top1` (recall of the exact top-k and of the top-1, as
+        from `mean_with_interval`), `bits_per_byte` (with the estimated normaliser where the softmax
+        is searched), `accuracy` (share of next tokens predicted), `nats` (by document), `n` (number
+        of states) and `relative_loss` (against the baseline, see `intervals.relative_loss`).
     """
-    softmax, rates, predictions = softmax_of(subject.model), {}, best.indices[:, 0]
+    softmax = softmax_of(subject.model)
     if softmax is None:
-        nats = losses(subject.model, states)
+        nats, predictions = losses(subject.model, states), true_top.indices[:, 0]
+        count = dict(n=len(nats), documents=len(np.unique(states.documents)))
+        exact = dict(mean=1.0, low=1.0, high=1.0) | count
+        rates = dict(recall=exact, top1=exact)
     else:
-        top_k = search_all(softmax, states.hidden)
-        rates = {name: rate["mean"] for name, rate in judge(top_k, states, best).items()}
-        predictions, nats = top_k.indices[:, 0], estimated_losses(softmax, states)
+        top = search_recall.search_all(softmax, states.hidden)
+        nats, predictions = estimated_losses(softmax, states), top.indices[:, 0]
+        rates = search_recall.judge(top, states, true_top)
     text = subject.tokenizer.decode(states.targets.tolist())
     _, document = np.unique(states.documents, return_inverse=True)
     by_document = np.bincount(document, nats)
-    metrics = dict(
+    return rates | dict(
         bits_per_byte=float(nats.sum() / np.log(2) / len(text.encode())),
         accuracy=float(np.mean(predictions == states.targets)),
-    )
-    metrics |= dict(
         nats=by_document.tolist(),
         n=len(nats),
-        over=relative_loss(by_document, by_document if own is None else own),
+        relative_loss=relative_loss(
+            by_document, by_document if baseline_nats is None else baseline_nats
+        ),
     )
-    return dict(recall=1.0, top1=1.0) | rates | metrics
-
-
-def judged(
-    subject: TextModel, rungs: dict[str, Decoder], windows: np.ndarray, names: np.ndarray, k: int
-) -> dict[str, dict]:
-    """Measure the `quality` of each variant on text, with the loss relative to the first variant.
-
-    Args:
-        subject: Model with its tokenizer.
-        rungs: Variants by name; the first one must be dense.
-        windows: Windows `(w, t)` of text.
-        names: Document `(w,)` of each window.
-        k: Number of top tokens.
-    """
-    results: dict[str, dict] = {}
-    cached: dict[str, tuple[States, TopK]] = {}
-    for name, variant in rungs.items():
-        # A searched softmax changes no hidden state, so all variants with dense FFNs share them.
-        key = name if ffns_of(variant) else "dense"
-        if key not in cached:
-            states = collect(variant, windows, names)
-            cached[key] = states, true_top_k(variant.token_embeddings(), states.hidden, k)
-        baseline = next(iter(results.values()))["nats"] if results else None
-        results[name] = quality(replace(subject, model=variant), *cached[key], baseline)
-    return results
 
 
 def estimated_losses(softmax: hire.HireSoftmax, states: States) -> np.ndarray:
@@ -261,315 +242,337 @@ def estimated_losses(softmax: hire.HireSoftmax, states: States) -> np.ndarray:
     Returns:
         -log p `(n,)` in nats.
     """
-    return -in_batches(softmax.log_probabilities, states.hidden, 128, states.targets[:, None])[:, 0]
-
-
-def step_bytes(model: Decoder, batch: int, cache: int) -> dict[str, float]:
-    """Return the bytes that one decode step must read, by part.
-
-    Args:
-        model: Dense or searched model.
-        batch: Number of texts.
-        cache: Context of each text, in tokens.
-    """
-    itemsize, softmax = model.embedding[...].dtype.itemsize, softmax_of(model)
-    parts = {
-        name: nbytes
-        for name, (nbytes, _) in step_work(
-            model.config, batch=batch, cache=cache, itemsize=itemsize
-        ).items()
-    }
-    if softmax is not None:
-        parts["softmax"] = float(softmax.bytes_for(batch))
-    layers = ffns_of(model)
-    return parts | (dict(ffn=float(sum(ffn.bytes_for(batch) for ffn in layers))) if layers else {})
-
-
-def time_variants(
-    rungs: dict[str, Decoder],
-    batch: int,
-    slots: int,
-    k: int,
-    repeats: int,
-    *,
-    keep: bool = False,
-    **forms: Callable,
-) -> dict[str, list[float]]:
-    """Time a decode step of each variant, interleaved, on a cache that is half full at first.
-
-    Variants of one float type write into one cache.
-
-    Args:
-        rungs: Variants by name.
-        batch: Number of texts.
-        slots: Length of the key/value cache, in tokens.
-        k: Number of top tokens.
-        repeats: Number of timed steps of each variant.
-        keep: Keep the compiled programs because the caller times some variants again.
-        forms: Other functions to time next to the variants.
-
-    Returns:
-        Seconds of each step, by name.
-
-    Raises:
-        ValueError: If the cache is too short for all steps.
-    """
-    first_model = next(iter(rungs.values()))
-    queries = list(
-        np.random.default_rng(0)
-        .normal(size=(repeats, 1, first_model.config.width))
-        .astype(np.float32)
+    targets = states.targets[:, None]
+    log_probabilities = model_states.in_batches(
+        softmax.log_probabilities, states.hidden, 128, targets
     )
-    text_caches, caches, steps = {}, {}, {}
-    for name, model in rungs.items():
-        dtype = model.embedding[...].dtype
-        step_forms = decode_step.StepForms(model, slots, k, text_caches.get(dtype))
-        text_caches[dtype] = step_forms.held
-        if dtype not in caches:
-            caches[dtype] = step_forms.cache(batch)
-        steps[name] = step_forms.whole(batch, caches[dtype])
-    durations = interleaved(steps | forms, queries, repeats)
-    release_memory(programs=not keep)
-    return durations
+    return -log_probabilities[:, 0]
 
 
-def release_memory(programs: bool) -> None:
-    """Return free memory to the system.
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """What was measured on the variants of the trained model.
+
+    Attributes:
+        sizes: Sizes of the variants.
+        weights: Description of the weights.
+        judged: From `judge`.
+        durations: Batch size -> variant -> seconds of each step.
+        megabytes: Bytes that a step at batch 1 reads, in MB, by variant.
+    """
+
+    sizes: VariantSizes
+    weights: str
+    judged: dict[str, dict]
+    durations: dict[int, Durations]
+    megabytes: dict[str, float]
+
+    @property
+    def speedups(self) -> dict[int, dict[str, float]]:
+        """Speed-up over dense by batch size and variant."""
+        return {batch: speedups(durations) for batch, durations in self.durations.items()}
+
+    def table(self) -> pandas.DataFrame:
+        """Return quality with 95 % intervals, bytes and speed with its range, by variant."""
+        lines = {}
+        for name, judged in self.judged.items():
+            lines[name] = {
+                "recall": percent(judged["recall"]),
+                "loss against dense": percent(judged["relative_loss"], 2),
+                "bits per byte": f"{judged['bits_per_byte']:.4f}",
+                "next tokens": f"{judged['accuracy']:.1%}",
+                "MB per step": f"{self.megabytes[name]:.1f}",
+                "speed-up": speedup_text(self.durations[1], name),
+            }
+        return pandas.DataFrame.from_dict(lines, orient="index")
+
+
+def measure_trained(
+    trained: TrainedModel, variants: Mapping[str, Decoder], settings: SimpleNamespace
+) -> TrainedRun:
+    """Judge the variants of the trained model, then time them.
+
+    Dense is timed without the selection that the model was trained with.
 
     Args:
-        programs: Also drop compiled programs. The program of a decode step of one billion
-            parameters takes half a gigabyte.
+        trained: The trained model.
+        variants: Its variants by name.
+        settings: Sizes of the notebook.
     """
-    if programs:
-        jax.clear_caches()
-    # glibc keeps freed memory until malloc_trim; other C libraries lack the function.
-    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
-
-
-def points(
-    rungs: dict[str, Decoder], timings: dict[tuple[int, int], dict[str, list[float]]], rate: float
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Compare measured times with the memory-bound floor.
-
-    Args:
-        rungs: Variants by name.
-        timings: Seconds of each variant, by (batch, cache length).
-        rate: Memory bandwidth in bytes/s.
-
-    Returns:
-        A nested dict: "b<batch> cache<length>" -> variant -> `floor` (seconds that the bytes to
-        read take at `rate`), `seconds` (median) and `over` (seconds / floor).
-    """
-    results = {}
-    for (batch, cache), durations in timings.items():
-        floors = {
-            name: sum(step_bytes(rungs[name], batch, cache // 2).values()) / rate
-            for name in durations
-        }
-        by_variant = {
-            name: dict(floor=floors[name], seconds=seconds, over=seconds / floors[name])
-            for name, seconds in medians(durations).items()
-        }
-        results[f"b{batch} cache{cache}"] = by_variant
-    return results
-
-
-def spent(
-    rungs: dict[str, Decoder], slots: int, k: int, repeats: int
-) -> dict[str, dict[str, float]]:
-    """Measure the shares of softmax, FFN and attention in the time and the bytes of a decode step.
-
-    Each part is timed alone; the three time shares sum to 1. The byte shares are relative to all
-    bytes that the step must read. FFN and attention are timed in 5 of the layers, which are alike.
-
-    Args:
-        rungs: Variants by name.
-        slots: Length of the key/value cache, in tokens.
-        k: Number of top tokens.
-        repeats: Number of timed calls.
-
-    Returns:
-        A dict from "<variant>, time" and "<variant>, bytes" to the share of each part.
-    """
-    fractions, parts = (
-        {},
-        dict(softmax=decode_step.softmax, ffn=decode_step.ffn, attention=decode_step.attention),
+    judged = judge(trained.subject, variants, *trained.evaluation, settings.k)
+    timed = {**variants, DENSE: without_selection(variants[DENSE])}
+    batched = {name: timed[name] for name in (DENSE, BOTH, SHARED)}
+    sizes = settings.cache_length, settings.k, settings.repeats
+    durations = {1: time_variants(timed, 1, *sizes)}
+    durations[settings.shared_batch] = time_variants(batched, settings.shared_batch, *sizes)
+    context = settings.cache_length // 2
+    return TrainedRun(
+        sizes=trained.sizes,
+        weights=trained.subject.weights_precision,
+        judged=judged,
+        durations=durations,
+        megabytes={
+            name: sum(step_bytes(variant, 1, context).values()) / 1e6
+            for name, variant in variants.items()
+        },
     )
-    width = next(iter(rungs.values())).config.width
-    queries = list(np.random.default_rng(1).normal(size=(repeats, 1, width)).astype(np.float32))
-    for name, model in rungs.items():
-        shallow_model, nbytes = nnx.merge(*nnx.split(model)), step_bytes(model, 1, slots // 2)
-        shallow_model.blocks = shallow_model.blocks[:5]
-        step_forms, layer_ratio = (
-            decode_step.StepForms(shallow_model, slots, k),
-            len(model.blocks) / len(shallow_model.blocks),
-        )
-        durations = medians(
-            interleaved(
-                {part: step_forms.part(function) for part, function in parts.items()},
-                queries,
-                repeats,
-            )
-        )
-        durations = {
-            part: duration * (1 if part == "softmax" else layer_ratio)
-            for part, duration in durations.items()
-        }
-        fractions[f"{name}, time"] = {
-            part: duration / sum(durations.values()) for part, duration in durations.items()
-        }
-        fractions[f"{name}, bytes"] = {part: nbytes[part] / sum(nbytes.values()) for part in parts}
-    return fractions
 
 
-def unselected(model: Decoder) -> Decoder:
-    """Return a sparse model without its selection.
-
-    Its time is a lower bound on the model's dense step.
-    """
-    graph = nnx.graphdef(Decoder(replace(model.config, kept=1.0), rngs=nnx.Rngs(0)))
-    return nnx.merge(graph, nnx.state(model))
-
-
-@pytree
-class SmallSoftmax:
-    """Dense softmax over rows of fewer bytes, in place of a model's search; it reads all rows."""
-
-    rows: hire.Quantized | Float[Array, "v d"]
-    k: int = field(metadata=dict(static=True))
-
-    def with_rows(self, rows: Rows) -> Callable[[Queries], TopK]:
-        return lambda hidden: exact_top_k(row_scores(hidden, self.rows), self.k)
-
-
-class SmallFFN(nnx.Module):
-    """Dense ReLU layer over rows of fewer bytes; it reads all rows.
-
-    `down` is transposed to `(d, f)`. On a CPU, XLA sums along rows of small types, in parts, many
-    times as fast as across them.
-    """
-
-    def __init__(self, ffn: FFN, small: Callable):
-        self.up, self.down = nnx.data(small(ffn.up[...])), nnx.data(small(ffn.down[...].T))
-
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        active = activate(row_scores(x.reshape(-1, x.shape[-1]), self.up))
-        if len(active) > 1:
-            return row_scores(active, self.down).reshape(x.shape)
-        codes, scale = (
-            (self.down.codes, self.down.scale)
-            if isinstance(self.down, hire.Quantized)
-            else (self.down, 1.0)
-        )
-        partial_sums = jnp.sum(
-            (codes.astype(jnp.float32) * active).reshape(len(codes), 16, -1), axis=2
-        )
-        return (partial_sums.sum(1) * scale).reshape(x.shape)
-
-
-def int8(rows: Rows | hire.Quantized) -> hire.Quantized:
-    """Return int8 rows."""
-    return rows if isinstance(rows, hire.Quantized) else hire.Quantized.fit(rows, 8)
-
-
-def bfloat16(rows: Rows) -> Rows:
-    """Return rows in bfloat16."""
-    return rows.astype(jnp.bfloat16)
-
-
-def in_small_rows(model: Decoder, k: int, small: Callable) -> Decoder:
-    """Return the dense model with smaller rows in softmax and FFN; no result of these is exact.
-
-    This is the alternative that a user would pick.
+def value_table(values: dict, decimals: int = 2) -> pandas.DataFrame:
+    """Return numbers as a table.
 
     Args:
-        model: Dense model.
-        k: Number of top tokens.
-        small: Function that converts rows.
+        values: Row -> column -> number.
+        decimals: Decimals of each number.
     """
-    dense = hire.convert(model)
-    setattr(dense, "softmax", nnx.data(SmallSoftmax(small(model.token_embeddings()), k)))
-    for block, ffn in zip(dense.blocks, layers_of(model), strict=True):
-        block.ffn = SmallFFN(ffn, small)
-    return dense
+    return pandas.DataFrame.from_dict(values, orient="index").round(decimals)
 
 
-def on_int8(model: Decoder) -> Decoder:
-    """Return a searched model with its exact rows in int8, too."""
-    softmax = softmax_of(model)
-    if softmax is not None:
-        softmax = replace(softmax, rows=int8(model.token_embeddings()))
-    ffns = []
-    for ffn in ffns_of(model):
-        gate = None if ffn.gate is None else int8(ffn.gate)
-        ffns.append(replace(ffn, up=int8(ffn.up), down=int8(ffn.down), gate=gate))
-    return hire.convert(model, softmax=softmax, ffn=ffns if ffns else None)
-
-
-SMALLER = {"paper_1b": "paper_half", "paper_half": "small"}
-
-
-def model_that_fits(name: str) -> tuple[str, Decoder]:
-    """Create the preset `name` with random weights, or the next smaller one if memory is too small.
+def transferred_ffn_losses() -> dict[str, dict[str, float]]:
+    """Return the loss of trained models with searched FFNs, from the record of figure 06.
 
     Returns:
-        A tuple (name of the preset, model).
+        FFN_ALONE (5 % of the groups out of 10 %) and WIDER -> mean loss over the model's own, with
+        its interval.
     """
-    while True:
-        try:
-            return name, random_model(name)
-        except MemoryError as error:
-            if name not in SMALLER:
-                raise
-            print(f"{error}: going on with {SMALLER[name]}")
-            name = SMALLER[name]
+    by_id = {entry["id"]: entry["results"] for entry in records.read(topic="06_ffn")}
+    return {FFN_ALONE: by_id["ffn"]["five"], WIDER: by_id["ffn"]["chosen"]}
 
 
-def random_model(name: str) -> Decoder:
-    """Create a model of a preset with random weights.
+@dataclasses.dataclass(frozen=True)
+class AblationResult(Result):
+    """Result of figure 08.
 
-    Raises:
-        MemoryError: If the model, its estimators and one rival do not fit in memory. This is
-            checked before the model is created.
+    Attributes:
+        settings: Sizes of the notebook.
+        trained: Quality and times of the trained model's variants.
+        large: Times of the large model's variants.
+        alternatives: Times of what a user could take instead.
+        part_shares: From `part_shares`, for the large model.
+        v5e: From `v5e_speedups`.
+        weights: Description of the weights.
     """
-    config = preset(name)
-    require_memory(name, 2 * 4 * sum(config.parameters().values()), SMALLER.get(name))
-    return Decoder(config, rngs=nnx.Rngs(0))
 
-
-def shares(config: DecoderConfig, cache: int = 512) -> tuple[float, float]:
-    """Return the shares of softmax and FFN in the bytes of a dense decode step of one text."""
-    work = {
-        part: nbytes
-        for part, (nbytes, _) in step_work(config, batch=1, cache=cache, itemsize=2).items()
+    tolerance: ClassVar[Mapping[str, float]] = {
+        "default": 0.35,
+        "byte_shares": 0.01,
+        "loss": 0.02,
+        "v5e": 0.05,
     }
-    return work["softmax"] / sum(work.values()), work["ffn"] / sum(work.values())
 
+    settings: SimpleNamespace
+    trained: TrainedRun
+    large: LargeRun
+    alternatives: Alternatives
+    part_shares: dict[str, dict[str, float]]
+    v5e: dict[int, dict[str, float]]
+    weights: str = dataclasses.field(init=False)
 
-def known_shapes() -> dict[str, DecoderConfig]:
-    """Return the models on the map: our presets and those of figures/models.yaml."""
-    shapes = {name: preset(name) for name in ("paper_1b", "gemma3_270m", "gemma3_1b")}
-    for model in load("models")["models"]:
-        sizes = {key: value for key, value in model.items() if key not in ("name", "source")}
-        shapes[model["name"]] = DecoderConfig(**sizes, global_every=1)
-    return shapes
+    def __post_init__(self):
+        weights = (
+            f"{self.trained.weights}; {self.large.name}: random, quality transferred from trained "
+            "models; hatched: compiler estimate"
+        )
+        object.__setattr__(self, "weights", weights)
 
+    @property
+    def single_durations(self) -> Durations:
+        """Seconds of the large model's variants at batch 1."""
+        return self.large.durations[1, self.settings.cache_length]
 
-def published_speedups() -> list[float]:
-    """Return the speed-ups that the paper reports for the softmax, the FFN and both."""
-    return [
-        float(claim["published"].rstrip("x"))
-        for claim in load("claims")["claims"]
-        if claim["id"].endswith("-speedup")
-    ]
+    @property
+    def single(self) -> dict[str, float]:
+        """Speed-ups of the large model's variants at batch 1."""
+        return speedups(self.single_durations)
 
+    @property
+    def expected(self) -> float:
+        """Speed-up of the large model with both parts searched if the two savings add up."""
+        return ablation_map.additive_speedup(self.single[SOFTMAX], self.single[FFN_ALONE])
 
-def speed_of(softmax, ffn, left: Sequence[float]):
-    """Return the speed-up of a decode step by its bytes.
+    @property
+    def byte_shares(self) -> dict[str, tuple[float, float]]:
+        """Shares of softmax and FFN in the bytes of a dense step, by model on the map."""
+        return {
+            name: ablation_map.byte_shares(config)
+            for name, config in ablation_map.known_shapes().items()
+        }
 
-    Args:
-        softmax: Share of the softmax in the bytes of the dense step.
-        ffn: Share of the FFN in these bytes.
-        left: Fractions of the softmax bytes and of the FFN bytes that HiRE still reads.
-    """
-    return 1 / (1 - softmax * (1 - left[0]) - ffn * (1 - left[1]))
+    def quality_text(self, name: str) -> str:
+        """Return recall and loss of a variant of the trained model, such as "recall 0.997, …"."""
+        judged = self.trained.judged[name]
+        loss = judged["relative_loss"]["mean"]
+        return f"recall {judged['recall']['mean']:.3f}, loss {loss:+.2%}"
+
+    def finding(self) -> str:
+        """State the speed-ups of the parts and of both, and whether the savings add."""
+        single, batch = self.single, self.settings.shared_batch
+        shared_speedup = self.large.speedups[batch, self.settings.cache_length][SHARED]
+        ffn_loss = transferred_ffn_losses()[FFN_ALONE]["mean"]
+        return (
+            f"{self.large.name}, whole decode step at batch 1 against dense: softmax searched "
+            f"{single[SOFTMAX]:.2f}x ({self.quality_text(SOFTMAX)}), FFNs searched "
+            f"{single[FFN_ALONE]:.2f}x (loss {ffn_loss:+.2%}), both "
+            f"{single[BOTH]:.2f}x ({self.quality_text(BOTH)}); "
+            f"{self.expected:.2f}x is expected if the savings add. Batch {batch} with one shared "
+            f"selection: {shared_speedup:.2f}x ({self.quality_text(SHARED)}). The weights are "
+            "random; recall and loss are those of trained models. The model trained here: "
+            f"{self.trained.speedups[1][BOTH]:.2f}x with both "
+            f"({self.quality_text(BOTH)})."
+        )
+
+    def series(self) -> dict:
+        """Return speed-ups, losses of the trained model, and the shares of bytes on the map."""
+        return dict(
+            trained_speedups=self.trained.speedups,
+            byte_shares=self.byte_shares,
+            v5e=self.v5e,
+            loss={
+                name: judged["relative_loss"]["mean"]
+                for name, judged in self.trained.judged.items()
+            },
+            speedups={
+                setting_name(*setting): values for setting, values in self.large.speedups.items()
+            },
+        )
+
+    def records(self) -> list[Record]:
+        """Return the record of both models."""
+        results = self.series() | dict(
+            judged=self.trained.judged,
+            additive_speedup=self.expected,
+            points=self.large.points,
+            part_shares=self.part_shares,
+            bytes_fraction=self.large.bytes_fraction,
+            bandwidth=self.large.bandwidth,
+            alternatives=self.alternatives.speedups,
+        )
+        large_durations = {
+            setting_name(*setting): durations for setting, durations in self.large.durations.items()
+        }
+        record = Record(
+            id="ladder",
+            weights=self.weights,
+            setting=dict(
+                trained=dataclasses.asdict(self.trained.sizes),
+                large=dataclasses.asdict(self.large.sizes),
+            ),
+            results=results,
+            durations=dict(
+                trained=self.trained.durations,
+                alternatives=self.alternatives.durations,
+                large=large_durations,
+            ),
+            claims=self._claims(),
+        )
+        return [record]
+
+    def _claims(self) -> dict[str, Claim]:
+        measured, expected = self.single[BOTH], self.expected
+        low, high = speedup_range(self.single_durations, BOTH)
+        loss = self.trained.judged[BOTH]["relative_loss"]["mean"]
+        quality = (
+            f"loss {loss:+.2%} in the trained model, transferred; recall of tokens transferred "
+            "from figure 03"
+        )
+        end_to_end = Claim(
+            value=measured,
+            low=low,
+            high=high,
+            unit="x, whole decode step",
+            quality=quality,
+            setting=f"{self.large.name}, batch 1, 5 % of 10 %",
+            supports=measured > 1,
+        )
+        additive = dataclasses.replace(
+            end_to_end,
+            quality=f"{expected:.2f}x expected if the savings add; {quality}",
+            supports=measured > ADDITIVE_SHARE * expected,
+        )
+        return {"end-to-end-speedup": end_to_end, "additive": additive}
+
+    def plot(self) -> Figure:
+        """Draw the variants of both models, the map, time against bytes, batches and parts."""
+        figure, axes = plots.new_figure(3, 2)
+        self._plot_trained(axes[0, 0])
+        self._plot_large(axes[0, 1])
+        self._plot_map(axes[1, 0])
+        self._plot_floor(axes[1, 1])
+        self._plot_batches(axes[2, 0])
+        plots.share_bars(
+            axes[2, 1], self.part_shares, title="Where a step goes, batch 1, parts alone"
+        )
+        return figure
+
+    @property
+    def _colors(self) -> dict[str, str]:
+        return {DENSE: plots.GRAY, BOTH: plots.BLUE, SHARED: plots.GREEN}
+
+    def _plot_trained(self, axis) -> None:
+        variants = self.trained.judged
+        plots.variant_bars(
+            axis,
+            {name: self.trained.speedups[1][name] for name in variants},
+            plots.BLUE,
+            notes={name: f", {self.quality_text(name)}" for name in variants},
+            title="A model trained here, batch 1",
+        )
+
+    def _plot_large(self, axis) -> None:
+        values = self.single
+        notes = {name: f", {self.quality_text(name)}" for name in self.trained.judged}
+        for name, loss in transferred_ffn_losses().items():
+            notes[name] = f", FFNs' loss {loss['mean']:+.2%}"
+        if "both" in self.v5e[1]:
+            estimate = "v5e (estimate), both"
+            values = values | {estimate: self.v5e[1]["both"]}
+            notes[estimate] = notes[BOTH]
+        plots.variant_bars(
+            axis,
+            values,
+            plots.BLUE,
+            notes=notes,
+            hollow=True,
+            marks=list(ablation_map.published_speedups().values()),
+            title=f"{self.large.name}, random, batch 1",
+        )
+
+    def _plot_map(self, axis) -> None:
+        published, bytes_fraction = ablation_map.published_speedups(), self.large.bytes_fraction
+        softmax, ffn, combined = (f"{speedup:g}x" for speedup in published.values())
+        plots.speed_map(
+            axis,
+            lambda softmax, ffn: ablation_map.speedup_by_bytes(softmax, ffn, bytes_fraction),
+            self.byte_shares,
+            (
+                ablation_map.share_of_speedup(published["softmax"], bytes_fraction["softmax"]),
+                ablation_map.share_of_speedup(published["ffn"], bytes_fraction["ffn"]),
+            ),
+            f"the paper's {softmax}, {ffn} and {combined},\nif its search read as little as ours",
+            title="By bytes: who gains how much",
+        )
+
+    def _plot_floor(self, axis) -> None:
+        plots.time_against_floor(
+            axis,
+            list(self.large.points.values()),
+            self._colors,
+            title="Are bytes a proxy for time?",
+        )
+
+    def _plot_batches(self, axis) -> None:
+        cache_length, batches = self.settings.cache_length, self.settings.batches
+        lines = {}
+        for name in self._colors:
+            seconds = [
+                self.large.durations[batch, cache_length].get(name, [np.nan]) for batch in batches
+            ]
+            lines[name] = [float(np.median(durations)) for durations in seconds]
+        plots.latency_lines(
+            axis,
+            batches,
+            lines,
+            self._colors,
+            hollow=[BOTH, SHARED],
+            title=f"{self.large.name}: whole step",
+        )

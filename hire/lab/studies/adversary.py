@@ -36,7 +36,7 @@ TRAPS = (
     "not finite",
 )
 TYPES = ("float32", "bfloat16", "float16", "float64")
-COPIES = tuple(itertools.product(("LR", "Q"), (None, 8, 4)))[:3] + (("Q", 8), ("Q", 4))
+ESTIMATORS = tuple(itertools.product(("LR", "Q"), (None, 8, 4)))[:3] + (("Q", 8), ("Q", 4))
 WAYS = ("jit", "vmap", "fallback", "eager")
 # Scales are drawn from 10^-e to 10^e.
 EXPONENTS = dict(float32=30, bfloat16=30, float16=3, float64=30)
@@ -66,28 +66,28 @@ class Attack:
 
     trap: str
     dtype: str
-    copy: tuple[str, int | None]
+    estimator: tuple[str, int | None]
     way: str
     asked: tuple[int, int]
     rank: int
 
 
-def attacks(rng: np.random.Generator, together: int) -> Iterator[Attack]:
+def attacks(rng: np.random.Generator, batch: int) -> Iterator[Attack]:
     """Generate attacks without end.
 
     The generator cycles through all pairs of type and estimator; all else is random.
 
     Args:
         rng: Random generator.
-        together: Number of successive attacks that share one compiled program.
+        batch: Number of successive attacks that share one compiled program.
     """
-    for estimator_kind, dtype in itertools.cycle(itertools.product(COPIES, TYPES)):
+    for estimator_kind, dtype in itertools.cycle(itertools.product(ESTIMATORS, TYPES)):
         way, k_and_candidates, rank = (
             rng.choice(WAYS, p=[0.44, 0.27, 0.27, 0.02]),
             ASKED[rng.integers(len(ASKED))],
             rng.integers(1, WIDTH + 1),
         )
-        for trap in rng.choice(TRAPS, together):
+        for trap in rng.choice(TRAPS, batch):
             yield Attack(trap, dtype, estimator_kind, way, k_and_candidates, int(rank))
 
 
@@ -156,14 +156,14 @@ def searched(way: str, k: int, candidates: int) -> Callable[..., Certified]:
 
 def fitted(rows: jax.Array, attack: Attack) -> LowRank | Quantized:
     """Return the attack's estimator of the rows."""
-    kind, bits = attack.copy
+    kind, bits = attack.estimator
     if kind == "LR":
         return hire.LowRank.fit(rows, attack.rank, bits=bits)
     assert bits is not None
     return hire.Quantized.fit(rows, bits)
 
 
-def wrong_proofs(found: Certified, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def wrong_proofs(certified: Certified, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Return for each query `(b,)` whether its proof is wrong.
 
     A proof is wrong unless its top-k has k distinct rows, no other row scores higher (within
@@ -175,7 +175,7 @@ def wrong_proofs(found: Certified, x: np.ndarray, rows: np.ndarray) -> np.ndarra
         scores = wide_x @ wide_rows.T
         rounding = 2.0**-60 * (np.abs(wide_x) @ np.abs(wide_rows).T).max(1)
     in_top_k = np.zeros(scores.shape, bool)
-    np.put_along_axis(in_top_k, np.asarray(found.top.indices), True, axis=1)
+    np.put_along_axis(in_top_k, np.asarray(certified.top.indices), True, axis=1)
     lowest_returned, highest_missed = (
         np.where(in_top_k, scores, np.inf).min(1),
         np.where(in_top_k, -np.inf, scores).max(1),
@@ -183,11 +183,11 @@ def wrong_proofs(found: Certified, x: np.ndarray, rows: np.ndarray) -> np.ndarra
     finite = np.isfinite(wide_x).all(1) & np.isfinite(scores).all(1)
     with np.errstate(invalid="ignore"):
         correct = lowest_returned >= highest_missed - rounding
-    distinct = in_top_k.sum(1) == found.top.indices.shape[1]
-    return np.asarray(found.proved) & ~(finite & distinct & correct)
+    distinct = in_top_k.sum(1) == certified.top.indices.shape[1]
+    return np.asarray(certified.proved) & ~(finite & distinct & correct)
 
 
-def wrong_fallbacks(found: Certified, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def wrong_fallbacks(certified: Certified, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Return for each query `(b,)` whether a missing row scores above a returned row.
 
     Only a difference above the error of dense float32 scores counts.
@@ -200,7 +200,7 @@ def wrong_fallbacks(found: Certified, x: np.ndarray, rows: np.ndarray) -> np.nda
         (magnitudes.max(1) < 1e37) & (np.abs(wide_x).max(1) > 1e-30) & (magnitudes.min(1) > 1e-25)
     )
     in_top_k = np.zeros(scores.shape, bool)
-    np.put_along_axis(in_top_k, np.asarray(found.top.indices), True, axis=1)
+    np.put_along_axis(in_top_k, np.asarray(certified.top.indices), True, axis=1)
     lowest_returned, highest_missed = (
         np.where(in_top_k, scores, np.inf).min(1),
         np.where(in_top_k, -np.inf, scores).max(1),
@@ -216,8 +216,8 @@ def attack_once(rng: np.random.Generator, attack: Attack) -> dict[str, int]:
 
     Returns:
         A dict with the keys `queries`, `proved`, `wrong` (wrong proofs) and, with the dense
-        fallback and finite numbers, `wrong_fallbacks`; or `refused` alone, if the estimator refuses
-        the rows.
+        fallback and finite numbers, `wrong_with_fallback`; or `refused` alone, if the estimator
+        refuses the rows.
     """
     dtype = jnp.dtype(attack.dtype)
     with np.errstate(over="ignore"):
@@ -245,28 +245,28 @@ def attack_once(rng: np.random.Generator, attack: Attack) -> dict[str, int]:
     wrong = wrong_proofs(certified, x.astype(np.float64), rows.astype(np.float64))
     counts = dict(queries=QUERIES, proved=int(certified.proved.sum()), wrong=int(wrong.sum()))
     if attack.way == "fallback" and attack.trap != "not finite":
-        counts["wrong_fallbacks"] = int(
+        counts["wrong_with_fallback"] = int(
             wrong_fallbacks(certified, x.astype(np.float64), rows.astype(np.float64)).sum()
         )
     return counts
 
 
-def attack_proofs(count: int, seed: int = 0, together: int = 16) -> dict[str, dict[str, int]]:
+def attack_proofs(count: int, seed: int = 0, batch: int = 16) -> dict[str, dict[str, int]]:
     """Attack until `count` queries were searched.
 
     Args:
         count: Number of queries.
         seed: Seed of the random generator.
-        together: Number of successive attacks that share one compiled program.
+        batch: Number of successive attacks that share one compiled program.
 
     Returns:
         Counts of `attack_once` in total ("all") and by trap, type, estimator, way and rank.
     """
     rng, totals = np.random.default_rng(seed), {"all": Counter()}
-    for number, attack in enumerate(attacks(rng, together), 1):
+    for number, attack in enumerate(attacks(rng, batch), 1):
         with with_64_bits(attack.dtype == "float64"):
             outcomes = attack_once(rng, attack)
-        kind, bits = attack.copy
+        kind, bits = attack.estimator
         estimator_name = f"{kind} {'in the type of the rows' if bits is None else f'int{bits}'}"
         for part in (
             "all",
@@ -280,7 +280,7 @@ def attack_proofs(count: int, seed: int = 0, together: int = 16) -> dict[str, di
         if totals["all"]["queries"] >= count:
             return {part: dict(counts) for part, counts in totals.items()}
         # A process cannot map thousands of compiled programs.
-        if number % (20 * together) == 0:
+        if number % (20 * batch) == 0:
             jax.clear_caches()
             print(
                 f"{totals['all']['queries']:,} of {count:,} queries, "
@@ -296,7 +296,11 @@ def certify_adversary(count: int = 1_000_000) -> None:
     for part, counts in totals.items():
         print(f"{part:26}", *(f"{name} {value}" for name, value in counts.items()))
     setting = dict(
-        rows=ROWS, width=WIDTH, queries_a_set=QUERIES, k_and_candidates=ASKED, ranks=f"1 to {WIDTH}"
+        rows=ROWS,
+        width=WIDTH,
+        queries_per_set=QUERIES,
+        k_and_candidates=ASKED,
+        ranks=f"1 to {WIDTH}",
     )
     setting |= dict(exponents=EXPONENTS)
     records.write(

@@ -38,7 +38,7 @@ def bench(k: int = 32, rank: int = 128, candidates: int = 2048) -> None:
         rows, hire.LowRank.fit(rows, rank, calibration=calibration.hidden, bits=8), k, candidates
     )
     quality = judge(softmax, evaluation, true_top_k(rows, evaluation.hidden, k))
-    recall, top1 = (rate["mean"] for rate in quality.values())
+    recall, top1 = (interval["mean"] for interval in quality.values())
     print(
         f"Gemma 3 270M ({gemma.weights_precision}), {records.machine()['device']}; k = {k}, LR "
         f"{rank} int8 "

@@ -27,7 +27,7 @@ def demo() -> None:
     evaluation = hidden_state_cache.cached_states(
         gemma, documents("evaluation", ["novel"])[:16], 32, skip=12
     )
-    best = true_top_k(rows, evaluation.hidden, K)
+    true_top = true_top_k(rows, evaluation.hidden, K)
     estimators = {
         "HiRE-Q, int8": hire.Quantized.fit(rows, 8),
         "HiRE-LR, rank 128, fitted, int8": hire.LowRank.fit(
@@ -45,7 +45,9 @@ def demo() -> None:
         interleaved(forms | searches, [evaluation.hidden[i : i + 1] for i in positions], REPEATS)
     )
     dense = min(forms, key=lambda name: seconds[name])
-    print(f"Gemma 3 270M ({gemma.weights_precision}), softmax of {rows.shape[0]:,} words, batch 1")
+    print(
+        f"Gemma 3 270M ({gemma.weights_precision}), softmax over {rows.shape[0]:,} tokens, batch 1"
+    )
     print(
         f"recall over {len(evaluation.hidden)} positions; "
         f"dense is the fastest of {len(forms)} forms"
@@ -54,9 +56,10 @@ def demo() -> None:
     for name in (dense, *searches):
         bytes_fraction, recall, top1 = 1.0, 1.0, 1.0  # dense is the reference for recall
         if name in searches:
-            bytes_fraction = searches[name].bytes_read / rows.nbytes
+            bytes_fraction = searches[name].bytes_read() / rows.nbytes
             recall, top1 = (
-                rate["mean"] for rate in judge(searches[name], evaluation, best).values()
+                interval["mean"]
+                for interval in judge(searches[name], evaluation, true_top).values()
             )
         ratio = seconds[dense] / seconds[name]
         print(

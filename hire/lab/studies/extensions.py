@@ -1,44 +1,51 @@
-"""Extensions beyond the paper: checks of target recall, proved answers, word vectors as rows."""
+"""Figure 11: beyond the paper, from target recall and proofs to rows of other kinds."""
 
+import dataclasses
 import hashlib
 import io
 import json
 import re
 import tarfile
 import urllib.request
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow.csv
+from matplotlib.figure import Figure
 
 import hire
-from hire.certify import Certified, certified_top_k
 from hire.estimators.base import Estimator
 from hire.estimators.exact_rows import ExactRowsEstimator
-from hire.estimators.fitting import random_directions
-from hire.estimators.low_rank import LowRank
-from hire.estimators.quantized import Quantized
 from hire.lab import records
 from hire.lab.data import hidden_state_cache
-from hire.lab.data.model_states import States, in_batches
+from hire.lab.data.model_states import States
+from hire.lab.data.questions import question_texts
 from hire.lab.data.text import Document, documents
-from hire.lab.metrics.intervals import mean_with_interval
-from hire.lab.metrics.search_recall import judge
-from hire.lab.paths import RECORDS
-from hire.lab.rivals.approximate_top_k import rivals
-from hire.lab.rivals.dense import dense_forms
-from hire.lab.timing.interleaved import interleaved, speedups
-from hire.lab.timing.layer_timing import fastest_dense, slices
-from hire.layers.softmax import HireSoftmax
-from hire.models import load_gemma, storage
+from hire.lab.metrics import search_recall
+from hire.lab.studies import kv_search, plots
+from hire.lab.studies.estimator_speed import SearchMeasurements
+from hire.lab.studies.proofs import ProofMeasurements
+from hire.lab.studies.query_sets import QuerySets, VectorRows
+from hire.lab.studies.recall_targets import TargetRecall
+from hire.lab.studies.study import Record, Result
+from hire.lab.studies.trained_sparsity import Studied
+from hire.models import TextModel, storage
 from hire.models.weights import cache_folder
-from hire.ops.top_k import TopK
-from hire.tuning import Tuned, candidates_needed, true_top_k
-from hire.types import AnyArray, Array, Float, Int, Queries, Rows
+
+# With this model every set of rows is a toy, and nothing is downloaded.
+TOY_MODEL = "tiny"
+# Evaluation text of kinds that neither the factors nor k' have seen, and sets of questions.
+OTHER_KINDS = ("novel", "scripture_es")
+QUESTION_SETS = ("medmcqa", "quartz")
+WORDS_PER_DOCUMENT = 15
+# The trained model whose FFN groups are searched, and the candidates as fractions of its groups.
+TRAINED_MODEL = "groups8"
+GROUP_CANDIDATES = (0.1, 0.15, 0.2, 0.3, 0.4)
 
 # GloVe vectors (PDDL) of 341,479 words in 100 dimensions, with five or more decimal digits, from
 # the npm package of winkNLP (MIT).
@@ -97,339 +104,341 @@ def word_vectors() -> tuple[list[str], np.ndarray]:
         return file["words"].tolist(), file["values"]
 
 
-def similar_words(
-    texts: Sequence[Document], calibration: Sequence[Document]
-) -> tuple[Array, States, np.ndarray]:
-    """Return word vectors as rows, with queries from two sets of texts.
-
-    Args:
-        texts: Documents with the words to search for.
-        calibration: Documents with the words to fit to.
-
-    Returns:
-        A tuple (word vectors `(m, 100)`, vectors of words of `texts` as queries, vectors `(n, 100)`
-        of words of `calibration`).
-    """
-    words, values = word_vectors()
-    states, calibration_states = (
-        words_as_queries(words, values, source, 15) for source in (texts, calibration)
-    )
-    return jnp.asarray(values), states, calibration_states.hidden
-
-
 def words_as_queries(
-    words: Sequence[str], values: np.ndarray, texts: Sequence[Document], each: int
+    vocabulary: Sequence[str],
+    vectors: np.ndarray,
+    texts: Sequence[Document],
+    words_per_document: int,
 ) -> States:
     """Return the vectors of words of texts, as queries for similar words.
 
     Args:
-        words: Words with a vector.
-        values: Vectors `(m, 100)` of these words.
+        vocabulary: Words with a vector.
+        vectors: Vectors `(m, 100)` of these words.
         texts: Source documents.
-        each: Number of words from each document. No word occurs twice in one document.
+        words_per_document: Number of words from each document, at most. They are evenly spaced, and
+            no word occurs twice in one document.
     """
-    index_of, text_vectors, names = {word: index for index, word in enumerate(words)}, [], []
+    index_of = {word: index for index, word in enumerate(vocabulary)}
+    queries, names = [], []
     for text in texts:
-        text_indices = dict.fromkeys(
-            index_of[word] for word in re.findall(r"[a-z]+", text.text.lower()) if word in index_of
-        )
-        indices = list(text_indices)[:: max(1, len(text_indices) // each)][:each]
-        text_vectors.append(values[indices])
+        text_words = re.findall(r"[a-z]+", text.text.lower())
+        known = list(dict.fromkeys(index_of[word] for word in text_words if word in index_of))
+        stride = max(1, len(known) // words_per_document)
+        indices = known[::stride][:words_per_document]
+        queries.append(vectors[indices])
         names += [text.name] * len(indices)
-    vectors = np.concatenate(text_vectors)
-    return States(vectors, np.zeros(len(vectors), np.int32), np.asarray(names))
+    hidden = np.concatenate(queries)
+    return States(hidden, np.zeros(len(hidden), np.int32), np.asarray(names))
 
 
-def copies_of(rows: Rows, fitted_to: Queries, ranks: Sequence[int]) -> dict[str, Estimator]:
-    """Fit estimators of every kind to the rows.
-
-    Args:
-        rows: Rows `(m, d)`.
-        fitted_to: Calibration queries `(n, d)`.
-        ranks: Ranks of the low-rank estimators.
-
-    Returns:
-        A dict from name to estimator.
-    """
-    estimators: dict[str, Estimator] = {}
-    for bits in (8, 4):
-        estimators |= {
-            f"LR {rank} int{bits}": hire.LowRank.fit(rows, rank, calibration=fitted_to, bits=bits)
-            for rank in ranks
-        }
-    middle_rank = ranks[len(ranks) // 2]
-    for name, directions in dict(SVD="leading", first="first", random="random").items():
-        estimators[f"{name} {middle_rank} int8"] = hire.LowRank.fit(
-            rows, middle_rank, bits=8, directions=directions
-        )
-    estimators |= {f"Q int{bits}": hire.Quantized.fit(rows, bits) for bits in (8, 4)}
-    return estimators | {
-        "Q turned int4": hire.LowRank.fit(rows, rows.shape[1], bits=4, directions="random")
-    }
-
-
-def at_recall(
-    rows: Rows, copies: dict, curves: dict, candidates: Sequence[int], k: int, recall: float
-) -> tuple[dict[str, HireSoftmax], dict[str, float]]:
-    """Select the estimators that reach a target recall, at their smallest k'.
+def similar_words(texts: Sequence[Document], k: int) -> VectorRows:
+    """Return word vectors as rows. The queries are vectors of words of texts.
 
     Args:
-        rows: Rows `(m, d)`.
-        copies: Estimators by name.
-        curves: Result of `search_recall.curve` by name.
-        candidates: Values of k' of the curves.
+        texts: Documents with the words to search for. Calibration has documents of its own.
         k: Size of the top-k.
-        recall: Target recall.
 
-    Returns:
-        A tuple (searches, their recalls), both by "<name> k'=<k'>".
+    Raises:
+        ConnectionError: If the word vectors cannot be downloaded.
     """
-    searches, recalls = {}, {}
-    for name, curve in curves.items():
-        for count, achieved in [
-            pair for pair in zip(candidates, curve["recall"], strict=True) if pair[1] >= recall
-        ][:1]:
-            searches[f"{name} k'={count}"] = HireSoftmax(rows, copies[name], k, count)
-            recalls[f"{name} k'={count}"] = achieved
-    return searches, recalls
-
-
-@partial(jax.jit, static_argnames=("k", "candidates"))
-def prover(x: Queries, rows: Rows, copy: LowRank | Quantized, k: int, candidates: int) -> Certified:
-    """Run certified_top_k with the dense fallback, compiled."""
-    return certified_top_k(x, rows, copy, k=k, candidates=candidates, dense_fallback=True)
-
-
-def proofs(
-    rows: Rows,
-    copy: LowRank | Quantized,
-    states: States,
-    best: TopK,
-    candidates: int,
-    repeats: int = 0,
-) -> dict:
-    """Measure how many answers are proved, and at what cost.
-
-    Args:
-        rows: Rows `(m, d)`.
-        copy: Estimator of the rows.
-        states: Queries with their documents.
-        best: Exact top-k `(n, k)` of the queries.
-        candidates: Number of candidates (k').
-        repeats: Number of timed calls; 0 skips the timing.
-
-    Returns:
-        A dict with the keys `proved` (rate of proofs), `wrong` (number of answers, proved or from
-        the dense fallback, whose exact scores are not those of the true top-k), `bytes` and
-        `bytes_with_fallback` (bytes that a query reads, as shares of the float32 rows). With
-        `repeats` also `speed` (speed-up over the fastest dense form at batch 1 of the proved
-        search, fallback included, and of dense int8 rows) and `seconds`.
-    """
-    true_scores = np.asarray(best.values)
-    k = true_scores.shape[1]
-    prove = partial(prover, rows=rows, copy=copy, k=k, candidates=candidates)
-    certified = in_batches(prove, states.hidden, 32)
-    wrong = np.abs(certified.top.values - true_scores).max(1) > 1e-5 * np.abs(true_scores).max(1)
-    bytes_share = (copy.bytes_read(candidates) + 4 * len(rows)) / (
-        4 * rows.size
-    ) + candidates / len(rows)
-    results = dict(
-        proved=mean_with_interval(certified.proved.astype(float), states.documents),
-        wrong=int(wrong.sum()),
-        bytes=bytes_share,
-        bytes_with_fallback=bytes_share + float(1 - certified.proved.mean()),
+    vocabulary, vectors = word_vectors()
+    unseen, calibration = (
+        words_as_queries(vocabulary, vectors, source, WORDS_PER_DOCUMENT)
+        for source in (texts, documents("calibration"))
     )
-    if not repeats:
-        return results
-    forms = rivals(rows, k) | {"proved": prove}
-    seconds = interleaved(forms, slices(states.hidden, 1, repeats), repeats)
-    return results | dict(speed=speedups(seconds, fastest_dense(seconds)), seconds=seconds)
+    return VectorRows.with_true_top("glove", jnp.asarray(vectors), calibration.hidden, unseen, k)
 
 
-def reaching(
-    rows: Rows, hidden: Queries, best: Float[AnyArray, "b k"], bits: Sequence[int]
-) -> dict[str, np.ndarray]:
-    """Count the rows that a proof must score, for other numbers of bits per entry.
+def is_toy(settings: SimpleNamespace) -> bool:
+    """Return whether the study runs on toys, with nothing to download."""
+    return settings.model_name == TOY_MODEL
 
-    A proof must score each row whose upper bound reaches the k-th true score. This is a simulation:
-    the estimators here pack 4 or 8 bits.
+
+def load_queries(subject: TextModel, settings: SimpleNamespace) -> QuerySets:
+    """Compute the hidden states, and load the word vectors, that the study needs.
 
     Args:
-        rows: Rows `(m, d)`.
-        hidden: Queries `(n, d)`.
-        best: True top-k scores `(n, k)`.
-        bits: Numbers of bits per entry.
+        subject: The model.
+        settings: Sizes of the notebook.
 
-    Returns:
-        A dict from "<bits> bits" (rows as they are) and "<bits> bits turned" (after a random
-        rotation) to the counts `(n,)`.
+    Raises:
+        ConnectionError: Word vectors or questions cannot be downloaded.
     """
-
-    @partial(jax.jit, static_argnames="steps")
-    def counted(
-        rows: Rows, x: Queries, least: Float[AnyArray, "b 1"], steps: int
-    ) -> Int[Array, " b"]:
-        scale = jnp.max(jnp.abs(rows), axis=1, keepdims=True) / steps
-        dequantized = jnp.round(rows / scale) * scale
-        norms = jnp.linalg.norm(x, axis=1, keepdims=True)
-        return jnp.sum(
-            x @ dequantized.T + norms * jnp.linalg.norm(rows - dequantized, axis=1)[None] >= least,
-            axis=1,
-        )
-
-    rotation = jnp.asarray(random_directions(rows.shape[1], rows.shape[1]), jnp.float32)
-    inputs_by_name = {"": (rows, hidden), " turned": (rows @ rotation, hidden @ rotation)}
-    cases = {
-        f"{num_bits} bits{name}": (*inputs, num_bits)
-        for num_bits in bits
-        for name, inputs in inputs_by_name.items()
-    }
-    return {
-        name: np.asarray(counted(*inputs, best[:, -1:], 2 ** (num_bits - 1) - 1))
-        for name, (*inputs, num_bits) in cases.items()
-    }
-
-
-def share_of_dense(
-    rows: Rows, queries: Queries, k: int, repeats: int
-) -> Callable[[Estimator, int], float]:
-    """Return a cost function for hire.tune.
-
-    The cost is the search time at batch 1 as a share of the fastest dense form's: a ratio of
-    medians over `repeats` interleaved calls. Each call of the cost function measures again, so keep
-    the machine idle.
-    """
-    dense, batches = dense_forms(rows, k), slices(queries, 1, repeats)
-
-    def share(estimator: Estimator, candidates: int) -> float:
-        seconds = interleaved(
-            dense | {"search": HireSoftmax(rows, estimator, k, candidates)}, batches, repeats
-        )
-        return 1 / speedups(seconds, fastest_dense(seconds))["search"]
-
-    return share
-
-
-def promises(
-    rows: Rows, tuned: Tuned, copies: dict[str, Estimator], kinds: dict[str, States], k: int
-) -> dict[str, dict]:
-    """Measure the recall of each tuned estimator on each kind of text, at the k' chosen for it.
-
-    Args:
-        rows: Rows `(m, d)`.
-        tuned: Result of `hire.tune`.
-        copies: Estimators by name.
-        kinds: States by kind of text.
-        k: Size of the top-k.
-
-    Returns:
-        A dict from "<name>, <kind>" to the recall with its interval.
-    """
-    best, recalls = {kind: true_top_k(rows, states.hidden, k) for kind, states in kinds.items()}, {}
-    for name, (choice, _) in tuned.choices.items():
-        softmax = HireSoftmax(rows, copies[name], k, choice.candidates)
-        recalls |= {
-            f"{name}, {kind}": judge(softmax, states, best[kind])["recall"]
-            for kind, states in kinds.items()
-        }
-    return recalls
-
-
-def judge_fits(rank: int = 112, candidates: int = 2048, k: int = 32) -> None:
-    """Measure what calibration needs and write the record.
-
-    The record states the recall of LR int8 on Gemma by the number of calibration queries and by the
-    ridge, on a novel. It also states the recall by the kind of text for calibration and for
-    evaluation, at about the same number of queries for each kind.
-
-    Args:
-        rank: Rank of the low-rank estimator.
-        candidates: Number of candidates (k').
-        k: Size of the top-k.
-    """
-    gemma = load_gemma()
-    rows = gemma.model.token_embeddings()
-
-    calibration = hidden_state_cache.cached_states(
-        gemma, documents("calibration"), 128, 3, skip=4
-    ).hidden
-    texts = {
-        kind: documents("evaluation", [kind])[:60]
-        for kind in ("novel", "speech", "commentary", "scripture_es")
-    }
-    hidden_by_kind = {
-        kind: hidden_state_cache.cached_states(
-            gemma, docs, 60, max(1, 60 // len(docs)), skip=40
-        ).hidden
-        for kind, docs in texts.items()
-    }
-    best = {
-        kind: np.asarray(true_top_k(rows, hidden, k).indices)
-        for kind, hidden in hidden_by_kind.items()
-    }
-
-    def recall(seen: Queries, kind: str = "novel", ridge: float = 1e-3) -> float:
-        copy = hire.LowRank.fit(rows, rank, calibration=seen, bits=8, ridge=ridge)
-        return found(copy, kind)
-
-    def found(copy: Estimator, kind: str = "novel") -> float:
-        return float(
-            np.mean(candidates_needed(copy, hidden_by_kind[kind], best[kind]) <= candidates)
-        )
-
-    counts = [count for count in (500, 1000, 2000, 4000, 8000, 16000) if count < len(calibration)]
-    results = dict(
-        by_count={
-            str(count): recall(calibration[:: len(calibration) // count][:count])
-            for count in counts
-        }
-    )
-    results |= dict(
-        by_ridge={
-            f"{ridge:g}": recall(calibration, ridge=ridge) for ridge in (1e-5, 1e-3, 1e-1, 1.0)
+    states = hidden_state_cache.cached_states
+    train = documents("train")
+    novel = documents("evaluation", ["novel"])[: settings.evaluation_documents]
+    choice_texts = [text for position, text in enumerate(train) if position % 4]
+    other_texts = {kind: documents("evaluation", [kind]) for kind in OTHER_KINDS}
+    if not is_toy(settings):
+        other_texts |= {kind: question_texts(f"local_{kind}") for kind in QUESTION_SETS}
+    calibration = states(subject, documents("calibration") + train[::4], 128, skip=4).hidden
+    unseen = states(subject, novel, windows_per_document=2)
+    if is_toy(settings):
+        rows = subject.model.embedding[...]
+        vectors = VectorRows.with_true_top("random", rows, calibration, unseen, settings.k)
+    else:
+        vectors = similar_words(novel, settings.k)
+    return QuerySets(
+        weights=subject.weights_precision,
+        calibration=calibration,
+        # Few positions of each document: the bound of hire.tune counts documents.
+        choice=states(subject, choice_texts[:: settings.choice_document_stride], 28, skip=22),
+        unseen=unseen,
+        unseen_top=hidden_state_cache.true_top_tokens(subject, unseen.hidden, settings.k),
+        other_kinds={
+            kind: states(subject, texts[: settings.evaluation_documents // 2], 28, skip=22)
+            for kind, texts in other_texts.items()
         },
-        every=len(calibration),
+        vectors=vectors,
     )
-    copy, calibration_subset = (
-        hire.LowRank.fit(rows, rank, calibration=calibration, bits=8),
-        calibration[::16],
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherRows:
+    """Searches of rows that are no LM head.
+
+    Attributes:
+        curves: Recall and bytes by estimator, of word vectors and of a trained layer's groups.
+        kv_search: Result of `kv_search.perplexity_increases`.
+        kv_source: Where the key/value searches were measured.
+    """
+
+    curves: dict[str, dict[str, list[float]]]
+    kv_search: dict[str, dict[str, float]]
+    kv_source: str
+
+
+def search_other_rows(
+    subject: TextModel, queries: QuerySets, settings: SimpleNamespace
+) -> OtherRows:
+    """Search word vectors, the groups of a trained layer, and cached keys.
+
+    The keys are those of the record of `make kv-search`; the toy searches the keys of the toy
+    model.
+
+    Args:
+        subject: The model.
+        queries: Queries.
+        settings: Sizes of the notebook.
+    """
+    if is_toy(settings):
+        kv_source, by_context = "toy", kv_search.toy(subject)
+    else:
+        record = next(iter(records.read(topic="kv_search")))
+        kv_source, by_context = f"record of {record['commit']}", record["results"]
+    return OtherRows(
+        curves={
+            **word_vector_curves(queries.vectors, settings.candidates),
+            **group_curves(settings.ranks[0], toy=is_toy(settings)),
+        },
+        kv_search=kv_search.perplexity_increases(by_context),
+        kv_source=kv_source,
     )
-    results["outliers"] = {
-        str(count): found(ExactRowsEstimator.fit(rows, copy, count, calibration=calibration_subset))
-        for count in (512, 2048)
+
+
+def word_vector_curves(
+    vectors: VectorRows, candidates: Sequence[int]
+) -> dict[str, dict[str, list[float]]]:
+    """Measure recall and bytes of searches of word vectors at several k'.
+
+    Args:
+        vectors: Word vectors with their queries.
+        candidates: Numbers of candidates k'.
+
+    Returns:
+        Result of `search_recall.curve` by estimator.
+    """
+    rows, calibration = vectors.rows, vectors.calibration
+    low_rank = hire.LowRank.fit(rows, rows.shape[1] // 2, calibration=calibration, bits=8)
+    estimators: dict[str, Estimator] = {
+        "word vectors LR int8": low_rank,
+        "word vectors LR int8, outliers exact": ExactRowsEstimator.fit(
+            rows, low_rank, len(rows) // 80, calibration=calibration
+        ),
+        "word vectors Q int4": hire.Quantized.fit(rows, 4),
     }
-    int4_estimators = dict(
-        rows=hire.Quantized.fit(rows, 4),
-        scores=hire.Quantized.fit(rows, 4, calibration=calibration),
+    hidden, true_top = jax.tree.map(
+        lambda part: part[::2], (vectors.unseen.hidden, vectors.unseen_top)
     )
-    recalls = {
-        name: np.mean(
-            candidates_needed(int4_estimator, hidden_by_kind["novel"], best["novel"]) <= 64
+    return {
+        name: search_recall.curve(rows, estimator, hidden, true_top, candidates)
+        for name, estimator in estimators.items()
+    }
+
+
+def group_curves(rank: int, *, toy: bool) -> dict[str, dict[str, list[float]]]:
+    """Measure recall and bytes of searches of the groups that a trained layer keeps.
+
+    Args:
+        rank: Rank of the low-rank estimators.
+        toy: Whether to load the toy model.
+
+    Returns:
+        Result of `Studied.curve` by estimator.
+    """
+    texts = documents("evaluation", ["novel"])[:1]
+    trained = Studied.of(TRAINED_MODEL, texts, toy=toy, length=64, count=8)
+    fits = {
+        "layer LR int8": trained.low_rank(rank),
+        "layer Q int4": lambda layer, rows: hire.Quantized.fit(rows, 4),
+    }
+    return {name: trained.curve(fit, GROUP_CANDIDATES) for name, fit in fits.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtensionsResult(Result):
+    """Result of figure 11.
+
+    Attributes:
+        settings: Sizes of the notebook.
+        weights: Description of the weights.
+        searches: Recall, bytes and speed of estimators and cascades.
+        proved: Proofs by int8 rows.
+        target: Choices for the target recall, and the recall on other text.
+        others: Searches of other rows.
+    """
+
+    settings: SimpleNamespace
+    weights: str
+    searches: SearchMeasurements
+    proved: ProofMeasurements
+    target: TargetRecall
+    others: OtherRows
+
+    tolerance: ClassVar[Mapping[str, float]] = {"default": 0.05, "speed": 0.5}
+
+    @property
+    def proof_shares(self) -> dict[str, tuple[Sequence[int], list[float]]]:
+        """Share of the answers that k' rows prove, as (numbers k', shares) by bits per entry."""
+        candidates = self.settings.candidates
+        return {
+            name: (candidates, [float(np.mean(counts <= count)) for count in candidates])
+            for name, counts in self.proved.rows_to_score.items()
+        }
+
+    def finding(self) -> str:
+        """State recall, bytes and speed of the first cascade, and how many answers are proved."""
+        cascade, k = next(iter(self.searches.judged)), self.settings.k
+        judged, proof = self.searches.judged[cascade], self.proved.by_rows[self.settings.model_name]
+        return (
+            f"A cascade has recall@{k} {judged['recall']['mean']:.2%} and finds the top-1 token "
+            f"{judged['top1']['mean']:.3%} of the time. It reads "
+            f"{self.searches.bytes_fraction[cascade]:.2%} of the float32 bytes and is "
+            f"{self.searches.speedups[cascade]:.1f}x as fast as the fastest dense form. int8 rows "
+            f"prove {proof['proved']['mean']:.1%} of the answers; with the dense fallback the "
+            f"proved search is {proof['speedups']['proved']:.1f}x as fast as dense, and "
+            f"{proof['wrong']} of {proof['proved']['n']} answers are wrong."
         )
-        for name, int4_estimator in int4_estimators.items()
-    }
-    results["scales chosen for"] = {name: float(value) for name, value in recalls.items()}
-    for kind in ("speech", "commentary", "scripture"):
-        docs = documents("train", [kind])[:30]
-        seen = hidden_state_cache.cached_states(gemma, docs, 128, 2, skip=4).hidden
-        results[f"fitted to {kind}"] = {
-            judged_kind: recall(seen, judged_kind) for judged_kind in hidden_by_kind
-        } | dict(queries=len(seen))
-        print(kind, results[f"fitted to {kind}"], flush=True)
-    setting = dict(
-        rank=rank,
-        candidates=candidates,
-        k=k,
-        bits=8,
-        judged={kind: len(hidden) for kind, hidden in hidden_by_kind.items()},
-    )
-    records.write(
-        RECORDS,
-        "fits",
-        "fits",
-        kind="measured",
-        weights=gemma.weights_precision,
-        setting=setting,
-        results=results,
-        command="make fits",
-    )
+
+    def series(self) -> dict:
+        """Return recall by k', speed-ups, shares of proofs, and the means of all intervals."""
+        curves = self.searches.curves | self.others.curves
+        return dict(
+            frontier={name: curve["recall"] for name, curve in curves.items()},
+            speed=self.searches.speedups,
+            proved=self.proof_shares,
+            recall={name: recall["mean"] for name, recall in self.target.recalls.items()},
+            kv_search={name: price["mean"] for name, price in self.others.kv_search.items()},
+        )
+
+    def records(self) -> list[Record]:
+        """Return the record of all parts."""
+        settings, searches, tuned = self.settings, self.searches, self.target.tuned
+        setting = dict(
+            cascades=settings.cascades,
+            choice_documents=tuned.choice.documents,
+            target_recall=settings.target_recall,
+            proof_candidates=settings.proof_candidates,
+        )
+        results = dict(
+            judged=searches.judged,
+            bytes_fraction=searches.bytes_fraction,
+            speedups=searches.speedups,
+            proofs=self.proved.by_rows,
+            curves=searches.curves,
+            other_rows=self.others.curves,
+            choices={
+                name: dict(candidates=choice.candidates, dense_time_fraction=share)
+                for name, (choice, share) in tuned.choices.items()
+            },
+            kv_search=self.others.kv_search,
+            recall_by_kind=self.target.recalls,
+            rows_to_score={
+                name: np.quantile(counts, [0.5, 0.99, 1]).tolist()
+                for name, counts in self.proved.rows_to_score.items()
+            },
+        )
+        record = Record(
+            id=f"beyond/{settings.model_name}",
+            weights=self.weights,
+            setting=setting,
+            results=results,
+            durations=searches.seconds,
+        )
+        return [record]
+
+    def plot(self) -> Figure:
+        """Draw recall over bytes, speed, proofs, recall on other text, and other rows."""
+        figure, axes = plots.new_figure(3, 2, height=4.6)
+        self._plot_frontier(axes[0, 0])
+        plots.speed_bars(
+            axes[0, 1], self.searches.speedups, self.searches.recalls, title="Speed at batch 1"
+        )
+        self._plot_proofs(axes[1, 0])
+        self._plot_target(axes[1, 1])
+        plots.frontier(
+            axes[2, 0],
+            self.others.curves,
+            ylabel="recall",
+            title="Word vectors, and groups of a layer",
+        )
+        self._plot_kv_search(axes[2, 1])
+        return figure
+
+    def _plot_frontier(self, axis) -> None:
+        plots.draw_points(
+            axis,
+            list(self.searches.bytes_fraction.values()),
+            plots.miss_rate([self.searches.recalls[name] for name in self.searches.judged]),
+            "black",
+            marker="*",
+            size=12,
+            label="cascades",
+            zorder=3,
+        )
+        plots.frontier(
+            axis,
+            self.searches.curves,
+            ylabel=f"recall@{self.settings.k}",
+            title="Tokens: recall against bytes",
+        )
+
+    def _plot_proofs(self, axis) -> None:
+        lines = self.proof_shares
+        plots.share_lines(
+            axis,
+            lines,
+            dict(zip(lines, plots.PALETTE, strict=False)),
+            ticks=self.settings.candidates,
+            xlabel="rows scored exactly",
+            title="Proved, by bits (simulated)",
+        )
+
+    def _plot_target(self, axis) -> None:
+        target = self.settings.target_recall
+        plots.interval_rows(
+            axis,
+            self.target.recalls,
+            at=target,
+            xlabel=f"recall@{self.settings.k}",
+            title=f"Target recall {target:.1%}: kinds of text not seen",
+        )
+
+    def _plot_kv_search(self, axis) -> None:
+        plots.interval_rows(
+            axis,
+            self.others.kv_search,
+            xlabel="perplexity over dense attention",
+            title=f"Key/value search ({self.others.kv_source})",
+        )

@@ -29,7 +29,7 @@ SINKS = 4
 
 
 def long_windows(
-    subject: TextModel, split: str, kinds: Sequence[str], length: int, each: int
+    subject: TextModel, split: str, kinds: Sequence[str], length: int, windows_per_document: int
 ) -> np.ndarray:
     """Return long stretches of text, evenly spaced over all documents of each kind, joined.
 
@@ -38,7 +38,7 @@ def long_windows(
         split: Split of the documents.
         kinds: Kinds of documents.
         length: Tokens of each stretch.
-        each: Number of stretches of each kind.
+        windows_per_document: Number of stretches of each kind.
 
     Returns:
         Tokens `(w, length)`.
@@ -47,7 +47,7 @@ def long_windows(
         Document(kind, kind, "\n\n".join(text.text for text in documents(split, [kind])))
         for kind in kinds
     ]
-    return windows(subject, joined, length, each)[0]
+    return windows(subject, joined, length, windows_per_document)[0]
 
 
 @partial(jax.jit, static_argnames="graph")
@@ -118,29 +118,33 @@ def fitted(model: Decoder, windows: np.ndarray) -> Callable[..., dict[int, KeySe
     return searches
 
 
-def cache_of(model: Decoder, seen: list[tuple[np.ndarray, ...]], length: int, slots: int) -> Cache:
+def cache_of(
+    model: Decoder, keys_and_values: list[tuple[np.ndarray, ...]], length: int, cache_length: int
+) -> Cache:
     """Return the cache that prefill creates for the first `length` tokens of texts.
 
     Args:
         model: Dense model.
-        seen: Keys and values of every layer, from `seen_by`.
+        keys_and_values: Keys and values of every layer, from `seen_by`.
         length: Number of tokens.
-        slots: Length of the key/value cache, in tokens.
+        cache_length: Length of the key/value cache, in tokens.
     """
     attentions = [block.attention for block in model.blocks]
     layer_entries = [
         [
-            attention.cache_entries(jnp.asarray(part[:, :length]), min(slots, attention.window))
+            attention.cache_entries(
+                jnp.asarray(part[:, :length]), min(cache_length, attention.window)
+            )
             for part in keys_and_values
         ]
-        for attention, keys_and_values in zip(attentions, seen, strict=True)
+        for attention, keys_and_values in zip(attentions, keys_and_values, strict=True)
     ]
     keys, values = zip(*layer_entries, strict=True)
-    return Cache(keys, values, jnp.asarray(length, jnp.int32), slots)
+    return Cache(keys, values, jnp.asarray(length, jnp.int32), cache_length)
 
 
 def quality(
-    search: KeySearch,
+    key_search: KeySearch,
     k: int,
     x: Queries,
     keys: SearchableKeyCache,
@@ -150,7 +154,7 @@ def quality(
     """Measure the key/value search of one head.
 
     Args:
-        search: The search of the layer.
+        key_search: The search of the layer.
         k: Number of best keys in the reference.
         x: Queries of the heads that share the keys.
         keys: Cached keys of the head.
@@ -161,11 +165,11 @@ def quality(
         A tuple, both for each query `(g,)`: recall of the true top-k keys, and the share of the
         attention weight on keys that are read exactly.
     """
-    candidates, _ = search.nominate(x, keys, length)
+    candidates, _ = key_search.nominate(x, keys, length)
     scores = jnp.where(
         jnp.arange(len(keys.rows))[None] < length, matmul_f32(keys.rows, x.T).T, -jnp.inf
     )
-    current_score, scale = row_scores(x, key[None]), search.width**-0.5
+    current_score, scale = row_scores(x, key[None]), key_search.width**-0.5
     log_total, log_read = (
         jax.nn.logsumexp(jnp.concatenate([part, current_score], axis=1) * scale, axis=1)
         for part in (scores, scores[:, candidates])
@@ -197,15 +201,16 @@ def decoded(
         def judging(x, keys: SearchableKeyCache, values, length):
             queries, key, _ = attention.dense.project(x[:, None], length[None])
             judge_heads = jax.vmap(
-                jax.vmap(partial(quality, attention.search, K), (0, 1, 0, None)), (0, 0, 0, None)
+                jax.vmap(partial(quality, attention.key_search, K), (0, 1, 0, None)),
+                (0, 0, 0, None),
             )
             layer_results.append(judge_heads(attention.grouped(queries), keys, key[:, 0], length))
             return step(x, keys, values, length)
 
         return judging
 
-    def recent(slots: int, length: Int[Array, ""]) -> Bool[Array, "1 s"]:
-        positions = jnp.arange(slots)
+    def recent(cache_length: int, length: Int[Array, ""]) -> Bool[Array, "1 s"]:
+        positions = jnp.arange(cache_length)
         return ((positions < length) & ((positions < SINKS) | (length - positions <= latest)))[None]
 
     for layer, block in enumerate(model.blocks):
@@ -227,13 +232,13 @@ def study(
     fitted_to: np.ndarray,
     texts: np.ndarray,
     settings: Mapping[int, Sequence[Sequence[int]]],
-    new: int,
+    new_tokens: int,
 ) -> dict[int, dict[str, dict]]:
     """Measure the loss of key/value search at each context of `settings`.
 
     The baseline is exact attention. Attention to only the latest tokens is also measured, at the
-    bytes of the first search. The loss covers the last `new` tokens of each context, fed one per
-    step.
+    bytes of the first search. The loss covers the last `new_tokens` tokens of each context, fed one
+    per step.
 
     Args:
         subject: Model with its tokenizer.
@@ -241,18 +246,18 @@ def study(
         texts: Windows `(w, t)` of text to judge on.
         settings: Searches to try at each context, each as (rank of keys, rank of values,
             candidates).
-        new: Number of tokens to judge.
+        new_tokens: Number of tokens to judge.
 
     Returns:
         A nested dict: context -> "dense", the search's name or "latest" -> results. The results of
-        a search are those of `against` and `shares`, `recall`, and `kept` (share of the attention
-        weight that is read exactly).
+        a search are those of `against` and `shares`, `recall`, and `attention_fraction_read` (share
+        of the attention weight that is read exactly).
     """
     model, searches, results = subject.model, fitted(subject.model, fitted_to), {}
-    projected = seen_by(model, texts[:, :-new], range(model.config.layers), slice(1, 3))
-    text_ids = np.repeat(np.arange(len(texts)), new)
+    projected = seen_by(model, texts[:, :-new_tokens], range(model.config.layers), slice(1, 3))
+    text_ids = np.repeat(np.arange(len(texts)), new_tokens)
     for context, search_settings in settings.items():
-        start = context - new - 1
+        start = context - new_tokens - 1
         cache, tokens = cache_of(model, projected, start, context), texts[:, start:context]
 
         def nats(form: Decoder, cache: Cache, latest: int = 0) -> tuple[np.ndarray, list]:
@@ -269,22 +274,29 @@ def study(
         exact_nats, _ = nats(model, cache)
         by_search: dict[str, dict] = {"dense": dict(loss=float(exact_nats.mean()))}
         for *ranks, candidates in search_settings:
-            search, keys = searches(ranks, candidates), list(cache.keys)
-            form = hire.convert(model, keys=search)
-            for layer, layer_search in search.items():
+            key_searches, keys = searches(ranks, candidates), list(cache.keys)
+            form = hire.convert(model, kv_search=key_searches)
+            for layer, layer_search in key_searches.items():
                 keys[layer] = layer_search.encode(keys[layer], cache.values[layer])
             searched_nats, layer_results = nats(form, replace(cache, keys=tuple(keys)))
             recall, weight_read = np.mean(layer_results, axis=(0, 2, 3, 4, 5)).tolist()
-            metrics = shares(form, context) | dict(recall=recall, kept=weight_read)
+            metrics = shares(form, context) | dict(
+                recall=recall, attention_fraction_read=weight_read
+            )
             by_search[f"LR {ranks[0]}, {ranks[1]} k'={candidates}"] = (
                 against(searched_nats, exact_nats, text_ids) | metrics
             )
         latest = int(
-            context * next(result["bytes"] for result in by_search.values() if "bytes" in result)
+            context
+            * next(
+                result["bytes_fraction"]
+                for result in by_search.values()
+                if "bytes_fraction" in result
+            )
         )
         by_search["latest"] = against(
             nats(model, cache, latest - SINKS)[0], exact_nats, text_ids
-        ) | dict(bytes=latest / context)
+        ) | dict(bytes_fraction=latest / context)
         print(
             *(f"{context} tokens, {name}: {result}" for name, result in by_search.items()),
             sep="\n",
@@ -298,18 +310,18 @@ def against(ours: np.ndarray, exact: np.ndarray, owner: np.ndarray) -> dict:
     """Compare losses with the exact ones.
 
     Returns:
-        A dict with the keys `lost` (paired difference in nats per token, with its interval over
-        texts) and `perplexity` (ratio of the perplexities).
+        A dict with the keys `loss_difference` (paired difference in nats per token, with its
+        interval over texts) and `perplexity` (ratio of the perplexities).
     """
     difference = points(ours, exact, owner)
-    return dict(lost=difference, perplexity=float(np.exp(difference["mean"])))
+    return dict(loss_difference=difference, perplexity=float(np.exp(difference["mean"])))
 
 
 def shares(model: Decoder, context: int) -> dict[str, float]:
     """Return the bytes that a searched layer reads per step, as a share of its keys and values.
 
     Returns:
-        A dict with the keys "bytes" (float32) and "bytes bfloat16".
+        A dict with the keys "bytes_fraction" (of float32) and "bytes_fraction_bfloat16".
     """
     attention = next(
         block.attention for block in model.blocks if isinstance(block.attention, SearchedAttention)
@@ -317,7 +329,7 @@ def shares(model: Decoder, context: int) -> dict[str, float]:
     entries = 2 * context * attention.dense.kv_heads * attention.dense.head_width
     return {
         name: attention.bytes_read(context, itemsize) / (itemsize * entries)
-        for name, itemsize in (("bytes", 4), ("bytes bfloat16", 2))
+        for name, itemsize in (("bytes_fraction", 4), ("bytes_fraction_bfloat16", 2))
     }
 
 
@@ -330,42 +342,40 @@ def toy(subject: TextModel) -> dict[str, dict]:
     }
 
 
-def prices(by_context: dict[str, dict]) -> dict[str, dict]:
-    """Return what each search of a `study` adds to the perplexity, and the bytes that it reads.
+def perplexity_increases(by_context: dict[str, dict]) -> dict[str, dict[str, float]]:
+    """Return how much each search of a `study` increases the perplexity, and what it reads.
 
     Args:
         by_context: Result of `study`, by the context's name.
 
     Returns:
         A dict from "<context>: <name>" to `mean`, `low` and `high` of the relative increase, and
-        `bytes`.
+        `bytes_fraction`.
     """
-    searches = {
-        f"{context}: {name}": result
-        for context, results in by_context.items()
-        for name, result in results.items()
-        if "lost" in result
-    }
-    increases = {
-        name: {
-            statistic: float(np.expm1(result["lost"][statistic]))
-            for statistic in ("mean", "low", "high")
-        }
-        for name, result in searches.items()
-    }
-    return {
-        name: result | dict(bytes=searches[name]["bytes"]) for name, result in increases.items()
-    }
+    increases = {}
+    for context, results in by_context.items():
+        for name, result in results.items():
+            if "loss_difference" in result:
+                increase = {
+                    statistic: float(np.expm1(result["loss_difference"][statistic]))
+                    for statistic in ("mean", "low", "high")
+                }
+                increases[f"{context}: {name}"] = increase | dict(
+                    bytes_fraction=result["bytes_fraction"]
+                )
+    return increases
 
 
-def judge_keys(length: int = 8192, each: int = 4, new: int = 128) -> None:
+def judge_kv_search(
+    length: int = 8192, windows_per_document: int = 4, new_tokens: int = 128
+) -> None:
     """Measure key/value search in the three global layers of Gemma 3 270M and write the record.
 
     Args:
         length: Longest context in tokens. The contexts are 1/8, 1/4, 1/2 and all of it: 1K to 8K
             tokens by default.
-        each: Number of texts of each kind.
-        new: Number of tokens to judge in each context.
+        windows_per_document: Number of texts of each kind.
+        new_tokens: Number of tokens to judge in each context.
     """
     gemma, kinds = load_gemma(), ["speech", "novel", "commentary"]
     calibration = long_windows(gemma, "calibration", ["speech", "commentary"], length, 1)
@@ -375,18 +385,22 @@ def judge_keys(length: int = 8192, each: int = 4, new: int = 128) -> None:
     }
     settings[length] += [(64, 32, length // 16), (96, 64, length // 8)]
     by_context = study(
-        gemma, calibration, long_windows(gemma, "evaluation", kinds, length, each), settings, new
+        gemma,
+        calibration,
+        long_windows(gemma, "evaluation", kinds, length, windows_per_document),
+        settings,
+        new_tokens,
     )
     setting = dict(
         length=length,
-        texts=each * len(kinds),
-        new=new,
+        texts=windows_per_document * len(kinds),
+        new_tokens=new_tokens,
         k=K,
         sinks=SINKS,
         layers=gemma.model.config.global_layers,
     )
     results = {f"{context} tokens": by_search for context, by_search in by_context.items()}
     record: dict = dict(
-        weights=gemma.weights_precision, setting=setting, results=results, command="make keys"
+        weights=gemma.weights_precision, setting=setting, results=results, command="make kv-search"
     )
-    records.write(RECORDS, "keys", "keys/contexts", kind="measured", **record)
+    records.write(RECORDS, "kv_search", "kv_search/gemma3_270m", kind="measured", **record)

@@ -37,39 +37,42 @@ import hire
 from hire.distributed import RowSharding
 from hire.lab.paths import CHECKPOINTS, OUT, ROOT
 from hire.lab.timing.interleaved import medians
-from hire.lab.tpu.multichip import time_forms
+from hire.lab.tpu.multichip import time_variants
 from hire.ops.top_k import TopK, exact_top_k
-from hire.types import Int
+from hire.types import Int, Rows
 
-HOST, BATCHES, RESULT = "127.0.0.1", (1, 8), "result.json"
-FORMS = "HiRE DA", "HiRE gathered"  # keys of hire.lab.tpu.multichip.forms
+HOST = "127.0.0.1"
+BATCHES = (1, 8)
+VARIANTS = ("HiRE DA", "HiRE gathered")  # keys of hire.lab.tpu.multichip.variants
+RESULT_FILE = "result.json"
 # Seconds without a heartbeat after which jax considers a process lost and ends the others.
-HEARTBEAT = 15
-LOST = 2  # exit status of a process that ends because another one did
-CLEAR = 1e-4  # relative difference of two scores; rounding may swap closer ones
+HEARTBEAT_SECONDS = 15
+LOST_STATUS = 2  # exit status of a process that ends because another one did
+# Relative difference between two scores below which rounding may swap them.
+ROUNDING_GAP = 1e-4
 
 
 @dataclass(frozen=True)
 class Setup:
     """Settings that must be equal in all processes.
 
-    The rows are the first `words` embeddings of the ladder's checkpoint, with an int8 estimator.
+    The rows are the first `num_rows` embeddings of the ladder's checkpoint, with an int8 estimator.
 
     Attributes:
         k: Size of the top-k (see HireSoftmax).
         candidates: Number of candidates (see HireSoftmax).
-        slack: Oversampling of each device (see RowSharding.oversample_sigmas).
-        words: Number of rows.
+        oversample_sigmas: Oversampling of each device (see RowSharding).
+        num_rows: Number of rows.
         repeats: Number of timed repetitions.
-        patience: Seconds to wait for a process that does not connect.
+        connect_seconds: Seconds to wait for a process that does not connect.
     """
 
     k: int = 32
     candidates: int = 2048
-    slack: float = math.inf
-    words: int = 32768
+    oversample_sigmas: float = math.inf
+    num_rows: int = 32768
     repeats: int = 30
-    patience: int = 30
+    connect_seconds: int = 30
 
 
 def launch(
@@ -84,7 +87,7 @@ def launch(
         folder: Folder for the result and the logs.
 
     Returns:
-        The result of `measured`.
+        The result of `measure`.
 
     Raises:
         OSError: If the port is in use.
@@ -100,7 +103,7 @@ def launch(
             workers.append(stack.enter_context(start(number, processes, port, setup, folder)))
             stack.callback(workers[-1].kill)
         watch(workers)
-        return json.loads((folder / RESULT).read_text())
+        return json.loads((folder / RESULT_FILE).read_text())
 
 
 def free_port(port: int = 0) -> int:
@@ -158,10 +161,10 @@ def watch(workers: list[subprocess.Popen[str]]) -> None:
     def lost_another(number: int) -> bool:
         """Return whether this worker ended because another one did.
 
-        Its status is then LOST, or jax aborted it. In jax 0.7 an abort gives status 1 without an
-        error line.
+        Its status is then LOST_STATUS, or jax aborted it. In jax 0.7 an abort gives status 1
+        without an error line.
         """
-        return failed[number] in (LOST, -signal.SIGABRT) or (
+        return failed[number] in (LOST_STATUS, -signal.SIGABRT) or (
             failed[number] > 0 and not error_lines[number]
         )
 
@@ -191,22 +194,22 @@ def work(number: int, processes: int, port: int, folder: Path, setup: Setup) -> 
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     try:
-        join(number, processes, port, setup.patience, leave)
-        results = measured(setup)
+        join(number, processes, port, setup.connect_seconds, leave)
+        results = measure(setup)
         if number == 0:
-            (folder / RESULT).write_text(json.dumps(results))
+            (folder / RESULT_FILE).write_text(json.dumps(results))
         jax.distributed.shutdown()
     except Exception as error:
         traceback.print_exc()
         disconnected = isinstance(error, jax.errors.JaxRuntimeError)
         leave(
             f"process {number} of {processes} has lost another: {error}" if disconnected else error,
-            LOST if disconnected else 1,
+            LOST_STATUS if disconnected else 1,
         )
 
 
 def join(
-    number: int, processes: int, port: int, patience: int, leave: Callable[[str], None]
+    number: int, processes: int, port: int, connect_seconds: int, leave: Callable[[str], None]
 ) -> None:
     """Join the other processes at the port.
 
@@ -214,29 +217,29 @@ def join(
         number: Number of this process.
         processes: Number of processes.
         port: Port where the processes meet.
-        patience: Seconds to wait.
+        connect_seconds: Seconds to wait.
         leave: Called with an error line if a process does not connect in time, before jax aborts.
     """
     if number == 0:
         free_port(port)
     message = (
-        f"waited {patience} s at port {port} on {HOST} for all of {processes} processes in vain: "
-        "start every one, with one port"
+        f"waited {connect_seconds} s at port {port} on {HOST} for all of {processes} processes "
+        "in vain: start every one, with one port"
     )
-    timer = threading.Timer(patience, leave, [message])
+    timer = threading.Timer(connect_seconds, leave, [message])
     timer.start()
     jax.distributed.initialize(
         f"{HOST}:{port}",
         processes,
         number,
         coordinator_bind_address=f"{HOST}:{port}",
-        initialization_timeout=2 * patience + 5,
-        heartbeat_timeout_seconds=HEARTBEAT,
+        initialization_timeout=2 * connect_seconds + 5,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
     timer.cancel()
 
 
-def agree(**own: Any) -> None:
+def check_equal(**values: Any) -> None:
     """Check that all processes have the same values.
 
     Processes with different values would wait for each other forever.
@@ -245,58 +248,47 @@ def agree(**own: Any) -> None:
         ValueError: If a value differs. All processes raise the same error.
     """
     # Padded to one size, because all processes must gather arrays of one shape.
-    payload = json.dumps(own).ljust(1024).encode()
+    payload = json.dumps(values).ljust(1024).encode()
     gathered = np.asarray(
         multihost_utils.process_allgather(np.frombuffer(payload, np.uint8))
     ).reshape(-1, len(payload))
-    setups = [json.loads(bytes(row)) for row in gathered]
-    for number, setup in enumerate(setups):
-        for name in own:
-            if setup[name] != setups[0][name]:
+    by_process = [json.loads(bytes(row)) for row in gathered]
+    for number, of_process in enumerate(by_process):
+        for name, first_value in by_process[0].items():
+            if of_process[name] != first_value:
                 # All shut down together: the exit of process 0 would cut off the others' line.
                 jax.distributed.shutdown()
-                mismatch = (
-                    f"process {number} has {name} = {setup[name]}, "
-                    f"process 0 has {name} = {setups[0][name]}"
+                raise ValueError(
+                    f"process {number} has {name} = {of_process[name]}, "
+                    f"process 0 has {name} = {first_value}: start all with the same"
                 )
-                raise ValueError(f"{mismatch}: start all with the same")
 
 
-def measured(setup: Setup) -> dict[str, Any]:
+def measure(setup: Setup) -> dict[str, Any]:
     """Measure the search on the devices of all processes.
 
     Returns:
         A dict with the keys `devices`, `processes`, `setup` and `batches`. `batches` has for each
-        batch `same` and `clear` (see `shares`), and for each of FORMS `nbytes` (bytes that its
-        collectives deliver to each device) and `seconds` (median).
+        batch size the keys of `compare_with_exact`, and by variant (VARIANTS) `delivered_bytes`
+        (bytes that its collectives deliver to each device) and `seconds` (median).
 
     Raises:
         ValueError: If the processes have different settings, jax versions or weights.
     """
     from safetensors import safe_open
 
-    path, batches = CHECKPOINTS / "ladder.safetensors", {}
-    agree(**asdict(setup), jax=jax.__version__, weights=zlib.crc32(path.read_bytes()))
+    path = CHECKPOINTS / "ladder.safetensors"
+    check_equal(**asdict(setup), jax=jax.__version__, weights=zlib.crc32(path.read_bytes()))
     with safe_open(path, framework="flax") as file:
-        rows = file.get_slice("embedding")[: setup.words].astype(np.float32)
+        rows = file.get_slice("embedding")[: setup.num_rows].astype(np.float32)
     softmax = hire.HireSoftmax(
         rows, hire.Quantized.fit(rows, 8), k=setup.k, candidates=setup.candidates
     )
     with jax.set_mesh(jax.make_mesh((jax.device_count(),), ("chips",), (AxisType.Auto,))):
-        sharded = softmax.sharded(RowSharding("chips", setup.slack, interleaved=True))
-        for batch in BATCHES:
-            queries = (
-                np.random.default_rng(batch)
-                .normal(size=(setup.repeats, batch, rows.shape[1]))
-                .astype(np.float32)
-            )
-            # For readers of the log: the processes have connected.
-            print("measuring", flush=True)
-            seconds, nbytes, top_k = time_forms(sharded, FORMS, list(queries))
-            best = exact_top_k(queries.reshape(-1, rows.shape[1]) @ rows.T, setup.k + 1)
-            batches[str(batch)] = dict(nbytes=nbytes, seconds=medians(seconds)) | shares(
-                np.asarray(top_k.indices), best
-            )
+        sharded = softmax.sharded(RowSharding("chips", setup.oversample_sigmas, interleaved=True))
+        batches = {
+            str(batch): measure_batch(sharded, rows, batch, setup.repeats) for batch in BATCHES
+        }
     return dict(
         devices=jax.device_count(),
         processes=jax.process_count(),
@@ -305,38 +297,63 @@ def measured(setup: Setup) -> dict[str, Any]:
     )
 
 
-def shares(indices: Int[np.ndarray, "n k"], best: TopK) -> dict[str, float]:
+def measure_batch(
+    sharded: hire.HireSoftmax, rows: Rows, batch: int, repeats: int
+) -> dict[str, Any]:
+    """Measure the search at one batch size, on random queries.
+
+    Args:
+        sharded: Softmax, sharded over the devices of all processes.
+        rows: All rows.
+        batch: Queries per call.
+        repeats: Number of timed repetitions.
+
+    Returns:
+        The entry of `batches` in the result of `measure`.
+    """
+    queries = (
+        np.random.default_rng(batch).normal(size=(repeats, batch, rows.shape[1])).astype(np.float32)
+    )
+    # For readers of the log: the processes have connected.
+    print("measuring", flush=True)
+    times = time_variants(sharded, VARIANTS, list(queries))
+    exact = exact_top_k(queries.reshape(-1, rows.shape[1]) @ rows.T, sharded.k + 1)
+    measured = dict(delivered_bytes=times.delivered_bytes, seconds=medians(times.durations))
+    return measured | compare_with_exact(np.asarray(times.top.indices), exact)
+
+
+def compare_with_exact(indices: Int[np.ndarray, "n k"], exact: TopK) -> dict[str, float]:
     """Compare the tokens of a search with the exact top-k.
 
-    A position is clear if its score differs from the neighbouring scores by more than rounding can
-    swap (CLEAR).
+    Only positions are compared whose score differs from the neighbouring scores by more than
+    rounding can swap (ROUNDING_GAP).
 
     Args:
         indices: Indices `(n, k)` from the search.
-        best: Exact top k + 1 of the same queries.
+        exact: Exact top k + 1 of the same queries.
 
     Returns:
-        A dict with the keys `same` (share of queries with the exact tokens at all clear positions)
-        and `clear` (share of clear positions).
+        A dict with the keys `same_top_k` (fraction of queries with the exact tokens at all compared
+        positions) and `compared_positions` (fraction of positions that are compared).
     """
-    values = np.asarray(best.values)
-    separated = -np.diff(values, prepend=math.inf) > CLEAR * np.abs(values)
-    clear = separated[:, :-1] & separated[:, 1:]
-    same = np.all((indices == np.asarray(best.indices)[:, :-1]) | ~clear, axis=1)
-    return dict(same=float(same.mean()), clear=float(clear.mean()))
+    values = np.asarray(exact.values)
+    separated = -np.diff(values, prepend=math.inf) > ROUNDING_GAP * np.abs(values)
+    compared = separated[:, :-1] & separated[:, 1:]
+    same = np.all((indices == np.asarray(exact.indices)[:, :-1]) | ~compared, axis=1)
+    return dict(same_top_k=float(same.mean()), compared_positions=float(compared.mean()))
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """Format the result of `launch` as a table."""
-    headings = "".join(f"{form:>15}" for form in FORMS)
+    headings = "".join(f"{variant:>15}" for variant in VARIANTS)
     lines = [
-        f"{'':22}{'bytes that travel':>30}{'ms':>30}",
+        f"{'':22}{'bytes delivered':>30}{'ms':>30}",
         f"devices  batch    same{headings}{headings}",
     ]
-    for batch, results in found["batches"].items():
-        sent_bytes = "".join(f"{results['nbytes'][form]:15,.0f}" for form in FORMS)
-        ms = "".join(f"{1e3 * results['seconds'][form]:15.1f}" for form in FORMS)
-        lines.append(f"{found['devices']:7}{batch:>7}{results['same']:8.3f}{sent_bytes}{ms}")
+    for batch, measured in result["batches"].items():
+        nbytes = "".join(f"{measured['delivered_bytes'][variant]:15,.0f}" for variant in VARIANTS)
+        ms = "".join(f"{1e3 * measured['seconds'][variant]:15.1f}" for variant in VARIANTS)
+        lines.append(f"{result['devices']:7}{batch:>7}{measured['same_top_k']:8.3f}{nbytes}{ms}")
     return "\n".join(lines)
 
 

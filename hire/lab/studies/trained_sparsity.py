@@ -43,7 +43,7 @@ def scores_with(
     subject: TextModel,
     texts: Sequence[Document],
     ffns: Sequence[hire.HireFFN],
-    together: int = 1,
+    tokens_per_selection: int = 1,
     across: bool = False,
 ) -> Scores:
     """Score texts with the FFNs of a model searched.
@@ -52,57 +52,15 @@ def scores_with(
         subject: Model with its tokenizer.
         texts: Documents.
         ffns: One HireFFN per layer.
-        together: Number of tokens in one call; they share a selection where `ffns` do.
+        tokens_per_selection: Number of tokens in one call; they share a selection where `ffns` do.
         across: Whether these tokens come from different texts instead of following each other.
     """
-    model = hire.convert(subject.model, ffn=ffns, together=together)
+    model = hire.convert(subject.model, ffn=ffns, tokens_per_selection=tokens_per_selection)
     for block in model.blocks if across else ():
         block.ffn = Across(block.ffn)
     return score_documents(
-        replace(subject, model=model), texts, batch=2 * together if across else None
+        replace(subject, model=model), texts, batch=2 * tokens_per_selection if across else None
     )
-
-
-def untrained(
-    subject: TextModel, texts: Sequence[Document], kept: Sequence[float]
-) -> dict[str, list[float]]:
-    """Measure the relative loss of a searched gated model that was not trained for sparsity.
-
-    The baseline is the same model with dense FFNs.
-
-    Args:
-        subject: Model with its tokenizer.
-        texts: Documents.
-        kept: Shares of the neurons in the top-k.
-
-    Returns:
-        The mean relative loss at each share, by selection: "best neurons" and "best groups of 8" by
-        exact activations; "by the gate" and "by both" for groups of 8 among twice as many
-        candidates, nominated by an int8 estimator of the gate or by estimators of gate and up
-        projection.
-    """
-    dense_nats = score_documents(subject, texts).nats
-
-    def copy(layer: int, rows: Rows) -> Estimator:
-        return hire.Quantized.fit(rows, 8)
-
-    def lost(share: float, factor: float, **how) -> float:
-        ffns = searched(subject.model, copy, kept=share, candidates=min(1.0, factor * share), **how)
-        return relative_loss(scores_with(subject, texts, ffns).nats, dense_nats)["mean"]
-
-    full_factor = 1 / min(kept)
-    selections = {
-        "best neurons": (full_factor, dict(group_size=1)),
-        "best groups of 8": (full_factor, dict(group_size=8)),
-    }
-    selections |= {
-        "by the gate": (2, dict(group_size=8)),
-        "by both": (2, dict(group_size=8, up_copy=copy)),
-    }
-    return {
-        name: [lost(share, factor, **how) for share in kept]
-        for name, (factor, how) in selections.items()
-    }
 
 
 class Studied:
@@ -132,7 +90,7 @@ class Studied:
             [x.reshape(-1, x.shape[-1]) for x in ffn_inputs(self.model, windows)]
             for windows in (fitted_to, judged_on)
         )
-        self.own = score_documents(subject, texts)
+        self.exact_scores = score_documents(subject, texts)
 
     @classmethod
     def of(
@@ -163,7 +121,7 @@ class Studied:
         """
         estimators = {}
 
-        def copy(layer: int, rows: Rows) -> Estimator:
+        def fit_estimator(layer: int, rows: Rows) -> Estimator:
             if (layer, len(rows)) not in estimators:
                 calibration = self.fitted_to[layer] if fitted else None
                 estimators[layer, len(rows)] = hire.LowRank.fit(
@@ -171,29 +129,33 @@ class Studied:
                 )
             return estimators[layer, len(rows)]
 
-        return copy
+        return fit_estimator
 
     def searched(
-        self, copy: Callable[[int, Rows], Estimator], candidates: float, **settings
+        self, fit_estimator: Callable[[int, Rows], Estimator], candidates: float, **settings
     ) -> list[hire.HireFFN]:
         """Return the searched layers of the model, with the k that it was trained with.
 
         Args:
-            copy: Function (layer, rows) that fits an estimator.
+            fit_estimator: Function (layer, rows) that fits an estimator.
             candidates: Candidates as a share of the groups.
             settings: Further arguments of `group_sparsity.searched`.
         """
         return searched(
-            self.model, copy, kept=self.model.config.kept, candidates=candidates, **settings
+            self.model,
+            fit_estimator,
+            kept_fraction=self.model.config.kept,
+            candidates=candidates,
+            **settings,
         )
 
     def curve(
-        self, copy: Callable[[int, Rows], Estimator], candidates: Sequence[float]
+        self, fit_estimator: Callable[[int, Rows], Estimator], candidates: Sequence[float]
     ) -> dict[str, list[float]]:
         """Measure recall and bytes at several numbers of candidates.
 
         Args:
-            copy: Function (layer, rows) that fits an estimator.
+            fit_estimator: Function (layer, rows) that fits an estimator.
             candidates: Candidates as shares of all groups.
 
         Returns:
@@ -203,7 +165,7 @@ class Studied:
         """
         counts, ffns = (
             [floor_fraction(share, self.model.config.groups) for share in candidates],
-            self.searched(copy, 1.0),
+            self.searched(fit_estimator, 1.0),
         )
         recalls = np.mean(
             [group_recall(ffn, x, counts) for ffn, x in zip(ffns, self.unseen, strict=True)], axis=0
@@ -215,17 +177,17 @@ class Studied:
             ],
         )
 
-    def judged(self, ffns: Sequence[hire.HireFFN], **together) -> dict:
+    def loss_difference(self, ffns: Sequence[hire.HireFFN], **options) -> dict:
         """Measure searched layers on the model's texts.
 
         Args:
             ffns: One HireFFN per layer.
-            together: Further arguments of `scores_with`.
+            options: Further arguments of `scores_with`.
 
         Returns:
             The `relative_loss` against the model's unchanged FFNs, with the key `bytes`: bytes read
             as a share of the dense layers'.
         """
         return relative_loss(
-            scores_with(self.subject, self.texts, ffns, **together).nats, self.own.nats
+            scores_with(self.subject, self.texts, ffns, **options).nats, self.exact_scores.nats
         ) | dict(bytes=bytes_share(ffns))

@@ -18,7 +18,7 @@ ALONE = Lock()
 
 def softmax(model: Decoder, x, cache: Cache):
     """Run the LM head alone: the best token of hidden states x."""
-    return model.best(x, 1)
+    return model.top_tokens(x, 1)
 
 
 def ffn(model: Decoder, x, cache: Cache):
@@ -44,52 +44,52 @@ class StepForms:
     """Functions that run a decode step or a part of it, for timing.
 
     The decode step ends in the k best tokens. Each function takes hidden states (1, d). The cache
-    counts as half full. Several instances of one model can share the cache of a text (`held`): it
+    counts as half full. Several instances of one model can share the cache of a text (`cache`): it
     contains zeros, which are read like anything else.
 
     Args:
         model: The decoder.
-        slots: Length of the cache in tokens.
+        cache_length: Length of the cache in tokens.
         k: Number of tokens that the step returns.
-        held: Cache of one text; a new one by default.
+        cache: Cache of one text; a new one by default.
     """
 
-    def __init__(self, model: Decoder, slots: int, k: int = 1, held: Cache | None = None):
+    def __init__(self, model: Decoder, cache_length: int, k: int = 1, cache: Cache | None = None):
         self.model = SplitModel.of(model)
-        self.k, self.words = k, model.config.vocabulary
-        self.held = self.empty(slots) if held is None else held
+        self.k, self.vocabulary = k, model.config.vocabulary
+        self.text_cache = self.empty(cache_length) if cache is None else cache
 
-    def empty(self, slots: int) -> Cache:
+    def empty(self, cache_length: int) -> Cache:
         """Return a cache for one text, with its first half counted as filled.
 
         Nothing is compiled to create it.
         """
 
         def text(model: SplitModel, word: jax.Array) -> tuple:
-            cache = model.merge().prefill(word, slots)[1]
+            cache = model.merge().prefill(word, cache_length)[1]
             return cache.keys, cache.values
 
         shapes = jax.eval_shape(text, self.model, jax.ShapeDtypeStruct((1, 1), jnp.int32))
         keys, values = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), shapes)
-        return Cache(keys, values, slots // 2, slots)
+        return Cache(keys, values, cache_length // 2, cache_length)
 
     def part(self, function: Callable) -> Callable:
         """Return a function to time: softmax, ffn or attention alone, with the model's weights."""
         compiled = jax.jit(lambda model, x, cache: function(model.merge(), x, cache))
-        return lambda x: compiled(self.model, x, self.held)
+        return lambda x: compiled(self.model, x, self.text_cache)
 
-    def cache(self, batch: int) -> list[Cache]:
+    def batch_cache(self, batch: int) -> list[Cache]:
         """Return the cache of a batch of texts that are equal so far.
 
         It is in a list, which keeps the cache from one step to the next.
         """
         return [
             jax.tree.map(
-                lambda part: jnp.repeat(part, batch, 0) if jnp.ndim(part) else part, self.held
+                lambda part: jnp.repeat(part, batch, 0) if jnp.ndim(part) else part, self.text_cache
             )
         ]
 
-    def whole(self, batch: int = 1, cache: list[Cache] | None = None) -> Callable:
+    def complete_step(self, batch: int = 1, cache: list[Cache] | None = None) -> Callable:
         """Return a function to time: the complete decode step of a batch.
 
         The texts of the batch continue with different tokens. Each call writes a token into the
@@ -102,10 +102,10 @@ class StepForms:
         # A prime spreads the tokens over the vocabulary. Otherwise a search would read the same
         # rows for all texts.
         offsets = 7919 * np.arange(batch)
-        caches = self.cache(batch) if cache is None else cache
+        caches = self.batch_cache(batch) if cache is None else cache
 
         def form(x):
-            tokens = 3 + (np.argmax(x) + offsets) % (self.words - 3)
+            tokens = 3 + (np.argmax(x) + offsets) % (self.vocabulary - 3)
             with ALONE:
                 top, caches[0] = step(self.model, tokens.astype(np.int32), caches[0], self.k)
             return top
@@ -123,6 +123,6 @@ class StepForms:
             Raw durations in seconds, by batch size.
         """
         return {
-            batch: interleaved({"step": self.whole(batch)}, queries, repeats)["step"]
+            batch: interleaved({"step": self.complete_step(batch)}, queries, repeats)["step"]
             for batch in batches
         }

@@ -14,7 +14,6 @@ from hire.lab.timing.interleaved import interleaved, medians, speedups, stream_f
 from hire.layers.ffn import HireFFN, activate
 from hire.layers.softmax import HireSoftmax
 from hire.models import Decoder
-from hire.ops.nomination import nominate_from_scores
 from hire.ops.row_products import row_scores, row_scores_at, weighted_row_sum
 from hire.ops.top_k import floor_fraction
 from hire.types import Queries, Rows
@@ -36,48 +35,6 @@ def fastest_dense(durations: dict[str, list[float]]) -> str:
         (name for name in median_seconds if name.startswith("dense") and name != INT8),
         key=lambda name: median_seconds[name],
     )
-
-
-def stages(
-    softmax: HireSoftmax, hidden: Queries, repeats: int
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Time each stage of a search at batch 1, on the output of the stage before.
-
-    Args:
-        softmax: The search.
-        hidden: Hidden states (n, d).
-        repeats: Timed calls of each stage.
-
-    Returns:
-        Two dicts by stage.
-        Raw durations in seconds: "estimated scores", "candidates", "exact scores", "top-k of them"
-            and "whole".
-        Bytes of weights that must be read: "estimated scores", "exact scores" and "whole".
-    """
-    estimate = jax.jit(lambda estimator, x: estimator.scores(x))
-    nominate = jax.jit(nominate_from_scores, static_argnames="candidates")
-    rescore = jax.jit(row_scores_at)
-    top_k = jax.jit(hire.exact_top_k, static_argnames="k")
-    queries = slices(hidden, 1, repeats)
-    inputs = []
-    for x in queries:
-        scores = estimate(softmax.estimator, x)
-        candidates = nominate(scores, candidates=softmax.candidates)
-        inputs.append((x, scores, candidates, rescore(x, softmax.rows, candidates)))
-    forms = {
-        "estimated scores": lambda parts: estimate(softmax.estimator, parts[0]),
-        "candidates": lambda parts: nominate(parts[1], candidates=softmax.candidates),
-        "exact scores": lambda parts: rescore(parts[0], softmax.rows, parts[2]),
-        "top-k of them": lambda parts: top_k(parts[3], k=softmax.k),
-        "whole": lambda parts: softmax(parts[0]),
-    }
-    estimator_bytes = softmax.estimator.bytes_read(softmax.candidates)
-    nbytes = {
-        "estimated scores": estimator_bytes,
-        "exact scores": softmax.bytes_read - estimator_bytes,
-        "whole": softmax.bytes_read,
-    }
-    return interleaved(forms, inputs, repeats), nbytes
 
 
 def time_softmax(
@@ -103,7 +60,13 @@ def time_softmax(
 
 
 def time_steps(
-    dense: Decoder, searched: Decoder, hidden: Queries, k: int, batch: int, slots: int, repeats: int
+    dense: Decoder,
+    searched: Decoder,
+    hidden: Queries,
+    k: int,
+    batch: int,
+    cache_length: int,
+    repeats: int,
 ) -> dict[str, list[float]]:
     """Time a complete decode step of two models that share the arrays of their weights.
 
@@ -111,8 +74,8 @@ def time_steps(
         Raw durations in seconds: "dense" and "HiRE".
     """
     forms = {
-        "dense": StepForms(dense, slots, k).whole(batch),
-        "HiRE": StepForms(searched, slots, k).whole(batch),
+        "dense": StepForms(dense, cache_length, k).complete_step(batch),
+        "HiRE": StepForms(searched, cache_length, k).complete_step(batch),
     }
     return interleaved(forms, slices(hidden, 1, repeats), repeats)
 
@@ -140,24 +103,24 @@ def random_ffns(
     for key in jax.random.split(jax.random.key(0), count):
         up, down = (jax.random.normal(part, (neurons, width)) for part in jax.random.split(key))
         estimators = {}
-        for name, (*fractions, shared) in shares.items():
+        for name, (*fractions, is_shared) in shares.items():
             k, candidates, static_groups = (floor_fraction(part, groups) for part in fractions)
-            if (static_groups, shared) not in estimators:
+            if (static_groups, is_shared) not in estimators:
                 non_static = up[8 * static_groups :]
                 estimator = (
                     hire.Quantized.fit(non_static, 8)
-                    if shared
+                    if is_shared
                     else hire.LowRank.fit(non_static, rank, bits=8, directions="random")
                 )
-                estimators[static_groups, shared] = estimator
+                estimators[static_groups, is_shared] = estimator
             ffn = HireFFN(
                 up,
                 down,
-                estimators[static_groups, shared],
+                estimators[static_groups, is_shared],
                 k=k,
                 candidates=candidates,
                 static_groups=static_groups,
-                share_selection=shared,
+                share_selection=is_shared,
             )
             searched[name].append(ffn)
     return searched

@@ -1,5 +1,6 @@
 """Speed of `make bench` at another commit and at HEAD, in turns, as a record."""
 
+import json
 import os
 import subprocess
 import sys
@@ -32,8 +33,8 @@ def compare_versions(commit: str) -> None:
             f"COMMIT = {commit!r}: expected a commit of this repository, such as HEAD~1"
         )
     commits = {
-        "there": process.stdout.strip(),
-        "here": git("rev-parse", "--short", "HEAD").stdout.strip(),
+        "old_commit": process.stdout.strip(),
+        "new_commit": git("rev-parse", "--short", "HEAD").stdout.strip(),
     }
     with tempfile.TemporaryDirectory(prefix="hire-versions-") as folder:
         checkouts = {side: Path(folder) / side for side in commits}
@@ -96,9 +97,9 @@ def benchmark(root: Path) -> dict[str, float]:
         raise RuntimeError(
             f"make bench failed in {root.name}: {status.stderr.strip().splitlines()[-1:]}"
         )
-    results = {
-        entry["id"]: entry["results"] for entry in records.read(root / "data/records", "bench")
-    }
+    # `records.read` refuses the record format of an old commit; the fields read here are the same.
+    lines = (root / "data/records/bench.jsonl").read_text().splitlines()
+    results = {entry["id"]: entry["results"] for entry in map(json.loads, lines)}
     return {
         id.removeprefix("bench/"): result["medians"]["HiRE"]
         for id, result in results.items()
@@ -107,19 +108,21 @@ def benchmark(root: Path) -> dict[str, float]:
 
 
 def compared(timed: list[dict[str, dict[str, float]]]) -> dict:
-    """Compare durations here with those there.
+    """Compare durations of two commits.
 
     Args:
-        timed: One dict per round: durations by side ("here", "there") and benchmark.
+        timed: One dict per round: durations by side ("new_commit", "old_commit") and benchmark.
 
     Returns:
-        `ratios`: by benchmark, `median`, `low` and `high` over rounds of the seconds here over the
-            seconds there.
+        `ratios`: by benchmark, `median`, `low` and `high` over rounds of the seconds of the new
+            commit over those of the old one.
         `worst`: the largest of the medians.
     """
     ratios = {}
-    for name in timed[0]["here"]:
-        by_round = np.asarray([turn["here"][name] / turn["there"][name] for turn in timed])
+    for name in timed[0]["new_commit"]:
+        by_round = np.asarray(
+            [turn["new_commit"][name] / turn["old_commit"][name] for turn in timed]
+        )
         ratios[name] = dict(
             median=float(np.median(by_round)), low=float(by_round.min()), high=float(by_round.max())
         )

@@ -30,7 +30,7 @@ class Operation:
         times: Number of executions.
         cycles: Scheduled bundles, at one bundle a cycle.
         nbytes: Bytes moved to and from HBM, or between chips for a collective.
-        waits: Seconds of waiting.
+        wait_seconds: Seconds of waiting.
         holes: Parts of the schedule that the reader could not parse.
         links: For a collective, the number of the chip's links that carry its bytes; otherwise 0.
     """
@@ -40,12 +40,12 @@ class Operation:
     times: int = 1
     cycles: float = 0.0
     nbytes: float = 0.0
-    waits: float = 0.0
-    holes: tuple[str, ...] = ()
+    wait_seconds: float = 0.0
+    unparsed: tuple[str, ...] = ()
     links: int = 0
 
     @property
-    def moving(self) -> float:
+    def transfer_seconds(self) -> float:
         """Seconds that the bytes take at full bandwidth."""
         return self.nbytes / (self.links * LINK or BANDWIDTH)
 
@@ -57,9 +57,9 @@ class Operation:
         with other operations, so only its wait counts.
         """
         return (
-            self.waits
+            self.wait_seconds
             if self.kind == "prefetch"
-            else max(self.cycles / CLOCK, self.moving) + self.waits
+            else max(self.cycles / CLOCK, self.transfer_seconds) + self.wait_seconds
         )
 
 
@@ -171,7 +171,7 @@ def computations(hlo: str) -> dict[str, list[Instruction]]:
     return bodies
 
 
-def sent(hlo: str) -> float:
+def bytes_sent(hlo: str) -> float:
     """Return the bytes that the collectives of a compiled program deliver to each device."""
     rows = [row for rows in computations(hlo).values() for row in rows]
     return sum(
@@ -287,15 +287,24 @@ class Reader:
                 )
             elif row.opcode in ("copy-done", "slice-done"):
                 started = pending.pop(re.findall(r"%([\w.-]+)", row.rest)[0])
-                row_ops = [replace(started, waits=max(0.0, started.moving - started.waits))]
+                row_ops = [
+                    replace(
+                        started,
+                        wait_seconds=max(0.0, started.transfer_seconds - started.wait_seconds),
+                    )
+                ]
             else:
                 row_ops = self.of(place, row, times)
-            idle_seconds = sum(op.seconds - op.moving for op in row_ops if op.kind != "prefetch")
+            idle_seconds = sum(
+                op.seconds - op.transfer_seconds for op in row_ops if op.kind != "prefetch"
+            )
             # The oldest pending prefetch gets the spare memory bandwidth first.
             for prefetch, started in pending.items():
-                overlap = min(idle_seconds, max(0.0, started.moving - started.waits))
+                overlap = min(
+                    idle_seconds, max(0.0, started.transfer_seconds - started.wait_seconds)
+                )
                 pending[prefetch], idle_seconds = (
-                    replace(started, waits=started.waits + overlap),
+                    replace(started, wait_seconds=started.wait_seconds + overlap),
                     idle_seconds - overlap,
                 )
             ops += row_ops
@@ -306,7 +315,7 @@ class Reader:
         if row.opcode == "while":
             trips = re.search(r'known_trip_count":\{"n":"(\d+)"', row.rest)
             unknown_trips = Operation(
-                row.name, row.opcode, times, holes=("a loop of unknown trips, counted once",)
+                row.name, row.opcode, times, unparsed=("a loop of unknown trips, counted once",)
             )
             parts = re.findall(r"(?:body|condition)=%([\w.-]+)", row.rest)
             body_ops = [self.inside(part, times * int(trips[1] if trips else 1)) for part in parts]
@@ -331,7 +340,7 @@ class Reader:
             or "ConcatBitcast" in row.rest
         ):
             return []
-        return [Operation(row.name, row.opcode, times, holes=("no schedule of it",))]
+        return [Operation(row.name, row.opcode, times, unparsed=("no schedule of it",))]
 
     def collective(self, row: Instruction, times: int) -> Operation:
         """Return the bytes that a corner chip receives in a collective, and their hops.
@@ -346,7 +355,7 @@ class Reader:
             "collective",
             times,
             nbytes=times * received_bytes,
-            waits=times * passes * hops * HOP,
+            wait_seconds=times * passes * hops * HOP,
             links=links,
         )
 
@@ -357,7 +366,7 @@ class Reader:
         times: int,
         cycles: float,
         nbytes: float,
-        holes: tuple[str, ...],
+        unparsed: tuple[str, ...],
     ) -> Operation:
         """Return an operation with the cycles and bytes of its schedule.
 
@@ -369,7 +378,9 @@ class Reader:
         }
         reads_hbm, writes_hbm = (
             moves_all
-            or any(re.search(f"({direction}|general) of unknown", unparsed) for unparsed in holes)
+            or any(
+                re.search(f"({direction}|general) of unknown", unparsed) for unparsed in unparsed
+            )
             for direction in ("hbm_to_vmem", "vmem_to_hbm")
         )
         moved_shapes = (self.operands(place, row) if reads_hbm else []) + (
@@ -377,7 +388,9 @@ class Reader:
         )
         least_bytes = sum(sum(array_bytes(shape)) for shape in moved_shapes if "S(" not in shape)
         if nbytes < 0.9 * least_bytes:
-            holes = (*holes, "fewer bytes in its schedule than it must move")
+            unparsed = (*unparsed, "fewer bytes in its schedule than it must move")
         nbytes = max(nbytes, least_bytes)
-        waits = times * LATENCY if nbytes else 0.0
-        return Operation(row.name, row.opcode, times, times * cycles, times * nbytes, waits, holes)
+        wait_seconds = times * LATENCY if nbytes else 0.0
+        return Operation(
+            row.name, row.opcode, times, times * cycles, times * nbytes, wait_seconds, unparsed
+        )

@@ -182,9 +182,10 @@ def compiled(
         donated: Positions of the flat arguments that the program may overwrite.
 
     Returns:
-        A dict with the keys `seconds` (estimated time), `moving` (seconds of all transfers at full
-        bandwidth), `operations` (one dict per operation), `holes` (what could not be parsed),
-        `memory` (bytes by kind) and `sent` (bytes that collectives deliver to each device).
+        A dict with the keys `seconds` (estimated time), `transfer_seconds` (seconds of all
+        transfers at full bandwidth), `operations` (one dict per operation), `unparsed` (what could
+        not be parsed), `memory` (bytes by kind) and `bytes_sent` (bytes that collectives deliver to
+        each device).
 
     Raises:
         RuntimeError: If the compiler refuses the program or gives no answer in time.
@@ -240,21 +241,23 @@ def compiled(
             bundles[name] = bundle_parser.schedule(path.read_text())
     hlo = (folder / "hlo").read_text()
     operations = bundle_parser.operations(hlo, bundles, bundle_parser.sides(topology))
-    total_seconds, moving_seconds = (
+    total_seconds, transfer_seconds = (
         sum(operation.seconds for operation in operations),
-        sum(operation.moving for operation in operations),
+        sum(operation.transfer_seconds for operation in operations),
     )
-    unparsed = [f"{operation.name}: {part}" for operation in operations for part in operation.holes]
+    unparsed = [
+        f"{operation.name}: {part}" for operation in operations for part in operation.unparsed
+    ]
     entries = [asdict(operation) | dict(seconds=operation.seconds) for operation in operations]
     memory = json.loads((folder / "memory").read_text())
-    sent = bundle_parser.sent(hlo)
+    bytes_sent = bundle_parser.bytes_sent(hlo)
     return dict(
-        seconds=max(total_seconds, moving_seconds),
-        moving=moving_seconds,
+        seconds=max(total_seconds, transfer_seconds),
+        transfer_seconds=transfer_seconds,
         operations=entries,
-        holes=unparsed,
+        unparsed=unparsed,
         memory=memory,
-        sent=sent,
+        bytes_sent=bytes_sent,
     )
 
 

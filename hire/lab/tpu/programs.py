@@ -35,7 +35,7 @@ from hire.ops.tpu import row_scores as row_kernel
 from hire.types import AnyArray, Array, Queries, Tokens
 
 # Sizes of the softmax programs: vocabulary, k, k' and rank.
-WORDS, KEPT, CANDIDATES, RANK = 262_144, 32, 2_048, 128
+VOCABULARY, TOP_K, CANDIDATES, RANK = 262_144, 32, 2_048, 128
 # On a TPU "dense in pieces" is the same as x @ W.T.
 DENSE = {name: form for name, form in dense.DENSE.items() if name != "dense in pieces"}
 NEURONS = 6_144  # FFN of the 1B size, at a width of 1536
@@ -102,35 +102,35 @@ def low_rank(m: int, d: int, rank: int, bits: int | None) -> LowRank:
     return LowRank(quantized(rank, d, 8), quantized(m, rank, bits), None)
 
 
-COPIES: dict[str, Callable[[int, int, int], Estimator]] = {
+ESTIMATORS: dict[str, Callable[[int, int, int], Estimator]] = {
     "LR bf16": lambda m, d, rank: low_rank(m, d, rank, None),
     "Q int4": lambda m, d, rank: quantized(m, d, 4),
     "LR int8": lambda m, d, rank: low_rank(m, d, rank, 8),
 }
 
 
-def dense_softmax(width: int, batch: int, form: str, words: int = WORDS) -> Program:
+def dense_softmax(width: int, batch: int, form: str, vocabulary: int = VOCABULARY) -> Program:
     """Build a dense softmax: all logits by one of the DENSE forms, then the exact top-k."""
-    rows, x = (jax.ShapeDtypeStruct((count, width), jnp.bfloat16) for count in (words, batch))
-    return Program(lambda rows, x: exact_top_k(DENSE[form](rows, x), KEPT), rows, x, rows.size * 2)
+    rows, x = (jax.ShapeDtypeStruct((count, width), jnp.bfloat16) for count in (vocabulary, batch))
+    return Program(lambda rows, x: exact_top_k(DENSE[form](rows, x), TOP_K), rows, x, rows.size * 2)
 
 
 def hire_softmax(
     width: int,
     batch: int,
-    copy: str,
+    estimator_name: str,
     implementation: str,
-    words: int = WORDS,
+    vocabulary: int = VOCABULARY,
     candidates: int = CANDIDATES,
 ) -> Program:
     """Build a HireSoftmax in plain JAX ("xla") or with the TPU kernels and blocked rows."""
 
     def make() -> HireSoftmax:
-        estimator = COPIES[copy](words, width, RANK)
-        rows = jnp.zeros((words, width), jnp.bfloat16)
+        estimator = ESTIMATORS[estimator_name](vocabulary, width, RANK)
+        rows = jnp.zeros((vocabulary, width), jnp.bfloat16)
         rows = rows if implementation == "xla" else row_kernel.blocks(rows)
         return HireSoftmax(
-            rows, estimator, k=KEPT, candidates=candidates, implementation=implementation
+            rows, estimator, k=TOP_K, candidates=candidates, implementation=implementation
         )
 
     arrays, rebuild = skeleton(make)
@@ -162,10 +162,10 @@ def hire_ffn(
     width: int,
     batch: int,
     implementation: str,
-    kept: float,
+    k_fraction: float,
     candidates: float,
     *,
-    shared: bool = False,
+    share_selection: bool = False,
     neurons: int = NEURONS,
 ) -> Program:
     """Build a HireFFN with int8 low-rank factors of a quarter of the width.
@@ -174,12 +174,12 @@ def hire_ffn(
         width: Width of the model.
         batch: Number of queries.
         implementation: "xla" or "pallas".
-        kept: k as a share of the groups.
+        k_fraction: k as a share of the groups.
         candidates: k' as a share of the groups.
-        shared: Whether the batch shares one selection.
+        share_selection: Whether the batch shares one selection.
         neurons: Number of neurons.
     """
-    k, count = (floor_fraction(share, neurons // 8) for share in (kept, candidates))
+    k, count = (floor_fraction(share, neurons // 8) for share in (k_fraction, candidates))
 
     def make() -> HireFFN:
         up, down = (jnp.zeros((neurons, width), jnp.bfloat16) for _ in range(2))
@@ -189,13 +189,13 @@ def hire_ffn(
             low_rank(neurons, width, width // 4, 8),
             k=k,
             candidates=count,
-            share_selection=shared,
+            share_selection=share_selection,
             implementation=implementation,
         )
 
     arrays, rebuild = skeleton(make)
-    selections, group_bytes = 1 if shared else batch, 8 * width * 2
-    down_groups = count if shared else k
+    selections, group_bytes = 1 if share_selection else batch, 8 * width * 2
+    down_groups = count if share_selection else k
     reads = nbytes(arrays) - 4 * neurons * width + selections * (count + down_groups) * group_bytes
     return Program(
         lambda arrays, x: rebuild(arrays)(x),
@@ -220,12 +220,12 @@ def softmaxes(width: int, b: int) -> dict[str, Program]:
     """
     programs = {form: dense_softmax(width, b, form) for form in DENSE}
     programs |= {
-        f"{estimator_name} plain": hire_softmax(width, b, estimator_name, "xla")
-        for estimator_name in COPIES
+        f"{estimator_name} xla": hire_softmax(width, b, estimator_name, "xla")
+        for estimator_name in ESTIMATORS
     }
     return programs | {
-        f"{estimator_name} kernels": hire_softmax(width, b, estimator_name, "pallas")
-        for estimator_name in COPIES
+        f"{estimator_name} pallas": hire_softmax(width, b, estimator_name, "pallas")
+        for estimator_name in ESTIMATORS
         if estimator_name != "LR bf16"
     }
 
@@ -233,10 +233,12 @@ def softmaxes(width: int, b: int) -> dict[str, Program]:
 def ffns(width: int, b: int) -> dict[str, Program]:
     """Return the FFN programs of a width at batch `b`, by name."""
     programs = {form: dense_ffn(width, b, form) for form in DENSE}
-    for name, k_fraction, candidates, shared in FFNS:
-        programs[f"{name} plain"] = hire_ffn(width, b, "xla", k_fraction, candidates, shared=shared)
-        programs[f"{name} kernels"] = hire_ffn(
-            width, b, "pallas", k_fraction, candidates, shared=shared
+    for name, k_fraction, candidates, share_selection in FFNS:
+        programs[f"{name} xla"] = hire_ffn(
+            width, b, "xla", k_fraction, candidates, share_selection=share_selection
+        )
+        programs[f"{name} pallas"] = hire_ffn(
+            width, b, "pallas", k_fraction, candidates, share_selection=share_selection
         )
     return programs
 
@@ -270,7 +272,7 @@ def decode_step(
     Returns:
         A program with x = (token, cache).
     """
-    search_softmax, candidates, shared = parts
+    search_softmax, candidates, share_selection = parts
     unread_bytes = []  # bytes of weights that a step does not read
 
     def make() -> SplitModel:
@@ -280,22 +282,22 @@ def decode_step(
             rows = row_kernel.blocks(model.token_embeddings())
             softmax = HireSoftmax(
                 rows,
-                COPIES["LR int8"](config.vocabulary, width, RANK),
-                k=KEPT,
+                ESTIMATORS["LR int8"](config.vocabulary, width, RANK),
+                k=TOP_K,
                 candidates=CANDIDATES,
             )
-            unread_bytes.append(rows.nbytes + softmax.estimator.nbytes - softmax.bytes_for(batch))
+            unread_bytes.append(rows.nbytes + softmax.estimator.nbytes - softmax.bytes_read(batch))
         if candidates:
             ffn_layers = searched(
                 model,
                 lambda *_: low_rank(neurons, width, width // 4, 8),
-                kept=0.05,
+                kept_fraction=0.05,
                 candidates=candidates,
-                shared=shared,
+                share_selection=share_selection,
                 group_size=8,
             )
             unread_bytes.extend(
-                2 * ffn.up.nbytes + ffn.estimator.nbytes - ffn.bytes_for(batch)
+                2 * ffn.up.nbytes + ffn.estimator.nbytes - ffn.bytes_read(batch)
                 for ffn in ffn_layers
             )
         return SplitModel.of(convert(model, softmax=softmax, ffn=ffn_layers))
@@ -345,7 +347,7 @@ def kernels() -> dict[str, Program]:
     Returns:
         A dict from name to a program that passes x to the kernel as its first argument.
     """
-    first_stage = dict(buckets=WORDS // 64, per_bucket=2)
+    first_stage = dict(buckets=VOCABULARY // 64, per_bucket=2)
 
     def of(
         kernel: Callable, how: dict, draw: Callable[..., tuple], reads: int, **sizes: int
@@ -355,7 +357,7 @@ def kernels() -> dict[str, Program]:
 
     row_bytes, scale_bytes, k = (
         8 * CANDIDATES * 2048 * 2,
-        4 * WORDS,
+        4 * VOCABULARY,
         floor_fraction(0.05, NEURONS // 8),
     )
     int8_options, int4_options = first_stage | dict(bits=8), first_stage | dict(bits=4)
@@ -367,16 +369,16 @@ def kernels() -> dict[str, Program]:
             row_bytes,
             b=8,
             c=CANDIDATES,
-            m=WORDS,
+            m=VOCABULARY,
             d=2048,
         ),
         "scores int8": of(
             score_kernel.bucket_top_k,
             int8_options,
             example_arguments.of_scores,
-            scale_bytes + WORDS * RANK,
+            scale_bytes + VOCABULARY * RANK,
             b=8,
-            m=WORDS,
+            m=VOCABULARY,
             d=RANK,
             bits=8,
         ),
@@ -384,9 +386,9 @@ def kernels() -> dict[str, Program]:
             score_kernel.bucket_top_k,
             int4_options,
             example_arguments.of_scores,
-            scale_bytes + WORDS * 1024,
+            scale_bytes + VOCABULARY * 1024,
             b=8,
-            m=WORDS,
+            m=VOCABULARY,
             d=2048,
             bits=4,
         ),
@@ -435,9 +437,10 @@ def estimated(name: str, program: Program, **more) -> dict:
         more: Further results for the record.
 
     Returns:
-        The record. Its results have the keys `seconds`, `moving`, `holes`, `memory`, `floor`
-        (seconds that the bytes to read take at HBM bandwidth), `sent`, `waits` (number of transfers
-        that the program waits for) and `parts` (operations above 1 % of the time, in microseconds).
+        The record. Its results have the keys `seconds`, `transfer_seconds`, `unparsed`, `memory`,
+        `floor` (seconds that the bytes to read take at HBM bandwidth), `bytes_sent`, `waits`
+        (number of transfers that the program waits for) and `operations` (operations above 1 % of
+        the time, in microseconds).
     """
     estimate = compiler.estimate(
         program.function,
@@ -451,20 +454,20 @@ def estimated(name: str, program: Program, **more) -> dict:
         dict(name=operation["name"], kind=operation["kind"], us=1e6 * operation["seconds"])
         for operation in estimate["operations"]
     ]
-    results = {key: estimate[key] for key in ("seconds", "moving", "holes", "memory")}
+    results = {key: estimate[key] for key in ("seconds", "transfer_seconds", "unparsed", "memory")}
     results["floor"] = program.reads / bundle_parser.BANDWIDTH
-    results["sent"] = estimate["sent"]
+    results["bytes_sent"] = estimate["bytes_sent"]
     # The number of transfers that the program waits for: each adds bundle_parser.LATENCY, which is
     # assumed.
     results["waits"] = (
         sum(
-            operation["waits"]
+            operation["wait_seconds"]
             for operation in estimate["operations"]
             if operation["kind"] != "prefetch"
         )
         / bundle_parser.LATENCY
     )
-    results["parts"] = [part for part in parts if part["us"] > 0.01e6 * estimate["seconds"]]
+    results["operations"] = [part for part in parts if part["us"] > 0.01e6 * estimate["seconds"]]
     setting = dict(topology=estimate["topology"], compiler=estimate["compiler"])
     weights = "none, shapes alone"
     return records.write(
@@ -496,7 +499,7 @@ def estimate_all(programs: dict[str, Program]) -> None:
             print(f"{name}: {error}", flush=True)
 
 
-def filled(shapes: object, seed: int = 0) -> object:
+def random_arrays(shapes: object, seed: int = 0) -> object:
     """Return random arrays of these shapes on the device.
 
     Floats are normal; integers are uniform over all values of their type.
@@ -531,10 +534,10 @@ def time_program(program: Program, loops: int = 32, repeats: int = 7) -> list[fl
     Returns:
         Seconds of one call, `repeats` values.
     """
-    weights = filled(program.weights)
+    weights = random_arrays(program.weights)
     run = jax.jit(lambda weights, xs: jax.lax.map(lambda x: program.function(weights, x), xs))
     query_sets = [
-        filled(jax.ShapeDtypeStruct((count, *program.x.shape), program.x.dtype), count)
+        random_arrays(jax.ShapeDtypeStruct((count, *program.x.shape), program.x.dtype), count)
         for count in (loops, 2 * loops)
     ]
     for xs in query_sets:

@@ -51,7 +51,7 @@ def of(
     )
 
 
-def product(m: int, k: int, n: int) -> Program:
+def matmul(m: int, k: int, n: int) -> Program:
     """Build the matrix product `(m, k)` @ `(k, n)`."""
     return of(jnp.matmul, shaped(m, k), shaped(k, n))
 
@@ -79,13 +79,13 @@ def programs() -> dict[str, Program]:
 
 
 PROGRAMS: dict[str, Callable[[], Program]] = {
-    "product 4096": lambda: product(4096, 4096, 4096),
-    "product 8192": lambda: product(8192, 8192, 8192),
-    "product long": lambda: product(256, 65536, 256),
-    "product batch 256": lambda: product(256, 8192, 8192),
-    "product batch 32": lambda: product(32, 8192, 8192),
-    "softmax rows, batch 1": lambda: product(1, 4096, 128256),
-    "FFN rows, batch 1": lambda: product(1, 4096, 14336),
+    "product 4096": lambda: matmul(4096, 4096, 4096),
+    "product 8192": lambda: matmul(8192, 8192, 8192),
+    "product long": lambda: matmul(256, 65536, 256),
+    "product batch 256": lambda: matmul(256, 8192, 8192),
+    "product batch 32": lambda: matmul(32, 8192, 8192),
+    "softmax rows, batch 1": lambda: matmul(1, 4096, 128256),
+    "FFN rows, batch 1": lambda: matmul(1, 4096, 14336),
     "attention scores": lambda: of(
         lambda a, b: jnp.einsum("bmk,bkn->bmn", a, b), shaped(256, 4, 128), shaped(256, 128, 2048)
     ),

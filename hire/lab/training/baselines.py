@@ -47,13 +47,13 @@ def kneser_ney(train: np.ndarray, text: np.ndarray, vocabulary: int, order: int 
         )
 
     keys, counts = np.unique(grams(train, order), return_counts=True)
-    levels = [(keys, counts)]
+    orders = [(keys, counts)]
     # Below the highest order an n-gram counts once for every distinct token before it.
     for n in range(order - 1, 0, -1):
-        keys, counts = np.unique(levels[-1][0] & ((1 << bits * n) - 1), return_counts=True)
-        levels.append((keys, counts))
+        keys, counts = np.unique(orders[-1][0] & ((1 << bits * n) - 1), return_counts=True)
+        orders.append((keys, counts))
     p = np.full(len(text), 1.0 / vocabulary)
-    for n, (keys, counts) in enumerate(reversed(levels), 1):
+    for n, (keys, counts) in enumerate(reversed(orders), 1):
         once, twice = np.sum(counts == 1), np.sum(counts == 2)
         discount = once / max(1, once + 2 * twice)
         contexts, first = np.unique(keys >> bits, return_index=True)

@@ -32,7 +32,7 @@ class Plan:
     tokens: int
     batch: int = 16
     length: int = 256
-    rate: float = 1e-2
+    learning_rate: float = 1e-2
     warmup: float = 0.04
     decay: float = 0.1
     seed: int = 0

@@ -77,8 +77,8 @@ def optimizer(plan: Plan) -> optax.GradientTransformation:
     Muon updates the matrices of attention and FFN; Adam updates embedding and norms. All updates
     have the size of Adam's (arXiv 2502.16982).
     """
-    rising = optax.linear_schedule(0.0, plan.rate, plan.warmup_steps)
-    falling = optax.linear_schedule(plan.rate, 0.0, plan.steps - plan.warmup_steps)
+    rising = optax.linear_schedule(0.0, plan.learning_rate, plan.warmup_steps)
+    falling = optax.linear_schedule(plan.learning_rate, 0.0, plan.steps - plan.warmup_steps)
     schedule = optax.join_schedules([rising, falling], [plan.warmup_steps])
 
     def orthogonal(path, leaf):
@@ -224,18 +224,18 @@ def results(trained: Trained, texts: Sequence[Document]) -> dict:
 
     Returns:
         What a record of the training contains.
-        `scored`: summary of the scores by kind of text, and of "all".
+        `summary`: summary of the scores by kind of text, and of "all".
         `nats`: loss of each document, in nats.
-        `curve`: training loss in 50 means.
+        `training_loss`: training loss in 50 means.
         `minutes`: training time.
     """
     scores = score_documents(trained.subject, texts)
     kinds = np.asarray([text.kind for text in texts])
     return dict(
-        scored={kind: scores.of(kinds == kind).summary() for kind in sorted(set(kinds))}
+        summary={kind: scores.of(kinds == kind).summary() for kind in sorted(set(kinds))}
         | dict(all=scores.summary()),
         nats=np.round(scores.nats, 2).tolist(),
-        curve=[
+        training_loss=[
             float(np.mean(part))
             for part in np.array_split(trained.losses, min(50, len(trained.losses)))
         ],
@@ -279,10 +279,10 @@ def train_variant(variant: str) -> None:
         results=results(trained, texts_judged()),
         command=f"make train VARIANT={variant}",
     )
-    for kind, scored in record["results"]["scored"].items():
+    for kind, summary in record["results"]["summary"].items():
         print(
-            f"{variant}: {kind} {scored['bits_per_byte']:.4f} bits a byte, "
-            f"{scored['accuracy']:.1%} of the tokens guessed"
+            f"{variant}: {kind} {summary['bits_per_byte']:.4f} bits a byte, "
+            f"{summary['accuracy']:.1%} of the tokens guessed"
         )
 
 

@@ -98,9 +98,9 @@ def kernel(queries, bias, codes, scale, out, *, bits: int, rows: int, layers: in
         )
         packed = jnp.where(row_indices < rows, packed, EMPTY)
         for rank in range(per_bucket):
-            winners = out[rank, :, pl.ds(first % buckets, chunk_size)]
-            out[rank, :, pl.ds(first % buckets, chunk_size)] = jnp.maximum(winners, packed)
-            packed = jnp.minimum(winners, packed)
+            bucket_maxima = out[rank, :, pl.ds(first % buckets, chunk_size)]
+            out[rank, :, pl.ds(first % buckets, chunk_size)] = jnp.maximum(bucket_maxima, packed)
+            packed = jnp.minimum(bucket_maxima, packed)
 
 
 def is_supported(buckets: int) -> bool:

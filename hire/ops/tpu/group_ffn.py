@@ -63,34 +63,48 @@ def ffn_reference(
 
 
 def kernel(
-    groups, x, up, down, out, active, held, arrived, *, group: int, count: int, each: int, k: int
+    groups,
+    x,
+    up,
+    down,
+    out,
+    active,
+    buffers,
+    semaphores,
+    *,
+    group: int,
+    count: int,
+    groups_per_chunk: int,
+    k: int,
 ):
     """Compute the output of one call.
 
     Args:
-        groups: Indices of the groups of all calls `(b, steps * each)`, in SMEM.
+        groups: Indices of the groups of all calls `(b, steps * groups_per_chunk)`, in SMEM.
         x: Queries of this call `(1, n, d)`, in VMEM.
         up: First matrix `(f, d)`, in HBM.
         down: Second matrix `(f, d)`, in HBM.
         out: Output of this call `(1, n, d)`, in VMEM.
         active: Activations `(steps, n, rows)`, in VMEM.
-        held: Buffers for chunks of rows `(NUM_BUFFERS, rows, d)`, in VMEM.
-        arrived: A DMA semaphore for each buffer.
+        buffers: Buffers for chunks of rows `(NUM_BUFFERS, rows, d)`, in VMEM.
+        semaphores: A DMA semaphore for each buffer.
         group: Rows of a group.
         count: Groups of a call, without padding.
-        each: Groups of a chunk.
+        groups_per_chunk: Groups of a chunk.
         k: Groups that each query keeps.
     """
     call, (steps, _, chunk_rows) = pl.program_id(0), active.shape
 
     def chunk(i):
-        return held.at[i % NUM_BUFFERS], arrived.at[i % NUM_BUFFERS]
+        return buffers.at[i % NUM_BUFFERS], semaphores.at[i % NUM_BUFFERS]
 
     def fetch(i):
         matrix = up if i < steps else down
         buffer, semaphore = chunk(i)
-        for j in range(each):
-            source = pl.ds(pl.multiple_of(groups[call, i % steps * each + j] * group, group), group)
+        for j in range(groups_per_chunk):
+            source = pl.ds(
+                pl.multiple_of(groups[call, i % steps * groups_per_chunk + j] * group, group), group
+            )
             pltpu.make_async_copy(
                 matrix.at[source], buffer.at[pl.ds(j * group, group)], semaphore
             ).start()
@@ -149,25 +163,25 @@ def keep_best(active, k: int, group: int) -> None:
         total = jnp.zeros_like(rest)
         # The matrix unit multiplies bfloat16 numbers. Three of them represent one float32 number.
         for _ in range(3):
-            rounded = rest.astype(jnp.bfloat16)
+            high_part = rest.astype(jnp.bfloat16)
             total, rest = (
-                total + jnp.dot(rounded, same_group, preferred_element_type=jnp.float32),
-                rest - rounded.astype(jnp.float32),
+                total + jnp.dot(high_part, same_group, preferred_element_type=jnp.float32),
+                rest - high_part.astype(jnp.float32),
             )
         return total
 
     # The sums are not negative, so their bits have the same order.
     sum_bits = [jax.lax.bitcast_convert_type(sums(active[i]), jnp.int32) for i in range(steps)]
 
-    def settle(step, found):
-        threshold = found | jax.lax.shift_left(1, 30 - step)
+    def set_bit(step, prefix):
+        threshold = prefix | jax.lax.shift_left(1, 30 - step)
         count = sum(
             jnp.sum(jnp.where(bits >= threshold, 1.0, 0.0), axis=1, keepdims=True)
             for bits in sum_bits
         )
-        return jnp.where(count >= k * group, threshold, found)
+        return jnp.where(count >= k * group, threshold, prefix)
 
-    kth_sum = jax.lax.fori_loop(0, 31, settle, jnp.zeros((n, 1), jnp.int32))
+    kth_sum = jax.lax.fori_loop(0, 31, set_bit, jnp.zeros((n, 1), jnp.int32))
     for i, bits in enumerate(sum_bits):
         active[i] = jnp.where(bits >= kth_sum, active[i], 0)
 
@@ -224,7 +238,7 @@ def ffn(
     )
     vmem_spec = pl.BlockSpec(block_shape, lambda i, *_: (i, 0, 0))
     call = pl.pallas_call(
-        functools.partial(kernel, group=group, count=count, each=chunk_groups, k=k),
+        functools.partial(kernel, group=group, count=count, groups_per_chunk=chunk_groups, k=k),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b,),

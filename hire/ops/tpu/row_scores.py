@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from hire.types import Array, Blocks, Float, Indices, Queries, Rows
 
 # Rows of a chunk. The kernel waits for all their transfers together.
-CHUNK = 128
+CHUNK_ROWS = 128
 # Chunks in VMEM. While the kernel computes with one chunk, the next two (1 MB at a width of 2048 in
 # bfloat16) are in transfer.
 NUM_BUFFERS = 3
@@ -53,7 +53,7 @@ def blocks(rows: Rows) -> Blocks:
     return jnp.asarray(jnp.pad(rows, ((0, 0), (0, -d % tile)))).reshape(m, -1, 128)
 
 
-def kernel(indices, x, blocks, out, held, arrived, *, per_query: int):
+def kernel(indices, x, blocks, out, buffers, semaphores, *, per_query: int):
     """Compute the scores of all listed rows.
 
     Args:
@@ -61,23 +61,25 @@ def kernel(indices, x, blocks, out, held, arrived, *, per_query: int):
         x: Queries `(b, s, 128)`, in VMEM.
         blocks: Rows `(m, s, 128)`, in HBM.
         out: Scores `(steps, CHUNK)`, in VMEM.
-        held: Buffers for chunks of rows `(NUM_BUFFERS, CHUNK, s, 128)`, in VMEM.
-        arrived: A DMA semaphore for each buffer.
+        buffers: Buffers for chunks of rows `(NUM_BUFFERS, CHUNK, s, 128)`, in VMEM.
+        semaphores: A DMA semaphore for each buffer.
         per_query: Chunks of a query.
     """
     steps = out.shape[0]
 
     def fetch(step):
         slot = jax.lax.rem(step, NUM_BUFFERS)
-        for i in range(CHUNK):
-            row = blocks.at[indices[step * CHUNK + i]]
-            pltpu.make_async_copy(row, held.at[slot, i], arrived.at[slot]).start()
+        for i in range(CHUNK_ROWS):
+            row = blocks.at[indices[step * CHUNK_ROWS + i]]
+            pltpu.make_async_copy(row, buffers.at[slot, i], semaphores.at[slot]).start()
 
     def compute(step):
         slot = jax.lax.rem(step, NUM_BUFFERS)
         # Waits for as many bytes as one chunk has.
-        pltpu.make_async_copy(blocks.at[pl.ds(0, CHUNK)], held.at[slot], arrived.at[slot]).wait()
-        products = held[slot].astype(jnp.float32) * x[jax.lax.div(step, per_query)][None]
+        pltpu.make_async_copy(
+            blocks.at[pl.ds(0, CHUNK_ROWS)], buffers.at[slot], semaphores.at[slot]
+        ).wait()
+        products = buffers[slot].astype(jnp.float32) * x[jax.lax.div(step, per_query)][None]
         out[pl.ds(step, 1)] = jnp.sum(jnp.sum(products, axis=1), axis=1)[None]
 
     def steady(step, _):
@@ -108,10 +110,10 @@ def scores(x: Queries, blocks: Blocks, indices: Indices, *, interpret=False) -> 
         Scores, float32 `(b, c)`.
     """
     (b, c), (_, s, lanes) = indices.shape, blocks.shape
-    per_query = -(-c // CHUNK)
+    per_query = -(-c // CHUNK_ROWS)
     x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, s * lanes - x.shape[1]))).reshape(b, s, lanes)
     indices_padded = jnp.pad(
-        indices.astype(jnp.int32), ((0, 0), (0, per_query * CHUNK - c))
+        indices.astype(jnp.int32), ((0, 0), (0, per_query * CHUNK_ROWS - c))
     ).reshape(-1)
     call = pl.pallas_call(
         functools.partial(kernel, per_query=per_query),
@@ -120,11 +122,11 @@ def scores(x: Queries, blocks: Blocks, indices: Indices, *, interpret=False) -> 
             in_specs=[pl.BlockSpec(memory_space=pltpu.VMEM), pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=pl.BlockSpec(memory_space=pltpu.VMEM),
             scratch_shapes=[
-                pltpu.VMEM((NUM_BUFFERS, CHUNK, s, lanes), blocks.dtype),
+                pltpu.VMEM((NUM_BUFFERS, CHUNK_ROWS, s, lanes), blocks.dtype),
                 pltpu.SemaphoreType.DMA((NUM_BUFFERS,)),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct((b * per_query, CHUNK), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((b * per_query, CHUNK_ROWS), jnp.float32),
         # The indices come from the selection, so they are in range. To check one takes longer than
         # the rest of the request for its row.
         compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),

@@ -1,32 +1,40 @@
-"""Plots of the figures: one style, one save function, and a comparison of two figures' series."""
+"""The panels that figures are made of, in one style."""
 
 import itertools
-import json
 import re
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import matplotlib.ticker
 import numpy as np
+import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
-from hire.lab.paths import FIGURES
-from hire.models import storage
+# Colours that colour-blind readers can tell apart.
+PALETTE = seaborn.color_palette("colorblind").as_hex()
+BLUE, ORANGE, GREEN, RED, PINK = PALETTE[:5]
+GRAY = PALETTE[7]
 
-KIND_TEXT = {
-    "measured": "Measured on {device}",
-    "compiler-estimate": "Estimated by the TPU's own compiler, not measured on a TPU",
-    "simulated": "Arithmetic on published figures, not measured",
-    "published": "Published values",
+
+# Sizes in points, for a figure of README width.
+STYLE = {
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.labelsize": 10.2,
+    "font.size": 10.2,
+    "legend.fontsize": 9.4,
+    "xtick.labelsize": 9.4,
+    "ytick.labelsize": 9.4,
+    "font.family": "DejaVu Sans",
 }
-STYLE = matplotlib.rc_params_from_file(FIGURES / "hire.mplstyle", use_default_template=False)
-PALETTE = STYLE["axes.prop_cycle"].by_key()["color"]
 
 
 def new_figure(rows: int, columns: int, *, height: float = 3.6) -> tuple[Figure, np.ndarray]:
-    """Create a figure of README width in the common style: colour-blind safe, white, no frame.
+    """Create a figure of README width in the common style: white, no frame.
 
     Args:
         rows: Rows of panels.
@@ -34,16 +42,92 @@ def new_figure(rows: int, columns: int, *, height: float = 3.6) -> tuple[Figure,
         height: Height of each row in inches.
     """
     matplotlib.use("Agg", force=False)
-    plt.rcParams |= STYLE
-    return plt.subplots(
+    seaborn.set_theme(style="ticks", palette="colorblind", rc=STYLE)
+    figure, axes = plt.subplots(
         rows, columns, figsize=(11, height * rows), layout="constrained", squeeze=False
+    )
+    seaborn.despine(figure)
+    return figure, axes
+
+
+def draw_line(
+    axis: Axes, x: ArrayLike, y: ArrayLike, color: str, *, marker: str = "o", **options
+) -> None:
+    """Draw one line through points in their order.
+
+    Args:
+        axis: Axes to draw on.
+        x: Coordinates (n,).
+        y: Coordinates (n,).
+        color: Colour of line and markers.
+        marker: Marker of each point; "" draws none.
+        options: Further options of `seaborn.lineplot`, such as `label` and `markersize`.
+    """
+    defaults: dict[str, Any] = dict(markersize=5, markeredgewidth=0, linestyle="-", legend=False)
+    seaborn.lineplot(
+        x=np.asarray(x, float),
+        y=np.asarray(y, float),
+        ax=axis,
+        color=color,
+        marker=marker,
+        estimator=None,
+        sort=False,
+        **defaults | options,
+    )
+
+
+def draw_points(
+    axis: Axes, x: ArrayLike, y: ArrayLike, color: str, *, marker: str = "o", size=6, **options
+) -> None:
+    """Draw points.
+
+    Args:
+        axis: Axes to draw on.
+        x: Coordinates (n,).
+        y: Coordinates (n,).
+        color: Colour of the points.
+        marker: Marker of each point.
+        size: Diameter of a marker in typographic points.
+        options: Further options of `seaborn.scatterplot`, such as `label`.
+    """
+    seaborn.scatterplot(
+        x=np.atleast_1d(x),
+        y=np.atleast_1d(y),
+        ax=axis,
+        color=color,
+        marker=marker,
+        s=size**2,
+        linewidth=1 if marker == "_" else 0,
+        legend=False,
+        **options,
+    )
+
+
+def draw_bars(axis: Axes, widths: Mapping[str, float], color: str, **options) -> None:
+    """Draw one horizontal bar per name, the first at the top.
+
+    Args:
+        axis: Axes to draw on.
+        widths: Width by name.
+        color: Colour of the bars.
+        options: Further options of `seaborn.barplot`, such as `label`.
+    """
+    seaborn.barplot(
+        x=list(widths.values()),
+        y=list(widths),
+        orient="h",
+        ax=axis,
+        color=color,
+        saturation=1,
+        legend=False,
+        **options,
     )
 
 
 def recall_axis(axis: Axes, lowest: float = 0.5) -> None:
     """Set up a recall axis that stretches towards 1, where the differences matter.
 
-    Plot values from `missed` on it.
+    Plot values from `miss_rate` on it.
 
     Args:
         axis: Axes to set up.
@@ -63,7 +147,7 @@ def recall_axis(axis: Axes, lowest: float = 0.5) -> None:
     axis.minorticks_off()
 
 
-def missed(recall: Sequence[float] | np.ndarray | float) -> np.ndarray:
+def miss_rate(recall: Sequence[float] | np.ndarray | float) -> np.ndarray:
     """Return 1 - recall, as `recall_axis` requires; the last tick stands for all higher recalls."""
     return np.maximum(1 - np.asarray(recall), 1e-4)
 
@@ -95,13 +179,13 @@ def label(
 
 
 def recall_lines(
-    axis: Axes, x: Sequence[float], lines: dict[str, Sequence[float]], colors: dict, **titles
+    axis: Axes, x: Sequence[float], lines: Mapping[str, Sequence[float]], colors: Mapping, **titles
 ) -> None:
     """Plot recall over k' or another doubling axis, with one labelled line each."""
     ends = {}
     for name, values in lines.items():
-        missing = missed(values)
-        axis.plot(x, missing, "o-", ms=3, color=colors[name])
+        missing = miss_rate(values)
+        draw_line(axis, x, missing, colors[name], markersize=4)
         # The last point that is still visible.
         last_visible = max([i for i, value in enumerate(missing) if value > 2e-4], default=0)
         ends[name] = (x[last_visible], missing[last_visible])
@@ -120,7 +204,9 @@ def bytes_axis(axis: Axes, lowest: float) -> None:
     axis.set_xlabel("bytes read, share of the float32 rows")
 
 
-def frontier(axis: Axes, curves: dict[str, dict], colors: dict | None = None, **titles) -> None:
+def frontier(
+    axis: Axes, curves: Mapping[str, dict], colors: Mapping | None = None, **titles
+) -> None:
     """Plot recall against bytes read, with one line per curve whose recall exceeds 0.5.
 
     Args:
@@ -140,8 +226,17 @@ def frontier(axis: Axes, curves: dict[str, dict], colors: dict | None = None, **
     styles = dict(zip(all_ranks[::-1], itertools.cycle(("-", "--", ":", "-."))))
     for name, curve in curves.items():
         style = styles[int(ranks[name][0])] if ranks[name] else "-"
-        axis.plot(curve["bytes"], missed(curve["recall"]), style, color=colors[families[name]])
-    legend = {family: dict(color=colors[family]) for family in families.values()}
+        draw_line(
+            axis,
+            curve["bytes"],
+            miss_rate(curve["recall"]),
+            colors[families[name]],
+            marker="",
+            linestyle=style,
+        )
+    legend: dict[str, dict[str, Any]] = {
+        family: dict(color=colors[family]) for family in families.values()
+    }
     legend |= {
         f"rank {rank}": dict(color="0.4", ls=styles[rank])
         for rank in all_ranks
@@ -158,7 +253,7 @@ def frontier(axis: Axes, curves: dict[str, dict], colors: dict | None = None, **
         )
 
 
-def share_bars(axis: Axes, bars: dict[str, dict[str, float]], **titles) -> None:
+def share_bars(axis: Axes, bars: Mapping[str, dict[str, float]], **titles) -> None:
     """Draw one stacked bar per name, the first at the bottom.
 
     The parts are shares of 1; each large part has its label inside.
@@ -187,7 +282,7 @@ def share_bars(axis: Axes, bars: dict[str, dict[str, float]], **titles) -> None:
 
 def quality_speed(
     axis: Axes,
-    lines: dict[str, dict[str, tuple[float, float]]],
+    lines: Mapping[str, dict[str, tuple[float, float]]],
     *,
     lowest: float,
     star: tuple[str, str],
@@ -204,13 +299,20 @@ def quality_speed(
     sides = [((-5, -7), "right"), ((5, 7), "left")]
     for index, (color, (name, points)) in enumerate(zip(PALETTE, lines.items(), strict=False)):
         speeds, recalls = zip(*points.values(), strict=True)
-        axis.plot(speeds, missed(recalls), "o-", ms=5, color=color, label=name)
+        draw_line(axis, speeds, miss_rate(recalls), color, label=name)
         for text, (speed, recall) in points.items():
             offset, side = sides[index % 2]
-            label(axis, speed, float(missed(recall)), text, color, offset=offset, ha=side)
+            label(axis, speed, float(miss_rate(recall)), text, color, offset=offset, ha=side)
     speed, recall = lines[star[0]][star[1]]
-    axis.plot(
-        speed, missed(recall), "*", ms=15, color="black", label=f"recommended: {star[1]}, {star[0]}"
+    draw_points(
+        axis,
+        speed,
+        miss_rate(recall),
+        "black",
+        marker="*",
+        size=15,
+        label=f"recommended: {star[1]}, {star[0]}",
+        zorder=3,
     )
     axis.set(xlabel="speed-up over the fastest dense form", ylabel="recall", xlim=(0, None))
     axis.legend(frameon=False, fontsize=8, loc="upper left")
@@ -220,8 +322,8 @@ def quality_speed(
 def latency_lines(
     axis: Axes,
     batches: Sequence[int],
-    lines: dict[str, Sequence[float]],
-    colors: dict,
+    lines: Mapping[str, Sequence[float]],
+    colors: Mapping,
     *,
     hollow: Sequence[str] = (),
     unit: str = "ms",
@@ -239,16 +341,19 @@ def latency_lines(
         unit: Unit to show, "ms" or "us".
         titles: Settings of the axes.
     """
+    factor = dict(ms=1e3, us=1e6)[unit]
     for name, values in lines.items():
-        line, fill = ("o--", "white") if name in hollow else ("o-", colors[name])
-        axis.plot(
+        is_hollow = name in hollow
+        draw_line(
+            axis,
             batches,
-            np.multiply(values, dict(ms=1e3, us=1e6)[unit]),
-            line,
-            ms=4,
-            color=colors[name],
-            mfc=fill,
+            np.multiply(values, factor),
+            colors[name],
             label=name,
+            linestyle="--" if is_hollow else "-",
+            markerfacecolor="white" if is_hollow else colors[name],
+            markeredgecolor=colors[name],
+            markeredgewidth=1,
         )
     batch_axes(axis, batches)
     axis.set(**dict(ylabel=f"{unit}, median") | titles)
@@ -266,8 +371,8 @@ def batch_axes(axis: Axes, batches: Sequence[int]) -> None:
 
 def share_lines(
     axis: Axes,
-    lines: dict[str, tuple],
-    colors: dict,
+    lines: Mapping[str, tuple],
+    colors: Mapping,
     *,
     ticks: Sequence = (),
     decimals: int = 0,
@@ -286,7 +391,7 @@ def share_lines(
         titles: Settings of the axes.
     """
     for name, (x, shares) in lines.items():
-        axis.plot(x, shares, "o-" if len(x) < 20 else "-", ms=4, color=colors[name])
+        draw_line(axis, x, shares, colors[name], marker="o" if len(x) < 20 else "")
     if ticks:
         axis.set_xscale("log", base=2)
         axis.set(xticks=ticks, xticklabels=ticks)
@@ -299,7 +404,7 @@ def share_lines(
     labels_apart(axis, {name: (x[-1], shares[-1]) for name, (x, shares) in lines.items()}, colors)
 
 
-def labels_apart(axis: Axes, points: dict[str, tuple[float, float]], colors: dict) -> None:
+def labels_apart(axis: Axes, points: Mapping[str, tuple[float, float]], colors: Mapping) -> None:
     """Put a label beside each point, moved up where it would overlap another label.
 
     The limits of the axes must be final.
@@ -309,12 +414,12 @@ def labels_apart(axis: Axes, points: dict[str, tuple[float, float]], colors: dic
         for name, point in points.items()
     }
     lowest_free = -np.inf  # lowest free height above all labels so far, in typographic points
-    for name, height in sorted(heights.items(), key=lambda each: each[1]):
+    for name, height in sorted(heights.items(), key=lambda item: item[1]):
         label(axis, *points[name], name, colors[name], offset=(7, max(0, lowest_free - height)))
         lowest_free = max(height, lowest_free) + 11
 
 
-def rule(axis: Axes, value: float, name: str, color) -> None:
+def horizontal_line(axis: Axes, value: float, name: str, color) -> None:
     """Draw a labelled horizontal line."""
     axis.axhline(value, color=color, ls="--", lw=1)
     axis.annotate(
@@ -329,32 +434,34 @@ def rule(axis: Axes, value: float, name: str, color) -> None:
     )
 
 
-def stage_bars(axis: Axes, seconds: dict[str, float], floors: dict[str, float]) -> None:
+def stage_bars(axis: Axes, seconds: Mapping[str, float], floors: Mapping[str, float]) -> None:
     """Draw the milliseconds of each stage, with the memory-bound floor inside each bar.
 
     The floor is the time that the stage's weight bytes take at the machine's bandwidth.
     """
-    blue, gray = PALETTE[0], "0.25"
-    names = list(seconds)[::-1]
-    axis.barh(
-        names, [seconds[name] * 1e3 for name in names], color=blue, height=0.6, label="measured"
+    draw_bars(
+        axis,
+        {name: 1e3 * value for name, value in seconds.items()},
+        BLUE,
+        width=0.6,
+        label="measured",
     )
-    axis.barh(
-        names,
-        [floors.get(name, 0) * 1e3 for name in names],
-        color=gray,
-        height=0.2,
+    draw_bars(
+        axis,
+        {name: 1e3 * floors.get(name, 0) for name in seconds},
+        "0.25",
+        width=0.2,
         label="reading its weights at stream bandwidth",
     )
     axis.set(xlabel="ms at batch 1, median", title="Stages of one search")
     axis.legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1.0, 0.4))
 
 
-def beside(
+def estimated_against_published(
     axis: Axes,
-    told: dict[str, float],
-    found: dict[str, float],
-    floors: dict[str, float],
+    published: Mapping[str, float],
+    estimated: Mapping[str, float],
+    floors: Mapping[str, float],
     note: str,
     **titles,
 ) -> None:
@@ -364,25 +471,26 @@ def beside(
 
     Args:
         axis: Axes to plot on.
-        told: Published times.
-        found: Estimated times.
+        published: Published times.
+        estimated: Estimated times.
         floors: memory-bound floors.
         note: Text in the upper left corner.
         titles: Settings of the axes.
     """
-    blue, gray = PALETTE[0], "0.5"
-    limits = [0.5 * min(told.values()), 2 * max(told.values())]
-    axis.plot(limits, limits, color=gray, lw=1)
-    for name, value in told.items():
-        axis.plot(value, found[name], "o", color=blue, ms=5)
-        axis.plot(value, floors[name], "_", color=gray, ms=9)
-        if abs(found[name] / value - 1) > 0.25:
-            label(axis, value, found[name], name, blue)
+    limits = [0.5 * min(published.values()), 2 * max(published.values())]
+    draw_line(axis, limits, limits, "0.5", marker="", linewidth=1)
+    for name, value in published.items():
+        draw_points(axis, value, estimated[name], BLUE)
+        draw_points(axis, value, floors[name], "0.5", marker="_", size=9)
+        if abs(estimated[name] / value - 1) > 0.25:
+            label(axis, value, estimated[name], name, BLUE)
     axis.annotate(note, (0.03, 0.93), xycoords="axes fraction", fontsize=9, color="0.3")
     axis.set(xscale="log", yscale="log", xlabel="us, published", ylabel="us, estimated", **titles)
 
 
-def who_sends(axis: Axes, chips: int, what: dict[str, tuple[str, float]], **titles) -> None:
+def bytes_sent_by_chip(
+    axis: Axes, chips: int, what: Mapping[str, tuple[str, float]], **titles
+) -> None:
     """Draw what each chip sends to all others during a search, one variant above the other.
 
     The width of an arrow is the logarithm of its bytes.
@@ -425,11 +533,15 @@ def who_sends(axis: Axes, chips: int, what: dict[str, tuple[str, float]], **titl
 
 
 def chip_lines(
-    axis: Axes, chips: Sequence[int], lines: dict[str, Sequence[float]], colors: dict, **titles
+    axis: Axes,
+    chips: Sequence[int],
+    lines: Mapping[str, Sequence[float]],
+    colors: Mapping,
+    **titles,
 ) -> None:
     """Plot values over numbers of chips, both axes logarithmic, each line labelled at its end."""
     for name, values in lines.items():
-        axis.plot(chips, values, "o-", ms=4, color=colors[name])
+        draw_line(axis, chips, values, colors[name])
     axis.set(
         xscale="log",
         yscale="log",
@@ -451,7 +563,9 @@ PARTS = {
 }
 
 
-def part_bars(axis: Axes, bars: dict[str, list[dict]], notes: dict[str, str], **titles) -> None:
+def operation_bars(
+    axis: Axes, bars: Mapping[str, list[dict]], notes: Mapping[str, str], **titles
+) -> None:
     """Draw one bar per program: the microseconds of its operations by kind, and a note after it.
 
     Args:
@@ -479,9 +593,9 @@ def part_bars(axis: Axes, bars: dict[str, list[dict]], notes: dict[str, str], **
     axis.legend(frameon=False, fontsize=8, loc="lower right")
 
 
-def rung_bars(
+def variant_bars(
     axis: Axes,
-    values: dict[str, float],
+    values: Mapping[str, float],
     color,
     *,
     notes: dict | None = None,
@@ -500,11 +614,10 @@ def rung_bars(
         marks: speed-ups that the paper reports, drawn as dotted lines.
         titles: Settings of the axes.
     """
-    for row, (name, value) in enumerate(values.items()):
-        hatch = "///" if "estimate" in name else None
-        axis.barh(
-            row, value, color="white" if hollow else color, edgecolor=color, height=0.7, hatch=hatch
-        )
+    draw_bars(axis, values, "white" if hollow else color, edgecolor=color, width=0.7)
+    bars = axis.patches[-len(values) :]
+    for row, (bar, (name, value)) in enumerate(zip(bars, values.items(), strict=True)):
+        bar.set_hatch("///" if "estimate" in name else "")
         label(axis, max(value, 1.0), row, f"{value:.2f}x{(notes or {}).get(name, '')}", "0.2")
     axis.axvline(1, color="0.5", lw=1)
     for mark in marks:
@@ -513,11 +626,12 @@ def rung_bars(
         xlim=(0, 2.0 * max(values.values())),
         xlabel="times as fast as dense" + (" (dotted: the paper's)" if marks else ""),
     )
-    axis.set(yticks=range(len(values)), yticklabels=values, **options | titles)
-    axis.invert_yaxis()
+    axis.set(**options | titles)
 
 
-def against_floor(axis: Axes, points: Sequence[dict[str, dict]], colors: dict, **titles) -> None:
+def time_against_floor(
+    axis: Axes, points: Sequence[dict[str, dict]], colors: Mapping, **titles
+) -> None:
     """Plot measured time over the memory-bound floor, with the line of equality.
 
     Args:
@@ -532,9 +646,10 @@ def against_floor(axis: Axes, points: Sequence[dict[str, dict]], colors: dict, *
             for point in points
             if name in point
         ]
-        axis.plot(*np.transpose(variant_points), "o", color=color, ms=5, label=name)
+        floors, seconds = np.transpose(variant_points)
+        draw_points(axis, floors, seconds, color, label=name)
     limits = np.array(axis.get_xlim() + axis.get_ylim())[[0, 3]]
-    axis.plot(limits, limits, color="0.5", lw=1)
+    draw_line(axis, limits, limits, "0.5", marker="", linewidth=1)
     axis.legend(frameon=False, fontsize=9)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
@@ -546,8 +661,9 @@ def against_floor(axis: Axes, points: Sequence[dict[str, dict]], colors: dict, *
 def speed_map(
     axis: Axes,
     speed: Callable,
-    placed: dict[str, tuple[float, float]],
-    told: tuple[float, float],
+    placed: Mapping[str, tuple[float, float]],
+    reported: tuple[float, float],
+    reported_label: str,
     **titles,
 ) -> None:
     """Plot lines of equal speed-up over the byte shares of softmax and FFN.
@@ -556,19 +672,20 @@ def speed_map(
         axis: Axes to plot on.
         speed: Function (softmax share, FFN share) -> speed-up.
         placed: Shares by model.
-        told: Shares at which the reported speed-ups would be, drawn as a star.
+        reported: Shares at which the reported speed-ups would be, drawn as a star.
+        reported_label: Label of the star.
         titles: Settings of the axes.
     """
-    gray, red, blue = (PALETTE[i] for i in (7, 3, 0))
     grid = np.linspace(0, 1, 101)
     # The two shares cannot sum to more than 1.
     speedups = np.where(grid[None] + grid[:, None] < 1, speed(grid[None], grid[:, None]), np.nan)
     contours = axis.contour(
-        grid, grid, speedups, levels=[1.1, 1.47, 2, 3, 5], colors=[gray], linewidths=1
+        grid, grid, speedups, levels=[1.1, 1.47, 2, 3, 5], colors=[GRAY], linewidths=1
     )
     axis.clabel(contours, fmt="%gx", fontsize=8)
-    axis.plot(*np.transpose(list(placed.values())), "o", color=blue, ms=5)
-    axis.plot(*told, "*", color=red, ms=13)
+    softmax_shares, ffn_shares = np.transpose(list(placed.values()))
+    draw_points(axis, softmax_shares, ffn_shares, BLUE)
+    draw_points(axis, *reported, RED, marker="*", size=13)
     for side in (axis.xaxis, axis.yaxis):
         side.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
     axis.set(
@@ -578,41 +695,33 @@ def speed_map(
         ylim=(0, 0.9),
         **titles,
     )
-    labels_apart(axis, placed, dict.fromkeys(placed, blue))
-    label(
-        axis,
-        *told,
-        "the paper's 1.22x, 1.16x and 1.47x,\nif its search read as little as ours",
-        red,
-        offset=(9, 0),
-    )
+    labels_apart(axis, placed, dict.fromkeys(placed, BLUE))
+    label(axis, *reported, reported_label, RED, offset=(9, 0))
 
 
-def speed_bars(axis: Axes, speeds: dict[str, float], recalls: dict[str, float], **titles) -> None:
+def speed_bars(
+    axis: Axes, speeds: Mapping[str, float], recalls: Mapping[str, float], **titles
+) -> None:
     """Draw one bar per speed-up over the fastest dense form, with its recall, the first on top."""
-    axis.barh(range(len(speeds)), list(speeds.values()), color=PALETTE[0])
+    draw_bars(axis, speeds, BLUE)
     for row, (name, speed) in enumerate(speeds.items()):
         label(axis, max(speed, 1), row, f"{speed:.1f}x, recall {recalls[name]:.4f}", "0.2")
     axis.axvline(1, color="0.6", lw=1)
-    axis.set(
-        yticks=range(len(speeds)),
-        yticklabels=speeds,
-        xlabel="times as fast as the fastest dense form",
-        **titles,
-    )
+    axis.set(xlabel="times as fast as the fastest dense form", **titles)
     axis.set_xlim(0, 1.6 * max(speeds.values()))
     axis.tick_params(axis="y", labelsize=8)
-    axis.invert_yaxis()
 
 
-def intervals(axis: Axes, rows: dict[str, dict[str, float]], at: float = 0.0, **titles) -> None:
+def interval_rows(
+    axis: Axes, rows: Mapping[str, dict[str, float]], at: float = 0.0, **titles
+) -> None:
     """Plot shares with their 95 % intervals (mean, low, high), the first at the top.
 
     A vertical line at `at` marks the reference value.
     """
     for row, (name, interval) in enumerate(rows.items()):
-        axis.plot([interval["low"], interval["high"]], [row, row], color=PALETTE[0])
-        axis.plot(interval["mean"], row, "o", ms=4, color=PALETTE[0])
+        draw_line(axis, [interval["low"], interval["high"]], [row, row], BLUE, marker="")
+        draw_points(axis, interval["mean"], row, BLUE)
     axis.axvline(at, color="0.6", lw=1)
     axis.set(yticks=range(len(rows)), yticklabels=rows, **titles)
     axis.tick_params(axis="y", labelsize=8)
@@ -621,12 +730,12 @@ def intervals(axis: Axes, rows: dict[str, dict[str, float]], at: float = 0.0, **
     axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
 
 
-def prices(
-    axis: Axes, recall: Sequence[float], shares: dict[str, Sequence[float]], **titles
+def cost_of_misses(
+    axis: Axes, recall: Sequence[float], shares: Mapping[str, Sequence[float]], **titles
 ) -> None:
     """Plot the cost of missed rows: shares against recall, both axes logarithmic."""
     for color, (name, values) in zip(PALETTE, shares.items(), strict=False):
-        axis.plot(missed(recall), np.maximum(np.abs(values), 1e-5), "o", color=color, label=name)
+        draw_points(axis, miss_rate(recall), np.maximum(np.abs(values), 1e-5), color, label=name)
     axis.set(
         xscale="log",
         yscale="log",
@@ -635,55 +744,3 @@ def prices(
         **titles,
     )
     axis.legend(frameon=False)
-
-
-def save(figure: Figure, folder: Path, name: str, *, note: str, **facts) -> None:
-    """Save folder/name.png with a note, and folder/name.json with the facts.
-
-    Args:
-        figure: Figure to save.
-        folder: Folder of both files.
-        name: Name of the figure.
-        note: What was measured and where.
-        facts: Series, finding and other facts for the JSON file.
-    """
-    figure.supxlabel(note, fontsize=8, color="0.35", x=0.01, ha="left")
-    with storage.replacing(folder / f"{name}.png", folder / f"{name}.json") as (picture, series):
-        figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
-        series.write_text(json.dumps(dict(figure=name, **facts), indent=1) + "\n")
-
-
-def flat(tree: object, name: str = "") -> dict:
-    """Return a tree of series as one dict; a name joins the keys of the path with blanks.
-
-    Dicts are branches; everything else is a series.
-    """
-    if not isinstance(tree, dict):
-        return {name: tree}
-    return {
-        path: series
-        for key, part in tree.items()
-        for path, series in flat(part, f"{name} {key}".strip()).items()
-    }
-
-
-def differences(old: dict, new: dict) -> list[str]:
-    """Return the names of the series that differ between the facts of two figures.
-
-    A series differs if only one figure has it, or if values differ by more than the tolerance in
-    `new`. The tolerance is relative; near 0, a tenth of it counts as absolute. It is looked up by
-    the series' name, then by the first word of the name.
-    """
-    differing = sorted(set(old["series"]) ^ set(new["series"]))
-    for name in sorted(set(old["series"]) & set(new["series"])):
-        old_values, new_values = (
-            np.asarray(figure["series"][name], np.float64) for figure in (old, new)
-        )
-        tolerance = new["tolerance"].get(
-            name, new["tolerance"].get(name.partition(" ")[0], new["tolerance"]["default"])
-        )
-        if old_values.shape != new_values.shape or not np.allclose(
-            old_values, new_values, rtol=tolerance, atol=0.1 * tolerance
-        ):
-            differing.append(name)
-    return differing
