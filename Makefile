@@ -15,7 +15,7 @@ override export $(1) := $$(value $(1))
 endef
 $(foreach name,PYTHON PROFILE FRESH SET ONLY VARIANT COMMIT FLOOR_PYTHON XLA_FLAGS,$(eval $(call as_it_is,$(name))))
 
-.PHONY: help env figures test floor colab demo bench bench-against distributed questions kv-search fits certify-adversary robustness train v5e verify pages lint format lock budgets clean
+.PHONY: help env figures test floor colab demo bench bench-against distributed questions kv-search fits certify-adversary robustness train v5e verify pages lint format lock ci budgets clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -135,6 +135,9 @@ format: $(STAMP)  ## put the code into its one form
 
 lock: $(STAMP)  ## constraints.txt from what is installed now
 	.venv/bin/pip freeze --exclude-editable > constraints.txt
+
+ci:  ## what CI runs: set-up, style and types, tests on the newest and oldest versions, notebooks as on Colab
+	.ci/run
 
 budgets: $(STAMP)  ## time the targets that have a budget, as records
 	$(LAB) budget env

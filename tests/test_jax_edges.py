@@ -265,10 +265,10 @@ def test_projected_queries_keep_their_precision():
 def test_the_same_rows_in_another_precision_and_no_others():
     rng = np.random.default_rng(3)
     rows = jnp.asarray(rng.normal(size=(40, 24)), jnp.float32)
-    own = fingerprint(rows)
+    original = fingerprint(rows)
     for dtype in (jnp.bfloat16, jnp.float16):
-        assert same_rows(own, fingerprint(rows.astype(dtype))) and same_rows(
-            fingerprint(rows.astype(dtype)), own
+        assert same_rows(original, fingerprint(rows.astype(dtype))) and same_rows(
+            fingerprint(rows.astype(dtype)), original
         )
     for others in (
         rows * (1 + 2.0**-10),
@@ -277,7 +277,7 @@ def test_the_same_rows_in_another_precision_and_no_others():
         rows.at[0, 0].set(-rows[0, 0]),
         rows[:, ::-1],
     ):
-        assert not same_rows(own, fingerprint(others))
+        assert not same_rows(original, fingerprint(others))
     assert not same_rows(
         fingerprint(rows.astype(jnp.bfloat16)), fingerprint(rows.astype(jnp.float16))
     )

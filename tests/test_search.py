@@ -143,15 +143,16 @@ def test_choice_is_the_smallest_that_reaches_its_bound(rng):
     choice = hire.choose_candidates(rows, copy, queries, k=5, recall=0.9, documents=documents)
     needed = candidates_needed(copy, queries, true_top_k(rows, queries, 5).indices)
 
-    def found(candidates):
+    def recall_by_document(candidates):
         return np.mean(needed <= candidates, axis=1).reshape(100, 5).mean(1)
 
     assert (
-        betting_lower_bound(found(choice.candidates), 0.95) == pytest.approx(choice.bound)
+        betting_lower_bound(recall_by_document(choice.candidates), 0.95)
+        == pytest.approx(choice.bound)
         and choice.bound >= 0.9
     )
-    assert betting_lower_bound(found(choice.candidates - 1), 0.95) < 0.9
-    assert choice.recall == pytest.approx(found(choice.candidates).mean())
+    assert betting_lower_bound(recall_by_document(choice.candidates - 1), 0.95) < 0.9
+    assert choice.recall == pytest.approx(recall_by_document(choice.candidates).mean())
     assert (choice.queries, choice.documents) == (500, 100)
 
 

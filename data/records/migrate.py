@@ -2,9 +2,10 @@
 
     python data/records/migrate.py [FOLDER]
 
-Only names change: values, dates, commits and machines stay. Claims of format 1 are texts; they are
-left out, since the records that carry them are made again by `make figures` and `make questions`.
-Records of format 2 stay as they are. A file is replaced only when every line of it was read.
+Only names change: values, dates, commits and machines stay. The values of claims were texts. That
+of `make questions` becomes the number that the record has among its results; other claims are left
+out, since `make figures` makes their records again. Records of format 2 stay as they are. A file is
+replaced only when every line of it was read.
 """
 
 import hashlib
@@ -82,7 +83,11 @@ def migrated(line: str, topic: str) -> str:
         for part in ("setting", "results", "durations"):
             if part in record:
                 record[part] = renamed(record[part], KEYS.get(topic, {}))
-        record.pop("claims", None)
+        claims = record.pop("claims", {})
+        if topic == "questions" and "quality" in claims:
+            interval = record["results"]["accuracy_difference"]
+            numbers = dict(value=interval["mean"], low=interval["low"], high=interval["high"])
+            record["claims"] = {"quality": claims["quality"] | numbers | dict(device=None)}
         for pattern, replacement in IDS.get(topic, ()):
             record["id"] = re.sub(pattern, replacement, record["id"])
         record["format"] = FORMAT

@@ -12,7 +12,7 @@ from papermill.iorw import papermill_io
 
 from hire.lab import figure_index
 from hire.lab.__main__ import main
-from hire.lab.report import notebooks
+from hire.lab.report import notebooks, pages
 from hire.models.weights import cache_folder
 
 
@@ -215,3 +215,36 @@ def test_a_run_killed_in_a_notebook_starts_with_that_notebook_again():
         process.stdout.close()
         if kept is not None:
             stamp.write_text(kept)
+
+
+def test_texts_and_tables_of_a_run_are_kept_and_pictures_are_not(tmp_path, monkeypatch):
+    text = nbformat.v4.new_output("stream", name="stdout", text="recall 0.99\n")
+    warning = nbformat.v4.new_output("stream", name="stderr", text="a warning\n")
+    table = {"text/html": "<table>", "text/plain": "table"}
+    result = nbformat.v4.new_output("execute_result", data=table, execution_count=7)
+    picture = {"image/png": "aGlyZQ==", "text/plain": "<Image>"}
+    shown = nbformat.v4.new_output("display_data", data=picture, metadata={"image/png": {}})
+
+    def write(folder, sources, outputs):
+        cells = [nbformat.v4.new_code_cell(source) for source in sources]
+        for number, (cell, cell_outputs) in enumerate(zip(cells, outputs, strict=True)):
+            cell.id, cell.outputs, cell.execution_count = f"cell-{number}", cell_outputs, number
+        folder.mkdir(parents=True)
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "01_toy.ipynb")
+
+    executed = tmp_path / "out/cpu"
+    write(executed, ["judge()", "plot()", "changed()"], [[text, warning, result], [shown], [text]])
+    write(tmp_path / "notebooks", ["judge()", "plot()", "new()"], [[], [], [text]])
+    monkeypatch.setattr(pages, "OUT", tmp_path / "out")
+    monkeypatch.setattr(pages, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(pages, "figures_with_notebook", lambda: [{"name": "01_toy"}])
+    path = tmp_path / "notebooks/01_toy.ipynb"
+    before = path.read_text()
+    pages.keep_outputs()
+    assert path.read_text() == before  # the run did not end well
+    (executed / "01_toy.done").touch()
+    pages.keep_outputs()
+    first, second, third = nbformat.read(path, as_version=4).cells
+    assert [output.output_type for output in first.outputs] == ["stream", "display_data"]
+    assert first.outputs[0].text == "recall 0.99\n" and first.outputs[1].data == table
+    assert second.outputs == third.outputs == []

@@ -201,8 +201,9 @@ def test_a_record_replaces_the_one_with_its_id(tmp_path):
     assert {"commit", "date", "machine"} <= set(kept[0]) and "CPU" in kept[0]["machine"]["device"]
     with pytest.raises(ValueError, match="guessed"):
         records.write(tmp_path, "topic", "c", results={}, **(facts | dict(kind="guessed")))
-    (tmp_path / "topic.jsonl").write_text('{"id": "a"}\n{"id": \n')
-    with pytest.raises(ValueError, match=r"topic\.jsonl:2"):
+    path = tmp_path / "topic.jsonl"
+    path.write_text(path.read_text() + '{"id": \n')
+    with pytest.raises(ValueError, match=r"topic\.jsonl:3"):
         records.read(tmp_path)
 
 

@@ -187,10 +187,10 @@ def test_without_the_compiler_it_says_how_to_get_it(monkeypatch):
 def test_every_kernel_compiles_for_a_v5e_and_stays_near_its_bytes(name):
     program = programs.kernels()[name]
     result = compiler.estimate(program.function, program.weights, program.x)
-    own = max(result["operations"], key=lambda each: each["seconds"])
-    assert own["kind"] == "custom-call" and not result["unparsed"]
+    kernel_operation = max(result["operations"], key=lambda each: each["seconds"])
+    assert kernel_operation["kind"] == "custom-call" and not result["unparsed"]
     floor = program.reads / bundle_parser.BANDWIDTH
-    assert floor < own["seconds"] < programs.KERNEL_TARGETS[name] * floor
+    assert floor < kernel_operation["seconds"] < programs.KERNEL_TARGETS[name] * floor
 
 
 @needs_compiler

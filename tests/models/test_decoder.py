@@ -83,9 +83,9 @@ def test_a_step_copies_neither_weights_nor_cache(unchecked, rng, searched):
     parts = SplitModel.of(model)
     _, cache = prefill(parts, texts(rng, 1, 8), 100, 4)
     compiled = compiled_step.lower(parts.backbone, jnp.zeros((1,), jnp.int32), cache).compile()
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.keys, cache.values)))
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.keys, cache.values)))
     assert (
-        compiled.memory_analysis().alias_size_in_bytes >= held
+        compiled.memory_analysis().alias_size_in_bytes >= cache_bytes
     )  # every key and value is donated to its successor
     words = top_tokens.lower(*parts.lm_head, jnp.zeros((1, 64)), 4).compile()
     entries = "".join(text[text.index("ENTRY") :] for text in (compiled.as_text(), words.as_text()))

@@ -242,8 +242,12 @@ def test_the_study_tells_what_a_search_and_the_latest_tokens_lose(rng):
     whole, some = output["LR 16, 8 k'=120"], output["LR 16, 8 k'=20"]
     assert (
         abs(whole["loss_difference"]["mean"]) < 1e-5
-        and whole["kept"] == pytest.approx(1.0, abs=1e-5)
+        and whole["attention_fraction_read"] == pytest.approx(1.0, abs=1e-5)
         and whole["recall"] == 1.0
     )
-    assert 0 < some["kept"] < 1 and some["recall"] < 1 and some["bytes"] < whole["bytes"]
+    assert (
+        0 < some["attention_fraction_read"] < 1
+        and some["recall"] < 1
+        and some["bytes_fraction"] < whole["bytes_fraction"]
+    )
     assert output["latest"]["loss_difference"]["n"] == 16

@@ -168,6 +168,7 @@ def compared(name: str) -> str:
     figure = json.loads((FIGURES / f"{name}.json").read_text())
     differing = differences(json.loads(committed.stdout), figure)
     examples = ", ".join(differing[:3]) + ", …" * (len(differing) > 3)
-    total = len(figure["series"])
-    summary = f"; {total - len(differing)} of {total} series within tolerance of the committed ones"
+    all_names = set(figure["series"]) | set(json.loads(committed.stdout)["series"])
+    within = len(all_names) - len(differing)
+    summary = f"; {within} of {len(all_names)} series within tolerance of the committed ones"
     return summary + (f", not: {examples}" if differing else "")

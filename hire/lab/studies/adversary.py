@@ -58,7 +58,7 @@ class Attack:
     Attributes:
         trap: One of TRAPS.
         dtype: One of TYPES.
-        copy: Kind of estimator and its bits, one of COPIES.
+        estimator: Kind of estimator and its bits, one of ESTIMATORS.
         way: One of WAYS.
         asked: The pair (k, k'), one of ASKED.
         rank: Rank of a low-rank estimator.
@@ -150,7 +150,9 @@ def searched(way: str, k: int, candidates: int) -> Callable[..., Certified]:
         hire.certified_top_k, k=k, candidates=candidates, dense_fallback=way == "fallback"
     )
     if way == "vmap":  # one query at a time
-        return jax.jit(lambda x, rows, copy: jax.vmap(lambda one: prove(one, rows, copy))(x))
+        return jax.jit(
+            lambda x, rows, estimator: jax.vmap(lambda one: prove(one, rows, estimator))(x)
+        )
     return prove if way == "eager" else jax.jit(prove)
 
 

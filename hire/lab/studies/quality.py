@@ -606,10 +606,10 @@ class QualityResult(Result):
         name = self.settings.model_name
         self._plot_losses(axes[0, 0], self.trained.searched, "Models trained here")
         searched = {
-            name.removeprefix(f"{name}: "): comparison
-            for name, comparison in self.untrained.searched.items()
+            label.removeprefix(f"{name}: "): comparison
+            for label, comparison in self.untrained.searched.items()
         }
-        self._plot_losses(axes[0, 1], searched, f"{name}, not trained for HiRE")
+        self._plot_losses(axes[0, 1], searched, name)
         self._plot_costs(
             axes[1, 0], ("relative loss", "total variation"), "Missed rows: loss and sampling"
         )

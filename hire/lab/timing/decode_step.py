@@ -65,8 +65,8 @@ class StepForms:
         Nothing is compiled to create it.
         """
 
-        def text(model: SplitModel, word: jax.Array) -> tuple:
-            cache = model.merge().prefill(word, cache_length)[1]
+        def text(model: SplitModel, token: jax.Array) -> tuple:
+            cache = model.merge().prefill(token, cache_length)[1]
             return cache.keys, cache.values
 
         shapes = jax.eval_shape(text, self.model, jax.ShapeDtypeStruct((1, 1), jnp.int32))
