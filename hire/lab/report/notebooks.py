@@ -169,6 +169,6 @@ def compared(name: str) -> str:
     differing = differences(json.loads(committed.stdout), figure)
     examples = ", ".join(differing[:3]) + ", …" * (len(differing) > 3)
     all_names = set(figure["series"]) | set(json.loads(committed.stdout)["series"])
-    within = len(all_names) - len(differing)
-    summary = f"; {within} of {len(all_names)} series within tolerance of the committed ones"
+    num_equal = len(all_names) - len(differing)
+    summary = f"; {num_equal} of {len(all_names)} series within tolerance of the committed ones"
     return summary + (f", not: {examples}" if differing else "")
