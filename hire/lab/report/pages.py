@@ -199,7 +199,8 @@ def keep_outputs() -> None:
             if cell.cell_type == "code":
                 is_same = ran is not None and ran.source == cell.source
                 cell.outputs = texts_and_tables(ran.outputs) if ran and is_same else []
-                cell.execution_count = None
+                # nbval refuses outputs of a cell that does not count as executed.
+                cell.execution_count = ran.execution_count if ran and cell.outputs else None
         with storage.replacing(path) as [scratch]:
             scratch.write_text(nbformat.writes(book, indent=1) + "\n")
 
