@@ -96,15 +96,18 @@ def test_with_full_slack_the_answer_is_that_of_one_device(m, b, dealt, data):
     alone = softmax_of(rng, m, 8, k, m)  # all are candidates
     x = jnp.asarray(rng.normal(size=(b, 8)), jnp.float32)
     with jax.set_mesh(mesh(4)):
-        spread = alone.sharded(RowSharding("chips", FULL, dealt))
-        assert len(spread.rows.sharding.device_set) == 4 and spread.rows.shape[0] == -(-m // 4) * 4
-        same(spread(x), alone(x))
-        words, reference = spread.top_k_with_normalizer(x), alone.top_k_with_normalizer(x)
+        on_devices = alone.sharded(RowSharding("chips", FULL, dealt))
+        assert (
+            len(on_devices.rows.sharding.device_set) == 4
+            and on_devices.rows.shape[0] == -(-m // 4) * 4
+        )
+        same(on_devices(x), alone(x))
+        words, reference = on_devices.top_k_with_normalizer(x), alone.top_k_with_normalizer(x)
         same(words.top, reference.top)
         np.testing.assert_allclose(words.log_normalizer, reference.log_normalizer, rtol=1e-5)
         some = jnp.asarray(rng.integers(0, m, (b, 3)), jnp.int32)
         np.testing.assert_allclose(
-            spread.exact_logits(x, some), alone.exact_logits(x, some), rtol=1e-4, atol=1e-5
+            on_devices.exact_logits(x, some), alone.exact_logits(x, some), rtol=1e-4, atol=1e-5
         )
 
 
@@ -114,14 +117,14 @@ def test_filling_is_never_picked():
     x = jnp.ones((2, 2))
     for dealt in (False, True):
         with jax.set_mesh(mesh(2)):
-            spread = alone.sharded(RowSharding("chips", FULL, dealt))
-            assert spread.rows.shape[0] == 10 and spread(x).values.tolist() == [[-2.0]] * 2
+            on_devices = alone.sharded(RowSharding("chips", FULL, dealt))
+            assert on_devices.rows.shape[0] == 10 and on_devices(x).values.tolist() == [[-2.0]] * 2
             assert (
-                spread(x).indices.max() < 9
-                and spread.top_k_with_normalizer(x).top.indices.max() < 9
+                on_devices(x).indices.max() < 9
+                and on_devices.top_k_with_normalizer(x).top.indices.max() < 9
             )
             np.testing.assert_allclose(
-                spread.top_k_with_normalizer(x).log_normalizer, -2 + math.log(9), rtol=1e-6
+                on_devices.top_k_with_normalizer(x).log_normalizer, -2 + math.log(9), rtol=1e-6
             )
 
 
@@ -154,9 +157,9 @@ def test_what_travels_does_not_depend_on_the_vocabulary(rng, slack):
     for m in (1024, 4096):
         with jax.set_mesh(mesh(4)):
             axis = RowSharding("chips", slack)
-            spread = softmax_of(rng, m, 8, k, 64).sharded(axis)
+            on_devices = softmax_of(rng, m, 8, k, 64).sharded(axis)
             x = jnp.zeros((b, 8))
-            moved.add(bytes_sent(compiled(spread, x)))
+            moved.add(bytes_sent(compiled(on_devices, x)))
             assert moved == {4 * axis.per_device_count(k, m) * 8 * b}
     assert max(moved) <= 4 * k * 8 * b
 
@@ -195,7 +198,7 @@ def test_a_layer_is_the_sum_of_its_shards(shape, common, gated, shared):
     layer = HireFFN(up, down, copy, k=12, candidates=groups - common, **more)
     x = jnp.asarray(rng.normal(size=(3, 16)), jnp.float32)
     with jax.set_mesh(mesh(4)):
-        spread = layer.sharded(RowSharding("chips", 0))
+        on_devices = layer.sharded(RowSharding("chips", 0))
         shares = np.zeros((3, 16), np.float32)
         for chip in range(
             4
@@ -210,9 +213,11 @@ def test_a_layer_is_the_sum_of_its_shards(shape, common, gated, shared):
             shares += HireFFN(
                 parts[0], parts[1], exact, k=3, candidates=groups // 4 - first, **how
             )(x)
-        np.testing.assert_allclose(spread(x), shares, rtol=2e-4, atol=2e-4)
+        np.testing.assert_allclose(on_devices(x), shares, rtol=2e-4, atol=2e-4)
         np.testing.assert_allclose(
-            jax.jit(HireFFN.dense_reference, static_argnames="tokens_per_selection")(spread, x, 3),
+            jax.jit(HireFFN.dense_reference, static_argnames="tokens_per_selection")(
+                on_devices, x, 3
+            ),
             shares,
             rtol=2e-4,
             atol=2e-4,
@@ -224,9 +229,9 @@ def test_groups_that_do_not_divide_are_filled_up(rng):
     layer = HireFFN(up, down, hire.Quantized.fit(up, 8), k=10, candidates=10)
     x = jnp.asarray(rng.normal(size=(2, 16)), jnp.float32)
     with jax.set_mesh(mesh(4)):
-        spread = layer.sharded("chips")
-        assert spread.up.shape[0] == 96
-        np.testing.assert_allclose(spread(x), layer(x), rtol=2e-4, atol=2e-4)
+        on_devices = layer.sharded("chips")
+        assert on_devices.up.shape[0] == 96
+        np.testing.assert_allclose(on_devices(x), layer(x), rtol=2e-4, atol=2e-4)
 
 
 def test_only_the_sum_of_a_layer_travels(rng):
@@ -262,13 +267,16 @@ def test_a_model_writes_the_same_words_on_four_devices(rng):
     words = hire.generate(model, tokens, new_tokens=4)
     with jax.set_mesh(mesh(4)):
         axis = RowSharding("chips", interleaved=True)
-        spread = hire.convert(
+        on_devices = hire.convert(
             model, softmax=softmax.sharded(axis), ffn=[layer.sharded("chips") for layer in layers]
         )
-        assert hire.generate(spread, tokens, new_tokens=4).tolist() == words.tolist()
-        hidden = hidden_states(spread)(tokens)
+        assert hire.generate(on_devices, tokens, new_tokens=4).tolist() == words.tolist()
+        hidden = hidden_states(on_devices)(tokens)
         np.testing.assert_allclose(
-            spread.logits(hidden), model.logits(hidden_states(model)(tokens)), rtol=1e-3, atol=1e-3
+            on_devices.logits(hidden),
+            model.logits(hidden_states(model)(tokens)),
+            rtol=1e-3,
+            atol=1e-3,
         )
 
 

@@ -25,6 +25,16 @@ def load(name: str) -> dict:
     return yaml.safe_load((FIGURES / f"{name}.yaml").read_text())
 
 
+def claim_limits(claim: str) -> dict[str, float]:
+    """Return the numbers of a claim's criterion, by name.
+
+    Args:
+        claim: Id of the claim in figures/claims.yaml.
+    """
+    by_id = {entry["id"]: entry["limits"] for entry in load("claims")["claims"]}
+    return by_id[claim]
+
+
 def figures_with_notebook() -> list[dict]:
     """Return the index entries whose notebook exists, in order."""
     return [

@@ -63,15 +63,15 @@ def states(subject, windows, ffns=None, **options):
 
 def test_with_every_group_a_candidate_nothing_is_lost(studied, rng):
     subject, windows = studied.subject, rng.integers(3, 500, (3, 16)).astype(np.int32)
-    exact, whole = states(subject, windows), studied.searched(int8, 1.0)
-    np.testing.assert_allclose(states(subject, windows, whole), exact, atol=1e-4)
+    exact, complete = states(subject, windows), studied.searched(int8, 1.0)
+    np.testing.assert_allclose(states(subject, windows, complete), exact, atol=1e-4)
     shared = studied.searched(int8, 1.0, share_selection=True)
     np.testing.assert_allclose(
         states(subject, windows, shared, tokens_per_selection=8), exact, atol=1e-4
     )
     few = studied.searched(studied.low_rank(4), 0.1)
     assert np.abs(states(subject, windows, few) - exact).max() > 0.1
-    judged = studied.loss_difference(whole)
+    judged = studied.loss_difference(complete)
     assert judged["mean"] == pytest.approx(0.0, abs=1e-6) and judged["documents"] == len(
         studied.texts
     )
@@ -148,11 +148,11 @@ def test_a_gated_model_is_searched_by_its_gate(tiny):
     )
     exact = model_quality.score_documents(subject, texts).nats
     for both in (None, int8):
-        whole = group_sparsity.searched(
+        complete = group_sparsity.searched(
             subject.model, int8, kept_fraction=1.0, candidates=1.0, group_size=8, up_copy=both
         )
         np.testing.assert_allclose(
-            trained_sparsity.scores_with(subject, texts, whole).nats, exact, rtol=1e-5
+            trained_sparsity.scores_with(subject, texts, complete).nats, exact, rtol=1e-5
         )
     some = group_sparsity.searched(
         subject.model, int8, kept_fraction=0.25, candidates=0.5, group_size=8

@@ -221,11 +221,11 @@ def test_programs_run_where_they_are_and_read_what_they_say():
 def test_da_top_k_sends_the_same_few_bytes_for_any_vocabulary(monkeypatch):
     monkeypatch.setattr(multichip, "WIDTH", 256)
     sent = {}
-    for words in (8192, 16384):
-        monkeypatch.setattr(multichip, "VOCABULARY", words)
+    for num_rows in (8192, 16384):
+        monkeypatch.setattr(multichip, "VOCABULARY", num_rows)
         for name in ("HiRE DA", "dense gathered"):
             program = multichip.program(name, "v5e:2x2", 8)
-            sent[words, name] = compiler.estimate(
+            sent[num_rows, name] = compiler.estimate(
                 program.function, program.weights, program.x, specs=program.specs
             )["bytes_sent"]
     assert (

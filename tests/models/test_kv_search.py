@@ -138,12 +138,12 @@ def test_with_every_key_a_candidate_a_step_is_dense_attention(heads, length, see
 def test_a_cache_that_grows_is_that_of_the_whole_text(rng):
     model = SplitModel.of(hire.convert(toy(), kv_search={1: fitted(24)}))
     tokens = texts(rng, 2, 24)
-    _, whole = prefill(model, tokens, 32, 4)
+    _, complete = prefill(model, tokens, 32, 4)
     _, cache = prefill(model, tokens[:, :18], 32, 4)
     for position in range(18, 24):  # no more keys than candidates: exact
         _, cache = step(model, tokens[:, position], cache, 4)
     for ours, theirs in zip(
-        jax.tree.leaves(cache.keys[1]), jax.tree.leaves(whole.keys[1]), strict=True
+        jax.tree.leaves(cache.keys[1]), jax.tree.leaves(complete.keys[1]), strict=True
     ):
         np.testing.assert_allclose(
             ours.astype(jnp.float32),
@@ -239,15 +239,15 @@ def test_the_study_tells_what_a_search_and_the_latest_tokens_lose(rng):
     (output,) = study(
         subject, windows[:1], windows[1:], {120: [(16, 8, 120), (16, 8, 20)]}, 8
     ).values()
-    whole, some = output["LR 16, 8 k'=120"], output["LR 16, 8 k'=20"]
+    complete, partial = output["LR 16, 8 k'=120"], output["LR 16, 8 k'=20"]
     assert (
-        abs(whole["loss_difference"]["mean"]) < 1e-5
-        and whole["attention_fraction_read"] == pytest.approx(1.0, abs=1e-5)
-        and whole["recall"] == 1.0
+        abs(complete["loss_difference"]["mean"]) < 1e-5
+        and complete["attention_fraction_read"] == pytest.approx(1.0, abs=1e-5)
+        and complete["recall"] == 1.0
     )
     assert (
-        0 < some["attention_fraction_read"] < 1
-        and some["recall"] < 1
-        and some["bytes_fraction"] < whole["bytes_fraction"]
+        0 < partial["attention_fraction_read"] < 1
+        and partial["recall"] < 1
+        and partial["bytes_fraction"] < complete["bytes_fraction"]
     )
     assert output["latest"]["loss_difference"]["n"] == 16

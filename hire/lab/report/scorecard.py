@@ -52,7 +52,7 @@ def scorecard() -> list[dict]:
             text=claim["claim"],
             published=claim["published"],
             mark=claim["mark"],
-            criterion=claim["criterion"],
+            criterion=claim["criterion"].format(**claim["limits"]),
             met=met,
             verdict=verdict(obtained),
             obtained=obtained,

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from hire.lab.data import model_states
 from hire.lab.data.text import documents
+from hire.lab.figure_index import claim_limits
 from hire.lab.metrics import model_quality, numpy_gemma
 from hire.lab.studies import plots
 from hire.lab.studies.study import Claim, Record, Result
@@ -36,7 +37,8 @@ V5E_CACHE_LENGTH = 512
 # The lowest batch at which a v5e needs longer for arithmetic than for reading bfloat16 weights.
 V5E_COMPUTE_BOUND_BATCH = roofline.compute_bound_from(roofline.V5E, itemsize=BFLOAT16_BYTES)
 # Criteria of the claims memory-bound and softmax-share, see figures/claims.yaml.
-MEMORY_BOUND_TIME, SOFTMAX_SHARE = 0.5, 0.24
+MEMORY_BOUND_TIME = claim_limits("memory-bound")["time_fraction"]
+SOFTMAX_SHARE = claim_limits("softmax-share")["bytes_fraction"]
 
 
 def shapes() -> dict[str, DecoderConfig]:

@@ -18,7 +18,12 @@ from hire.lab import records
 from hire.lab.data import hidden_state_cache, model_states
 from hire.lab.data.model_states import States
 from hire.lab.data.text import documents
-from hire.lab.figure_index import COMMITTED_PROFILE, PROFILE_VARIABLE, sizes_by_notebook
+from hire.lab.figure_index import (
+    COMMITTED_PROFILE,
+    PROFILE_VARIABLE,
+    claim_limits,
+    sizes_by_notebook,
+)
 from hire.lab.metrics import group_sparsity, search_recall
 from hire.lab.metrics.intervals import relative_loss
 from hire.lab.metrics.model_quality import losses
@@ -543,7 +548,7 @@ class DaTopKResult(Result):
             f"{self.timing.devices} devices, {self.one_device_recall():.4f} on one, "
             f"{self.model_weights}",
             setting=f"softmax {programs.VOCABULARY} x {multichip.WIDTH}, batch 1, v5e {SLICE}",
-            supports=speedup > 1,
+            supports=speedup > claim_limits("da-top-k")["speedup"],
             device=f"TPU v5e {SLICE}, by its compiler",
         )
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 import hire
 from hire.estimators.base import Estimator
 from hire.lab.data.text import Document, beginnings, documents
+from hire.lab.figure_index import claim_limits
 from hire.lab.metrics import group_sparsity
 from hire.lab.metrics.intervals import relative_loss
 from hire.lab.metrics.model_quality import score_documents
@@ -33,7 +34,7 @@ Durations = dict[int, dict[str, list[float]]]
 # Share of the groups that are static in the variant with static groups.
 STATIC_FRACTION = 0.05
 # Largest relative loss that counts as none (figures/claims.yaml).
-LOSS_LIMIT = 0.005
+LOSS_LIMIT = claim_limits("ffn-speedup")["relative_loss"]
 # Share of the rows that the gather benchmark reads.
 GATHERED_FRACTION = 0.1
 # Documents of a novel that the model without sparse training is evaluated on.
@@ -584,7 +585,9 @@ class FFNResult(Result):
             unit="x, one layer",
             quality=f"loss {loss['mean']:+.2%} over its own, transferred from the trained model",
             setting=f"10 % of {settings.chosen_candidates:.0%}, {self.layer_size}",
-            supports=bool(speedup > 1 and loss["mean"] <= LOSS_LIMIT),
+            supports=bool(
+                speedup > claim_limits("ffn-speedup")["speedup"] and loss["mean"] <= LOSS_LIMIT
+            ),
         )
         record = Record(
             id="ffn",

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from hire.lab.data import model_states
 from hire.lab.data.text import documents
+from hire.lab.figure_index import claim_limits
 from hire.lab.metrics import group_sparsity, intervals
 from hire.lab.studies import plots, tables
 from hire.lab.studies.study import Claim, Record, Result
@@ -434,7 +435,9 @@ class OverlapResult(Result):
         """Return whether both overlaps meet the claim's criterion (figures/claims.yaml)."""
         static, dynamic = self.static, self.dynamic
         trained, untrained = (static.intervals[name]["mean"] for name in ("trained", "untrained"))
-        is_static = trained > max(untrained, 2 * static.static_fraction)
+        is_static = trained > max(
+            untrained, claim_limits("overlap")["coverage_ratio"] * static.static_fraction
+        )
         unions = {
             kind: dict(zip(dynamic.counts[kind], dynamic.unions[kind], strict=True))
             for kind in ("following tokens", "different texts")

@@ -9,7 +9,7 @@ import pandas
 from matplotlib.figure import Figure
 
 from hire.lab import records
-from hire.lab.figure_index import load
+from hire.lab.figure_index import claim_limits, load
 from hire.lab.studies import plots
 from hire.lab.studies.study import Claim, Record, Result
 from hire.lab.tpu import bundle_parser, compiler, programs
@@ -423,7 +423,7 @@ class V5eResult(Result):
             unit="x, softmax alone",
             quality=self.quality.recall_text(),
             setting="width 2048, batch 1, bfloat16 rows",
-            supports=value > 1,
+            supports=value > claim_limits("softmax-speedup")["speedup"],
         )
 
     def _estimate_record(self) -> Record:
@@ -433,7 +433,7 @@ class V5eResult(Result):
             unit="x, whole decode step of one billion parameters",
             quality=f"{self.quality.recall_text()}; {self.quality.loss_text()}",
             setting="batch 1, cache 512, 5 % of 10 % of groups",
-            supports=self.step_speedup > 1,
+            supports=self.step_speedup > claim_limits("end-to-end-speedup")["speedup"],
             device=DEVICE,
         )
         low, high = self.validation.interval
