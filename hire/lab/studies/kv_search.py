@@ -135,9 +135,9 @@ def cache_of(
             attention.cache_entries(
                 jnp.asarray(part[:, :length]), min(cache_length, attention.window)
             )
-            for part in keys_and_values
+            for part in layer
         ]
-        for attention, keys_and_values in zip(attentions, keys_and_values, strict=True)
+        for attention, layer in zip(attentions, keys_and_values, strict=True)
     ]
     keys, values = zip(*layer_entries, strict=True)
     return Cache(keys, values, jnp.asarray(length, jnp.int32), cache_length)

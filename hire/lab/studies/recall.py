@@ -260,7 +260,7 @@ class RecallResult(Result):
         self._plot_two_stages(axes[1, 1])
         return figure
 
-    def _plot_candidates(self, axis, quality: str, name: str) -> None:
+    def _plot_candidates(self, axis, quality: str, label: str) -> None:
         rank = middle(self.settings.ranks)
         colors = {
             f"LR {rank} plain": plots.GRAY,
@@ -276,8 +276,8 @@ class RecallResult(Result):
             lines,
             colors,
             xlabel="candidates k'",
-            ylabel=name,
-            title=f"{name[0].upper()}{name[1:]} against candidates",
+            ylabel=label,
+            title=f"{label[0].upper()}{label[1:]} against candidates",
         )
 
     def _plot_frontier(self, axis) -> None:

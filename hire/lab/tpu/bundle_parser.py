@@ -378,9 +378,7 @@ class Reader:
         }
         reads_hbm, writes_hbm = (
             moves_all
-            or any(
-                re.search(f"({direction}|general) of unknown", unparsed) for unparsed in unparsed
-            )
+            or any(re.search(f"({direction}|general) of unknown", part) for part in unparsed)
             for direction in ("hbm_to_vmem", "vmem_to_hbm")
         )
         moved_shapes = (self.operands(place, row) if reads_hbm else []) + (
