@@ -111,6 +111,20 @@ def test_with_full_slack_the_answer_is_that_of_one_device(m, b, dealt, data):
         )
 
 
+@pytest.mark.parametrize("m", [9, 13])
+def test_a_device_of_padding_alone_leaves_the_normalizer_finite(m):
+    # Four devices hold 3, 3, 3 and 0 rows of 9, and 4, 4, 4 and 1 of 13.
+    rng = np.random.default_rng(m)
+    alone = softmax_of(rng, m, 8, 1, m)
+    x = jnp.asarray(rng.normal(size=(2, 8)), jnp.float32)
+    logits = np.asarray(x, np.float64) @ np.asarray(alone.rows, np.float64).T
+    with jax.set_mesh(mesh(4)):
+        words = alone.sharded(RowSharding("chips", FULL)).top_k_with_normalizer(x)
+    np.testing.assert_allclose(words.log_normalizer, np.log(np.exp(logits).sum(axis=1)), rtol=1e-5)
+    # All rows are candidates: nothing is estimated.
+    np.testing.assert_allclose(words.normalizer_stderr, 0.0, atol=1e-6)
+
+
 def test_filling_is_never_picked():
     rows = jnp.full((9, 2), -1.0)  # every real score is below the 0 of filling
     alone = hire.HireSoftmax(rows, hire.Quantized.fit(rows, 8), k=1, candidates=9)

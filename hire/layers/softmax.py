@@ -237,11 +237,15 @@ class HireSoftmax:
         tail_scores = estimated.at[jnp.arange(len(hidden))[:, None], candidates].set(-jnp.inf)
         log_tail = jax.nn.logsumexp(tail_scores, axis=1) + correction
         log_normalizer = jnp.logaddexp(jax.nn.logsumexp(exact, axis=1), log_tail)
+        # A shard of padding only has no tail, and -inf minus -inf would be NaN.
+        has_tail = log_tail > -jnp.inf
+        tail_share = jnp.where(
+            has_tail, jnp.exp(log_tail - jnp.where(has_tail, log_normalizer, 0)), 0
+        )
         return TopKWithNormalizer(
             rerank(candidates, exact, self.k),
             log_normalizer,
-            jnp.exp(log_tail - log_normalizer)
-            * jnp.hypot(sampling_error, correction - upper_correction),
+            tail_share * jnp.hypot(sampling_error, correction - upper_correction),
         )
 
     @jax.jit

@@ -279,7 +279,7 @@ class KeySearch:
         # Errors of scores do not cancel in a sum of weights. The candidates nearest to the other
         # keys show how far the errors change that sum.
         correction, _ = logsumexp_correction(exact[:, half:], estimated[:, candidates[half:]])
-        corrected = estimated.at[:, candidates].set(-jnp.inf) + jnp.nan_to_num(correction)[:, None]
+        corrected = estimated.at[:, candidates].set(-jnp.inf) + correction[:, None]
         logits = jnp.concatenate([exact, new_score, corrected], axis=1)
         exact_weights, new_weight, estimated_weights = jnp.split(
             jax.nn.softmax(logits, axis=1), [len(candidates), len(candidates) + 1], axis=1

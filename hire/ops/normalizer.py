@@ -42,11 +42,14 @@ def logsumexp_correction(
 
     Returns:
         The log of sum(exp(exact)) / sum(exp(guessed)), `(b,)`, and its sampling error, `(b,)`.
+        Both are 0 for a query with padding only.
     """
-    weights = jax.nn.softmax(guessed, axis=1)
-    correction = jax.nn.logsumexp(exact, axis=1) - jax.nn.logsumexp(guessed, axis=1)
     # Padding of a shard has no weight, and -inf minus -inf would be NaN.
     is_valid = guessed > -jnp.inf
+    has_rows = is_valid.any(axis=1, keepdims=True)
+    exact, guessed = jnp.where(has_rows, exact, 0.0), jnp.where(has_rows, guessed, 0.0)
+    weights = jax.nn.softmax(guessed, axis=1)
+    correction = jax.nn.logsumexp(exact, axis=1) - jax.nn.logsumexp(guessed, axis=1)
     relative_errors = jnp.where(
         is_valid, jnp.expm1(jnp.where(is_valid, exact - guessed, 0.0) - correction[:, None]), 0.0
     )
