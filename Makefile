@@ -43,18 +43,20 @@ figure-%: override export NUMBER = $*
 figure-%: $(STAMP)  ## one figure, such as figure-02; SET="chosen_rank=96" changes a size
 	$(LAB) figures --profile "$$PROFILE" --only "$$NUMBER" $(if $(FRESH),--fresh) $(if $(SET),--set "$$SET")
 
-override WORKERS := -n 2 --dist loadfile
+# Files go to the workers in alphabetical order: sorted by their number of tests, a long file with few tests would come last.
+override WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 # Tests and toys compile thousands of programs, most of them small and to run once: without optimization in a quarter of the time.
 override QUICK := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 figures figure-%: override export XLA_FLAGS += $(if $(filter smoke,$(PROFILE)),$(QUICK))
-# The rounding that certificates and estimators must bound is that of optimized programs: those run as users compile them.
-override OPTIMIZED := tests/test_certify.py tests/estimators/test_estimators.py tests/test_search.py
+# The rounding that certificates and estimators must bound is that of optimized programs, and a real model takes longer to run than
+# to compile: these are compiled as for users.
+override OPTIMIZED := tests/models/test_gemma.py tests/test_certify.py tests/estimators/test_estimators.py tests/test_search.py
 # Runs a command with a cache folder of its own, into which the user's weights are linked.
 override APART := tests/scratch_cache.py
 test: $(STAMP)  ## the notebooks' check cells, then the unit tests, on two cores
 	HIRE_PROFILE=smoke XLA_FLAGS="$$XLA_FLAGS $(QUICK)" $(PY) $(APART) $(PY) -m pytest -p nbval --nbval-lax --nbval-cell-timeout=300 \
 		notebooks/*.ipynb -W default $(WORKERS)
-	$(PY) -m pytest $(WORKERS) $(OPTIMIZED)
+	$(PY) -m pytest -n 2 --dist loadgroup $(OPTIMIZED)
 	XLA_FLAGS="$$XLA_FLAGS $(QUICK)" $(PY) -m pytest $(WORKERS) $(addprefix --ignore=,$(OPTIMIZED))
 
 # What Colab's TPU runtime ships: Python 3.12 with jax 0.7.2, flax 0.11.2, numpy 2.1.3, optax 0.2.8, orbax-checkpoint 0.12.4.
