@@ -82,6 +82,8 @@ def test_windows_start_with_bos_and_states_keep_their_documents():
     tokens, names = model_states.windows(subject, texts, 32, windows_per_document=2)
     assert tokens.shape == (6, 32) and (tokens[:, 0] == 2).all()
     assert subject.tokenizer.decode(tokens[0, 1:].tolist()) == texts[0].text[:31]
+    first, _ = model_states.windows(subject, texts, 32, windows_per_document=2, limit=3)
+    assert first.tolist() == tokens[:3].tolist()
     states = model_states.collect(subject.model, tokens, names, skip=4)
     assert states.hidden.shape == (6 * 27, 64)
     hidden = subject.model.prefill(tokens)[0]

@@ -18,8 +18,6 @@ from hire.lab.paths import ROOT
 from hire.models.weights import find_weights
 from hire.tuning import candidates_needed, true_top_k
 
-pytestmark = pytest.mark.xdist_group("gemma")  # one worker loads the model
-
 
 @pytest.fixture(scope="module")
 def file(gemma):

@@ -38,7 +38,12 @@ class States(NamedTuple):
 
 
 def windows(
-    subject: TextModel, texts: Sequence[Document], length: int, windows_per_document: int = 1
+    subject: TextModel,
+    texts: Sequence[Document],
+    length: int,
+    windows_per_document: int = 1,
+    *,
+    limit: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cut windows of tokens from documents.
 
@@ -49,6 +54,8 @@ def windows(
         texts: Documents.
         length: Tokens of a window; the first is <bos>.
         windows_per_document: Number of windows per document, at most. They are evenly spaced.
+        limit: Number of windows, at most; documents after the last of them are not read. None
+            means all.
 
     Returns:
         Tokens (w, length), and the name of each window's document (w,).
@@ -58,6 +65,8 @@ def windows(
     """
     tokens, names = [], []
     for text in texts:
+        if limit is not None and len(tokens) >= limit:
+            break
         # One window needs only the beginning of a book.
         ids = subject.tokens(text.text if windows_per_document > 1 else text.text[: 32 * length])
         spans = min(windows_per_document, (len(ids) - 1) // (length - 1))
@@ -67,7 +76,7 @@ def windows(
             names.append(text.name)
     if not tokens:
         raise ValueError(f"{len(texts)} documents: none has {length} tokens")
-    return np.stack(tokens), np.asarray(names)
+    return np.stack(tokens[:limit]), np.asarray(names[:limit])
 
 
 def in_batches(function: Callable, values: AnyArray, batch: int, *more: AnyArray):

@@ -119,9 +119,10 @@ def load_trained(settings: SimpleNamespace) -> TrainedModel:
         settings: Sizes of the notebook.
     """
     subject = trainer.trained_model("ladder", toy=settings.models == "toy")
-    calibration, _ = model_states.windows(subject, documents("calibration"), settings.length, 2)
-    novel, novel_names = model_states.windows(
-        subject, documents("evaluation", ["novel"]), settings.length // 2
+    length, limit = settings.length, settings.windows
+    calibration, _ = model_states.windows(subject, documents("calibration"), length, 2, limit=limit)
+    evaluation = model_states.windows(
+        subject, documents("evaluation", ["novel"]), length // 2, limit=limit
     )
     sizes = VariantSizes(
         k=settings.k,
@@ -130,8 +131,7 @@ def load_trained(settings: SimpleNamespace) -> TrainedModel:
         ffn_rank=settings.ffn_rank,
         shared_batch=settings.shared_batch,
     )
-    evaluation = novel[: settings.windows], novel_names[: settings.windows]
-    return prepare(subject, sizes, calibration[: settings.windows], evaluation)
+    return prepare(subject, sizes, calibration, evaluation)
 
 
 def prepare(

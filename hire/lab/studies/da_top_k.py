@@ -321,11 +321,12 @@ def sharded_ffn_loss(
         `intervals.relative_loss`.
     """
     count = settings.ffn_windows
-    calibration, _ = model_states.windows(trained, documents("calibration"), settings.length, 2)
-    novel, names = model_states.windows(
-        trained, documents("evaluation", ["novel"]), settings.length
+    calibration, _ = model_states.windows(
+        trained, documents("calibration"), settings.length, 2, limit=count
     )
-    calibration, novel, names = calibration[:count], novel[: 2 * count], names[: 2 * count]
+    novel, names = model_states.windows(
+        trained, documents("evaluation", ["novel"]), settings.length, limit=2 * count
+    )
     usage = group_sparsity.sets_kept(trained.model, calibration).mean((1, 2))
     model = group_sparsity.most_used_first(trained.model, usage)
     ffns = searched_ffns(model, calibration, FFN_RANKS[settings.models])

@@ -41,9 +41,12 @@ def load_windows(subject: TextModel, settings: SimpleNamespace) -> Windows:
         subject: The model, for its tokenizer.
         settings: Sizes of the notebook.
     """
-    calibration, _ = model_states.windows(subject, documents("calibration"), settings.length, 2)
-    novel, _ = model_states.windows(subject, documents("evaluation", ["novel"]), settings.length)
-    return Windows(calibration[: settings.windows], novel[: settings.windows])
+    length, limit = settings.length, settings.windows
+    calibration, _ = model_states.windows(subject, documents("calibration"), length, 2, limit=limit)
+    novel, _ = model_states.windows(
+        subject, documents("evaluation", ["novel"]), length, limit=limit
+    )
+    return Windows(calibration, novel)
 
 
 def token_table(

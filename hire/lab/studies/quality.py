@@ -193,8 +193,9 @@ def compare_trained_model(
         settings: Sizes of the notebook.
     """
     subject = trainer.trained_model(variant, toy=settings.models == "toy")
-    windows, _ = model_states.windows(subject, documents("calibration"), settings.length, 2)
-    windows = windows[: settings.calibration_windows]
+    windows, _ = model_states.windows(
+        subject, documents("calibration"), settings.length, 2, limit=settings.calibration_windows
+    )
     ffns: dict[str, Sequence[hire.HireFFN] | None] = {EXACT_FFN: None}
     if subject.model.config.kept < 1:
         trained = Studied(subject, windows, windows, texts[:1])

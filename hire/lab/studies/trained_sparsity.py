@@ -108,7 +108,7 @@ class Studied:
         subject = trained_model(variant, toy=toy)
         splits = documents("calibration"), documents("evaluation", ["novel"])
         calibration, evaluation = (
-            windows(subject, texts, length, 2)[0][:count] for texts in splits
+            windows(subject, texts, length, 2, limit=count)[0] for texts in splits
         )
         return cls(subject, calibration, evaluation, texts)
 
