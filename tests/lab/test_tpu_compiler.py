@@ -220,18 +220,14 @@ def test_programs_run_where_they_are_and_read_what_they_say():
 @needs_compiler
 def test_da_top_k_sends_the_same_few_bytes_for_any_vocabulary(monkeypatch):
     monkeypatch.setattr(multichip, "WIDTH", 256)
-    sent = {}
-    for num_rows in (8192, 16384):
+
+    def bytes_sent(name: str, num_rows: int) -> int:
         monkeypatch.setattr(multichip, "VOCABULARY", num_rows)
-        for name in ("HiRE DA", "dense gathered"):
-            program = multichip.program(name, "v5e:2x2", 8)
-            sent[num_rows, name] = compiler.estimate(
-                program.function, program.weights, program.x, specs=program.specs
-            )["bytes_sent"]
-    assert (
-        sent[8192, "HiRE DA"] == sent[16384, "HiRE DA"] == 8 * 16 * 8 * 4
-    )  # texts, share of k, bytes, chips
-    assert (
-        sent[8192, "dense gathered"] == 8 * 8192 * 4
-        and sent[16384, "dense gathered"] == 8 * 16384 * 4
-    )
+        program = multichip.program(name, "v5e:2x2", 8)
+        return compiler.estimate(program.function, program.weights, program.x, specs=program.specs)[
+            "bytes_sent"
+        ]
+
+    # Texts, share of k, bytes, chips.
+    assert bytes_sent("HiRE DA", 8192) == bytes_sent("HiRE DA", 16384) == 8 * 16 * 8 * 4
+    assert bytes_sent("dense gathered", 16384) == 8 * 16384 * 4
