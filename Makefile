@@ -57,7 +57,7 @@ override OPTIMIZED := tests/models/test_gemma.py tests/test_certify.py
 override APART := tests/scratch_cache.py
 test: $(STAMP)  ## the notebooks' check cells, then the unit tests, on two cores
 	HIRE_PROFILE=smoke XLA_FLAGS="$$XLA_FLAGS $(QUICK)" $(PY) $(APART) $(PY) -m pytest -p nbval --nbval-lax --nbval-cell-timeout=300 \
-		notebooks/*.ipynb -W default $(WORKERS)
+		$$(ls -r notebooks/*.ipynb) -W default $(WORKERS)
 	$(PY) -m pytest $(WORKERS) $(OPTIMIZED)
 	XLA_FLAGS="$$XLA_FLAGS $(QUICK)" $(PY) -m pytest $(WORKERS) $(addprefix --ignore=,$(OPTIMIZED))
 

@@ -55,7 +55,7 @@ def rng():
 
 @pytest.fixture
 def unchecked():
-    """A user's view: no type checks before our own, as outside the tests."""
+    """A user's view: without the type checks that only tests switch on."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

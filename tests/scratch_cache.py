@@ -19,7 +19,7 @@ LEFT_OUT = ("hidden_states", "*.partial", "*.lock", "*.tmp")
 
 
 def users_cache() -> Path:
-    """The user's own cache folder, which need not exist."""
+    """The user's cache folder, which need not exist."""
     return Path(os.environ.get(NAME) or user_cache_dir("hire"))
 
 

@@ -20,12 +20,12 @@ AS_SHIPPED = dict(
 )  # a proof is about how sums are rounded
 
 
-def search(x, rows, copy, k, candidates, **how):
+def search(x, rows, estimator, k, candidates, **how):
     prove = jax.jit(
         lambda *parts: certified_top_k(*parts, k=k, candidates=candidates, **how),
         compiler_options=AS_SHIPPED,
     )
-    return prove(x, rows, copy)
+    return prove(x, rows, estimator)
 
 
 def true_scores(x, rows) -> np.ndarray:
@@ -42,11 +42,11 @@ def holds(result, x, rows, k) -> np.ndarray:
 
 def test_by_hand():
     rows = jnp.asarray([[4.0, 0.0], [3.0, 1.0], [1.0, 2.6], [0.0, 1.0]])
-    copy = hire.Quantized.fit(
+    estimator = hire.Quantized.fit(
         rows, 4
     )  # steps of 1/7 of a row's largest: (3, 1) is kept as 3, 6/7 and (1, 2.6) as 7.8/7, 2.6
-    np.testing.assert_allclose(copy.error_bounds, [0, 1 / 7, 0.8 / 7, 0], atol=1e-4)
-    result = search(jnp.asarray([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), rows, copy, 1, 1)
+    np.testing.assert_allclose(estimator.error_bounds, [0, 1 / 7, 0.8 / 7, 0], atol=1e-4)
+    result = search(jnp.asarray([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), rows, estimator, 1, 1)
     # 4 against 3 + 1/7; 2.6 against 1; 4, 4 and 3.6: a tie that the estimates cannot settle
     assert result.proved.tolist() == [True, True, False]
     assert result.top.indices[:2].tolist() == [[0], [2]]
@@ -61,7 +61,7 @@ def test_a_certificate_is_never_wrong(seed, trap, kind):
     rng = np.random.default_rng(seed)
     m, d, k = 192, 24, 4
     rows = rng.normal(size=(m, d))
-    if trap == "near":  # rows that differ by about as much as a copy leaves out, or less
+    if trap == "near":  # rows that differ by about the error of an estimator, or less
         rows = rng.normal(size=(1, d)) + rng.normal(size=(m, d)) * 10.0 ** rng.uniform(
             -7, -1, (m, 1)
         )
@@ -70,9 +70,11 @@ def test_a_certificate_is_never_wrong(seed, trap, kind):
     if trap == "outliers":
         rows[rng.integers(0, m, 20), rng.integers(0, d, 20)] *= 1e4
     rows = jnp.asarray(rows * dict(huge=1e8, tiny=1e-8).get(trap, 1.0), jnp.float32)
-    copy = hire.LowRank.fit(rows, 20, bits=8) if kind == "rank" else hire.Quantized.fit(rows, kind)
+    estimator = (
+        hire.LowRank.fit(rows, 20, bits=8) if kind == "rank" else hire.Quantized.fit(rows, kind)
+    )
     x = jnp.asarray(rng.normal(size=(16, d)), jnp.float32)
-    result = search(x, rows, copy, k, 32)
+    result = search(x, rows, estimator, k, 32)
     assert np.all(holds(result, x, rows, k) | ~np.asarray(result.proved))
 
 
@@ -82,10 +84,8 @@ def test_a_certificate_is_never_wrong(seed, trap, kind):
     st.sampled_from(["normal", "equal", "infinite"]),
     st.integers(0, 10**6),
 )
-def test_no_other_row_reaches_above_what_is_said(m, candidates, kind, seed):
-    """Of whichever rows are nominated, in whatever blocks they lie; with every row nominated there
-    is no other.
-    """
+def test_no_other_row_exceeds_the_bound(m, candidates, kind, seed):
+    """For any nominated rows and any block size; with every row nominated there is no other."""
     candidates = min(m, candidates)
     reached = np.random.default_rng(seed).normal(size=(3, m)).astype(np.float32)
     if kind != "normal":
@@ -135,21 +135,21 @@ def test_a_projected_query_is_not_rounded_unnoticed(rng):
 def test_queries_whose_squares_are_no_normal_numbers():
     """A length once came out as 0, and with it every bound."""
     rows = jnp.asarray([[-1.42, 0.26, -0.57], [-1.03, -1.04, 0.27]])
-    copy = hire.Quantized.fit(rows, 4)
+    estimator = hire.Quantized.fit(rows, 4)
     for scale in (1e-19, 1e-30, 1e-38, 1e19, 1e30, 3e38):  # the last one's length is no float32
-        result = search(jnp.full((1, 3), scale), rows, copy, 1, 1)
+        result = search(jnp.full((1, 3), scale), rows, estimator, 1, 1)
         assert result.proved.tolist() == [False] or result.top.indices.tolist() == [[0]], scale
-    assert search(jnp.full((1, 3), 1e-19), rows, copy, 1, 2).top.indices.tolist() == [[0]]
+    assert search(jnp.full((1, 3), 1e-19), rows, estimator, 1, 2).top.indices.tolist() == [[0]]
 
 
 def test_scaling_a_query_changes_no_proof(rng):
     rows = jnp.asarray(rng.normal(size=(512, 24)), jnp.float32)
-    copy = hire.Quantized.fit(rows, 4)
+    estimator = hire.Quantized.fit(rows, 4)
     x = jnp.asarray(rng.normal(size=(40, 24)), jnp.float32)
-    plain = search(x, rows, copy, 2, 4)
+    plain = search(x, rows, estimator, 2, 4)
     assert plain.proved.any() and not plain.proved.all()
     for exponent in (-80, -20, 20, 100):
-        result = search(x * 2.0**exponent, rows, copy, 2, 4)
+        result = search(x * 2.0**exponent, rows, estimator, 2, 4)
         np.testing.assert_array_equal(result.proved, plain.proved)
         np.testing.assert_array_equal(result.top.indices, plain.top.indices)
         np.testing.assert_allclose(
@@ -184,55 +184,61 @@ def test_bounds_hold_for_rows_of_any_scale_and_type(rng):
     ):
         for scale in scales:
             rows = jnp.asarray(rng.normal(size=(100, 24)) * scale, jnp.float32).astype(dtype)
-            copies = [hire.LowRank.fit(rows, 10, bits=bits) for bits in (None, 8, 4)]
-            copies += [hire.Quantized.fit(rows, bits) for bits in (8, 4)]
-            for copy in copies:
+            estimators = [hire.LowRank.fit(rows, 10, bits=bits) for bits in (None, 8, 4)]
+            estimators += [hire.Quantized.fit(rows, bits) for bits in (8, 4)]
+            for estimator in estimators:
                 exact = x.astype(np.float64) @ np.asarray(rows, np.float64).T
-                off = np.abs(np.asarray(copy.scores(jnp.asarray(x)), np.float64) - exact).max(0)
-                assert (off <= np.asarray(copy.error_bounds, np.float64)).all()
+                off = np.abs(np.asarray(estimator.scores(jnp.asarray(x)), np.float64) - exact).max(
+                    0
+                )
+                assert (off <= np.asarray(estimator.error_bounds, np.float64)).all()
                 assert (
-                    np.asarray(copy.error_bounds)
+                    np.asarray(estimator.error_bounds)
                     < 3 * np.linalg.norm(np.asarray(rows, np.float64), axis=1) + 1e-25
                 ).all()
 
 
 def test_rows_that_are_not_finite_have_infinite_bounds(rng):
     rows = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32)
-    copy = hire.Quantized.fit(rows, 8)
+    estimator = hire.Quantized.fit(rows, 8)
     broken = rows.at[3, 0].set(jnp.inf).at[5, 1].set(jnp.nan)
-    bounds = np.asarray(copy.with_error_bounds(broken).error_bounds)
+    bounds = np.asarray(estimator.with_error_bounds(broken).error_bounds)
     assert (
         np.flatnonzero(~np.isfinite(bounds)).tolist() == [3, 5] and (bounds[[3, 5]] == np.inf).all()
     )
     x = jnp.asarray(rng.normal(size=(20, 8)), jnp.float32)
     assert not search(
-        x, broken, replace(copy, error_bounds=jnp.asarray(bounds), fingerprint=None), 2, 8
+        x, broken, replace(estimator, error_bounds=jnp.asarray(bounds), fingerprint=None), 2, 8
     ).proved.any()
 
 
-def test_a_copy_without_bounds_or_of_other_rows_proves_nothing(rng):
+def test_an_estimator_without_bounds_or_of_other_rows_proves_nothing(rng):
     rows = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32)
-    copy = hire.Quantized.fit(rows, 8)
+    estimator = hire.Quantized.fit(rows, 8)
     with pytest.raises(ValueError, match="Quantized"):
-        certified_top_k(rows[:2], rows, replace(copy, error_bounds=None), k=1, candidates=4)
+        certified_top_k(rows[:2], rows, replace(estimator, error_bounds=None), k=1, candidates=4)
     with pytest.raises(ValueError, match=r"\(64, 8\)"):
-        certified_top_k(rows[:2], rows + 1, copy, k=1, candidates=4)
+        certified_top_k(rows[:2], rows + 1, estimator, k=1, candidates=4)
 
 
 def test_memory_of_many_queries_is_that_of_a_few():
     rows, x = jnp.zeros((20_000, 64)), jnp.zeros((256, 64))
-    copy = hire.Quantized.fit(rows, 8)
-    prove = jax.jit(lambda x, rows, copy: certified_top_k(x, rows, copy, k=4, candidates=128))
+    estimator = hire.Quantized.fit(rows, 8)
+    prove = jax.jit(
+        lambda x, rows, estimator: certified_top_k(x, rows, estimator, k=4, candidates=128)
+    )
 
     def used(queries: int) -> int:
-        return prove.lower(x[:queries], rows, copy).compile().memory_analysis().temp_size_in_bytes
+        return (
+            prove.lower(x[:queries], rows, estimator).compile().memory_analysis().temp_size_in_bytes
+        )
 
     assert used(256) < 2 * used(32)
     assert used(256) < 4 * 16 * (4 * len(rows) + 2 * 4 * 128 * 64)
 
 
 def test_an_adversary_finds_no_wrong_proof():
-    """A few of the attacks of `make certify-adversary`, of which every one is drawn."""
+    """A few of the attacks of `make certify-adversary`, all with random queries."""
     output = adversary.attack_proofs(12 * adversary.QUERIES, seed=7, batch=1)
     assert output["all"]["wrong"] == 0 and output["all"].get("wrong_with_fallback", 0) == 0
     assert output["all"]["proved"] > 0.1 * output["all"]["queries"]

@@ -125,7 +125,7 @@ def write_gguf(
     file_type=True,
     vocabulary=(PIECES, SCORES, KINDS),
 ):
-    """A model as a GGUF with the writer of its own library; `metadata` are more keys, `tensors`
+    """A model as a GGUF with the writer of the gguf library; `metadata` are more keys, `tensors`
     more or other tensors.
     """
     writer = gguf.GGUFWriter(path, architecture)

@@ -42,18 +42,19 @@ def same(ours: hire.TopK, theirs: hire.TopK):
     assert ours.indices.tolist() == theirs.indices.tolist()
 
 
-def test_shares_by_hand():
+def test_counts_per_device_by_hand():
     with jax.set_mesh(mesh(4)):
         # 32 of 4 devices: 8 each, give or take sqrt(8 * 3/4) = 2.449
         assert [
-            RowSharding("chips", slack).per_device_count(32, 1000) for slack in (0, 1, 3, FULL)
+            RowSharding("chips", oversample_sigmas).per_device_count(32, 1000)
+            for oversample_sigmas in (0, 1, 3, FULL)
         ] == [8, 11, 16, 32]
         assert (
             RowSharding("chips", 3).per_device_count(1, 1000) == 1
             and RowSharding("chips", 3).per_device_count(32, 10) == 10
         )
-        dealt = RowSharding("chips", interleaved=True, num_rows=10)
-        assert np.array(dealt.shard_rows(jnp.arange(10) + 1)).tolist() == [
+        interleaved = RowSharding("chips", interleaved=True, num_rows=10)
+        assert np.array(interleaved.shard_rows(jnp.arange(10) + 1)).tolist() == [
             1,
             5,
             9,
@@ -67,8 +68,19 @@ def test_shares_by_hand():
             8,
             0,
         ]
-        assert dealt.storage_index(jnp.arange(10), 12).tolist() == [0, 3, 6, 9, 1, 4, 7, 10, 2, 5]
-        assert np.array(dealt.shard_rows(jnp.arange(16), 2)).tolist() == [
+        assert interleaved.storage_index(jnp.arange(10), 12).tolist() == [
+            0,
+            3,
+            6,
+            9,
+            1,
+            4,
+            7,
+            10,
+            2,
+            5,
+        ]
+        assert np.array(interleaved.shard_rows(jnp.arange(16), 2)).tolist() == [
             0,
             1,
             8,
@@ -90,21 +102,21 @@ def test_shares_by_hand():
 
 @settings(max_examples=5)
 @given(st.integers(8, 200), st.integers(1, 5), st.booleans(), st.data())
-def test_with_full_slack_the_answer_is_that_of_one_device(m, b, dealt, data):
+def test_with_full_slack_the_answer_is_that_of_one_device(m, b, interleaved, data):
     k = data.draw(st.integers(1, max(1, m // 4 - 3)))
     rng = np.random.default_rng(m)
     alone = softmax_of(rng, m, 8, k, m)  # all are candidates
     x = jnp.asarray(rng.normal(size=(b, 8)), jnp.float32)
     with jax.set_mesh(mesh(4)):
-        on_devices = alone.sharded(RowSharding("chips", FULL, dealt))
+        on_devices = alone.sharded(RowSharding("chips", FULL, interleaved))
         assert (
             len(on_devices.rows.sharding.device_set) == 4
             and on_devices.rows.shape[0] == -(-m // 4) * 4
         )
         same(on_devices(x), alone(x))
-        words, reference = on_devices.top_k_with_normalizer(x), alone.top_k_with_normalizer(x)
-        same(words.top, reference.top)
-        np.testing.assert_allclose(words.log_normalizer, reference.log_normalizer, rtol=1e-5)
+        result, reference = on_devices.top_k_with_normalizer(x), alone.top_k_with_normalizer(x)
+        same(result.top, reference.top)
+        np.testing.assert_allclose(result.log_normalizer, reference.log_normalizer, rtol=1e-5)
         some = jnp.asarray(rng.integers(0, m, (b, 3)), jnp.int32)
         np.testing.assert_allclose(
             on_devices.exact_logits(x, some), alone.exact_logits(x, some), rtol=1e-4, atol=1e-5
@@ -119,19 +131,19 @@ def test_a_device_of_padding_alone_leaves_the_normalizer_finite(m):
     x = jnp.asarray(rng.normal(size=(2, 8)), jnp.float32)
     logits = np.asarray(x, np.float64) @ np.asarray(alone.rows, np.float64).T
     with jax.set_mesh(mesh(4)):
-        words = alone.sharded(RowSharding("chips", FULL)).top_k_with_normalizer(x)
-    np.testing.assert_allclose(words.log_normalizer, np.log(np.exp(logits).sum(axis=1)), rtol=1e-5)
+        result = alone.sharded(RowSharding("chips", FULL)).top_k_with_normalizer(x)
+    np.testing.assert_allclose(result.log_normalizer, np.log(np.exp(logits).sum(axis=1)), rtol=1e-5)
     # All rows are candidates: nothing is estimated.
-    np.testing.assert_allclose(words.normalizer_stderr, 0.0, atol=1e-6)
+    np.testing.assert_allclose(result.normalizer_stderr, 0.0, atol=1e-6)
 
 
-def test_filling_is_never_picked():
-    rows = jnp.full((9, 2), -1.0)  # every real score is below the 0 of filling
+def test_padding_is_never_selected():
+    rows = jnp.full((9, 2), -1.0)  # every real score is below the 0 of padding
     alone = hire.HireSoftmax(rows, hire.Quantized.fit(rows, 8), k=1, candidates=9)
     x = jnp.ones((2, 2))
-    for dealt in (False, True):
+    for interleaved in (False, True):
         with jax.set_mesh(mesh(2)):
-            on_devices = alone.sharded(RowSharding("chips", FULL, dealt))
+            on_devices = alone.sharded(RowSharding("chips", FULL, interleaved))
             assert on_devices.rows.shape[0] == 10 and on_devices(x).values.tolist() == [[-2.0]] * 2
             assert (
                 on_devices(x).indices.max() < 9
@@ -142,15 +154,15 @@ def test_filling_is_never_picked():
             )
 
 
-def test_a_share_each_finds_what_a_fair_deal_expects():
+def test_recall_with_oversampling_is_the_expected_one():
     rng = np.random.default_rng(0)
     m, k, queries = 4096, 32, 400
     rows = jnp.asarray(rng.normal(size=(m, 32)), jnp.float32)
     x = jnp.asarray(rng.normal(size=(queries, 32)), jnp.float32)
     alone = hire.HireSoftmax(rows, hire.Quantized.fit(rows, 8), k=k, candidates=m // 2)
     with jax.set_mesh(mesh(4)):
-        for slack, sent in ((0, 8), (1, 11)):
-            axis = RowSharding("chips", slack)
+        for oversample_sigmas, sent in ((0, 8), (1, 11)):
+            axis = RowSharding("chips", oversample_sigmas)
             assert axis.per_device_count(k, m) == sent
             result = hire.recall(alone.sharded(axis)(x).indices, x @ rows.T, k)
             output = expected_recall(m, k, buckets=4, per_bucket=sent)
@@ -165,12 +177,12 @@ def compiled(layer, x) -> str:
     return jax.jit(lambda leaves, x: tree.unflatten(leaves)(x)).lower(leaves, x).compile().as_text()
 
 
-@pytest.mark.parametrize("slack", [0, 3, FULL])
-def test_what_travels_does_not_depend_on_the_vocabulary(rng, slack):
+@pytest.mark.parametrize("oversample_sigmas", [0, 3, FULL])
+def test_what_travels_does_not_depend_on_the_vocabulary(rng, oversample_sigmas):
     k, b, moved = 16, 3, set()
     for m in (1024, 4096):
         with jax.set_mesh(mesh(4)):
-            axis = RowSharding("chips", slack)
+            axis = RowSharding("chips", oversample_sigmas)
             on_devices = softmax_of(rng, m, 8, k, 64).sharded(axis)
             x = jnp.zeros((b, 8))
             moved.add(bytes_sent(compiled(on_devices, x)))
@@ -205,21 +217,22 @@ def test_a_layer_is_the_sum_of_its_shards(shape, common, gated, shared):
     up, down, gate = (
         jnp.asarray(rng.normal(size=(group * groups, 16)), jnp.float32) for _ in range(3)
     )
-    copy = hire.LowRank.fit((gate if gated else up)[group * common :], 8, bits=8)
+    estimator = hire.LowRank.fit((gate if gated else up)[group * common :], 8, bits=8)
     more = dict(
         gate=gate if gated else None, group_size=group, static_groups=common, share_selection=shared
     )
-    layer = HireFFN(up, down, copy, k=12, candidates=groups - common, **more)
+    layer = HireFFN(up, down, estimator, k=12, candidates=groups - common, **more)
     x = jnp.asarray(rng.normal(size=(3, 16)), jnp.float32)
     with jax.set_mesh(mesh(4)):
         on_devices = layer.sharded(RowSharding("chips", 0))
         shares = np.zeros((3, 16), np.float32)
         for chip in range(
             4
-        ):  # each keeps its own 3 best, common ones included, of every fourth group
-            own = np.arange(groups * group).reshape(-1, 4, group)[:, chip].reshape(-1)
+        ):  # each device keeps its 3 best groups of every fourth one, static groups included
+            owned = np.arange(groups * group).reshape(-1, 4, group)[:, chip].reshape(-1)
             parts = [
-                part if part is None else part[own] for part in (up, down, gate if gated else None)
+                part if part is None else part[owned]
+                for part in (up, down, gate if gated else None)
             ]
             first = common // 4
             exact = hire.Quantized.fit((parts[2] if gated else parts[0])[first * group :], 8)
@@ -255,7 +268,7 @@ def test_only_the_sum_of_a_layer_travels(rng):
         assert bytes_sent(compiled(layer.sharded("chips"), jnp.zeros((3, 16)))) == 3 * 16 * 4
 
 
-def test_a_model_writes_the_same_words_on_four_devices(rng):
+def test_a_model_generates_the_same_tokens_on_four_devices(rng):
     config = preset(
         "tiny",
         layers=1,
@@ -278,13 +291,13 @@ def test_a_model_writes_the_same_words_on_four_devices(rng):
         for ffn in (block.ffn for block in model.blocks)
     ]
     tokens = jnp.asarray(rng.integers(3, 510, (2, 5)), jnp.int32)
-    words = hire.generate(model, tokens, new_tokens=4)
+    result = hire.generate(model, tokens, new_tokens=4)
     with jax.set_mesh(mesh(4)):
         axis = RowSharding("chips", interleaved=True)
         on_devices = hire.convert(
             model, softmax=softmax.sharded(axis), ffn=[layer.sharded("chips") for layer in layers]
         )
-        assert hire.generate(on_devices, tokens, new_tokens=4).tolist() == words.tolist()
+        assert hire.generate(on_devices, tokens, new_tokens=4).tolist() == result.tolist()
         hidden = hidden_states(on_devices)(tokens)
         np.testing.assert_allclose(
             on_devices.logits(hidden),
@@ -294,7 +307,7 @@ def test_a_model_writes_the_same_words_on_four_devices(rng):
         )
 
 
-def test_a_model_takes_its_own_rows_alone(rng):
+def test_a_model_refuses_rows_of_another_model(rng):
     config = preset("tiny", layers=1, vocabulary=64)
     model, other = (Decoder(config, rngs=nnx.Rngs(seed)) for seed in (0, 1))
     softmax = hire.HireSoftmax(
@@ -303,12 +316,12 @@ def test_a_model_takes_its_own_rows_alone(rng):
     small = hire.Quantized.fit(model.embedding[...], 8)
     tokens = jnp.asarray(rng.integers(3, 64, (2, 5)), jnp.int32)
     with jax.set_mesh(mesh(4)):
-        dealt = RowSharding("chips", interleaved=True)
+        interleaved = RowSharding("chips", interleaved=True)
         with pytest.raises(ValueError, match="64"):
-            hire.convert(other, softmax=softmax.sharded(dealt))
-        # Quantized rows are dealt out; the embedding, which words are looked up in, stays as it is.
+            hire.convert(other, softmax=softmax.sharded(interleaved))
+        # Quantized rows are interleaved; the embedding, in which tokens are looked up, stays.
         searched = hire.convert(
-            model, softmax=hire.HireSoftmax(small, small, k=4, candidates=64).sharded(dealt)
+            model, softmax=hire.HireSoftmax(small, small, k=4, candidates=64).sharded(interleaved)
         )
         hidden = hidden_states(searched)(tokens)
         np.testing.assert_allclose(hidden, hidden_states(model)(tokens), rtol=1e-4, atol=1e-5)

@@ -38,23 +38,23 @@ def softmax(given):
 def layers():
     rng = np.random.default_rng(1)
     up, down = (jnp.asarray(rng.normal(size=(512, WIDTH)), jnp.float32) for _ in range(2))
-    copy = hire.LowRank.fit(up, 64, bits=8)
+    estimator = hire.LowRank.fit(up, 64, bits=8)
     how = dict(k=4, candidates=8)
     return {
-        "plain": hire.HireFFN(up, down, copy, **how),
-        "shared": hire.HireFFN(up, down, copy, **how, share_selection=True),
-        "gated": hire.HireFFN(up, down, copy, gate=up, **how),
+        "plain": hire.HireFFN(up, down, estimator, **how),
+        "shared": hire.HireFFN(up, down, estimator, **how, share_selection=True),
+        "gated": hire.HireFFN(up, down, estimator, gate=up, **how),
     }
 
 
 def test_pytrees_are_checked_when_users_build_them_and_never_by_jax(softmax, given):
-    rows, x, copy, _ = given
+    rows, x, estimator, _ = given
     expected = softmax(x)
     shapes = jax.eval_shape(lambda: softmax)
     assert shapes.rows.shape == (ROWS, WIDTH) and shapes.k == K
-    two = jax.tree.map(lambda *parts: jnp.stack(parts), copy, copy)
-    scores = jax.vmap(lambda copy: copy.scores(x))(two)
-    np.testing.assert_allclose(scores[1], copy.scores(x), rtol=1e-5, atol=1e-4)
+    two = jax.tree.map(lambda *parts: jnp.stack(parts), estimator, estimator)
+    scores = jax.vmap(lambda estimator: estimator.scores(x))(two)
+    np.testing.assert_allclose(scores[1], estimator.scores(x), rtol=1e-5, atol=1e-4)
     again = jax.tree.map(lambda part: part, softmax)
     np.testing.assert_array_equal(again(x).indices, expected.indices)
     with pytest.raises(ValueError, match="9001"):
@@ -72,15 +72,17 @@ def test_mapping_over_a_softmax_reads_no_rows(softmax, monkeypatch):
 
 
 def test_a_softmax_may_be_built_and_changed_inside_a_trace(softmax, given):
-    rows, x, _, copy = given
+    rows, x, _, estimator = given
     expected = softmax(x)
     ways = {
-        "traced rows": jax.jit(lambda rows, x: hire.HireSoftmax(rows, copy, K, CANDIDATES)(x))(
+        "traced rows": jax.jit(lambda rows, x: hire.HireSoftmax(rows, estimator, K, CANDIDATES)(x))(
             rows, x
         ),
-        "rows of the program": jax.jit(lambda x: hire.HireSoftmax(rows, copy, K, CANDIDATES)(x))(x),
+        "rows of the program": jax.jit(
+            lambda x: hire.HireSoftmax(rows, estimator, K, CANDIDATES)(x)
+        )(x),
         "rows of numpy": jax.jit(
-            lambda x: hire.HireSoftmax(np.asarray(rows), copy, K, CANDIDATES)(x)
+            lambda x: hire.HireSoftmax(np.asarray(rows), estimator, K, CANDIDATES)(x)
         )(x),
         "changed": jax.jit(lambda softmax, x: dataclasses.replace(softmax, k=K)(x))(softmax, x),
         "changed outside": jax.jit(lambda x: dataclasses.replace(softmax, k=K)(x))(x),
@@ -91,10 +93,10 @@ def test_a_softmax_may_be_built_and_changed_inside_a_trace(softmax, given):
     with pytest.raises(
         ValueError, match="9000"
     ):  # rows that the program has as constants are known while it is traced
-        jax.jit(lambda x: hire.HireSoftmax(others, copy, K, CANDIDATES)(x))(x)
+        jax.jit(lambda x: hire.HireSoftmax(others, estimator, K, CANDIDATES)(x))(x)
 
 
-def test_gradients_of_values_are_the_rows_that_were_found(softmax, given):
+def test_gradients_of_values_are_the_selected_rows(softmax, given):
     rows, x, _, quantized = given
     in_blocks = hire.HireSoftmax(blocks(rows), quantized, K, CANDIDATES)
     for search in (
@@ -164,18 +166,18 @@ def test_an_empty_batch_gives_empty_answers(softmax, layers, given):
 
 
 def test_counts_of_numpy_are_counts(unchecked, softmax, given):
-    rows, x, copy, quantized = given
+    rows, x, estimator, quantized = given
     result = hire.HireSoftmax(rows, quantized, np.int64(K), np.int32(CANDIDATES))
     assert (type(result.k), type(result.candidates)) == (int, int)
     np.testing.assert_array_equal(result(x).indices, softmax(x).indices)
-    assert hire.Cascade((copy, quantized), (np.int64(200),)).stage_sizes == (200,)
+    assert hire.Cascade((estimator, quantized), (np.int64(200),)).stage_sizes == (200,)
     for bad in (True, 4.0, "4", np.float32(4)):
         with pytest.raises(ValueError, match=str(bad)):
-            hire.HireSoftmax(rows, copy, bad, CANDIDATES)
+            hire.HireSoftmax(rows, estimator, bad, CANDIDATES)
 
 
 def test_with_64_bits(softmax, layers, given):
-    rows, x, copy, _ = given
+    rows, x, estimator, _ = given
     expected = softmax(x)
     outputs = {name: layer(x) for name, layer in layers.items()}
     with with_64_bits():
@@ -199,7 +201,9 @@ def test_with_64_bits(softmax, layers, given):
             queries, wide, quantized, k=K, candidates=CANDIDATES, dense_fallback=True
         )
         np.testing.assert_array_equal(proof.top.indices, expected.indices)
-        assert hire.HireSoftmax(blocks(rows), copy, K, CANDIDATES)(x).indices.dtype == jnp.int32
+        assert (
+            hire.HireSoftmax(blocks(rows), estimator, K, CANDIDATES)(x).indices.dtype == jnp.int32
+        )
         for name, layer in layers.items():
             np.testing.assert_allclose(layer(x), outputs[name], rtol=1e-4, atol=1e-3)
         assert hire.sample(result, jax.random.key(0), temperature=0.5, top_p=0.9).shape == (3,)
@@ -254,12 +258,12 @@ def test_queries_and_rows_meet_in_their_common_type(unchecked):
 def test_projected_queries_keep_their_precision():
     rng = np.random.default_rng(2)
     rows = jnp.asarray(rng.normal(size=(50, 8)), jnp.bfloat16)
-    copy = hire.LowRank.fit(rows, 8)
+    estimator = hire.LowRank.fit(rows, 8)
     x = rng.normal(size=(20, 8)).astype(np.float32)
-    exact = (x.astype(np.float64) @ np.asarray(copy.projection, np.float64).T) @ np.asarray(
-        copy.factors, np.float64
+    exact = (x.astype(np.float64) @ np.asarray(estimator.projection, np.float64).T) @ np.asarray(
+        estimator.factors, np.float64
     ).T
-    np.testing.assert_allclose(copy.scores(jnp.asarray(x)), exact, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(estimator.scores(jnp.asarray(x)), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_the_same_rows_in_another_precision_and_no_others():
@@ -301,8 +305,8 @@ def test_what_is_kept_of_an_array_goes_with_it():
     assert not same_rows(first, cached_fingerprint(changing))
 
 
-def test_values_that_are_not_finite_are_refused_where_copies_are_fitted(given):
-    rows, x, copy, quantized = given
+def test_values_that_are_not_finite_are_refused_by_fits(given):
+    rows, x, estimator, quantized = given
     states = np.random.default_rng(4).normal(size=(200, WIDTH)).astype(np.float32)
     for bad in (np.nan, np.inf, -np.inf):
         broken = rows.at[17, 3].set(bad)
@@ -317,15 +321,15 @@ def test_values_that_are_not_finite_are_refused_where_copies_are_fitted(given):
         asked = states.copy()
         asked[17, 3] = bad
         with pytest.raises(ValueError, match="row 17"):
-            hire.choose_candidates(rows, copy, asked, k=K, recall=0.5)
+            hire.choose_candidates(rows, estimator, asked, k=K, recall=0.5)
         with pytest.raises(ValueError, match="'LR'"):
             hire.tune(
                 rows,
-                {"LR": copy, "Q": quantized},
+                {"LR": estimator, "Q": quantized},
                 states,
                 k=K,
                 recall=0.5,
-                cost=lambda copy, _: bad if copy is not quantized else 1,
+                cost=lambda estimator, _: bad if estimator is not quantized else 1,
             )
 
 
@@ -345,14 +349,14 @@ def test_recall_counts_an_index_once_and_none_that_is_no_row():
     assert hire.recall(jnp.asarray([[0, 3]]), scores, 2).tolist() == [1.0]
 
 
-def test_a_call_and_its_words_are_one_search(given):
+def test_a_call_and_the_normalizer_use_one_search(given):
     """Also of a cascade, whose first estimator drops rows that its scores of all rows would
     nominate.
     """
-    rows, x, copy, quantized = given
+    rows, x, low_rank, quantized = given
     states = jnp.asarray(np.random.default_rng(5).normal(size=(64, WIDTH)), jnp.float32)
     for estimator in (
-        copy,
+        low_rank,
         quantized,
         hire.Cascade((hire.LowRank.fit(rows, 16, bits=4), quantized), (300,)),
     ):
@@ -362,13 +366,13 @@ def test_a_call_and_its_words_are_one_search(given):
         )
 
 
-def test_a_cascade_of_copies_of_other_rows_is_refused(given):
-    rows, _, copy, _ = given
+def test_a_cascade_with_estimators_of_other_rows_is_refused(given):
+    rows, _, estimator, _ = given
     with pytest.raises(ValueError, match="9000"):
-        hire.Cascade((copy, hire.Quantized.fit(rows + 1, 8)), (200,))
+        hire.Cascade((estimator, hire.Quantized.fit(rows + 1, 8)), (200,))
 
 
-def test_a_head_that_is_stored_turned_over_is_refused_before_anything_is_built(unchecked):
+def test_a_transposed_head_is_refused_before_anything_is_built(unchecked):
     with pytest.raises(ValueError, match=r"\(576, 49152\).*rows\.T"):
         hire.LowRank.fit(jnp.zeros((576, 49152), jnp.bfloat16), 64)
     with pytest.raises(ValueError, match=r"\(128, 400\).*rows\.T"):
@@ -379,8 +383,8 @@ def test_a_head_that_is_stored_turned_over_is_refused_before_anything_is_built(u
 
 
 def test_rows_of_numpy_are_sent_to_the_device_once(given):
-    rows, x, copy, _ = given
-    softmax = hire.HireSoftmax(np.asarray(rows), copy, K, CANDIDATES)
+    rows, x, estimator, _ = given
+    softmax = hire.HireSoftmax(np.asarray(rows), estimator, K, CANDIDATES)
     assert isinstance(softmax.rows, jax.Array)
     up = np.asarray(rows[:512])
     layer = hire.HireFFN(up, up, hire.Quantized.fit(up, 8), k=2, candidates=4)
@@ -410,10 +414,10 @@ def test_rows_of_any_scale_are_fitted():
     rows, x = rng.normal(size=(200, 16)), rng.normal(size=(5, 16)).astype(np.float32)
     for scale in (1e-33, 1e-20, 1.0, 1e20, 1e36):
         scaled = jnp.asarray(rows * scale, jnp.float32)
-        for copy in (
+        for estimator in (
             hire.LowRank.fit(scaled, 16),
             hire.LowRank.fit(scaled, 16, bits=8),
             hire.Quantized.fit(scaled, 8),
         ):
-            result = np.asarray(copy.scores(jnp.asarray(x)), np.float64) / scale
+            result = np.asarray(estimator.scores(jnp.asarray(x)), np.float64) / scale
             np.testing.assert_allclose(result, x @ rows.T, atol=0.2)

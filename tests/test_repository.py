@@ -1,4 +1,4 @@
-"""What a stranger relies on: the README's code, generated pages, notebooks' form, imports,
+"""What a new user relies on: the README's code, generated pages, the notebooks' cells, imports,
 environments.
 """
 
@@ -66,9 +66,9 @@ def test_the_examples_of_contributing_run(rng, tmp_path, monkeypatch):
         queries=rng.normal(size=(20, 24)).astype(np.float32),
     )
     exec(estimator, given)
-    copy = given["FirstColumns"].fit(given["rows"], 16)
-    assert isinstance(copy, hire.Estimator)
-    top = hire.HireSoftmax(given["rows"], copy, k=8, candidates=400)(given["queries"])
+    first_columns = given["FirstColumns"].fit(given["rows"], 16)
+    assert isinstance(first_columns, hire.Estimator)
+    top = hire.HireSoftmax(given["rows"], first_columns, k=8, candidates=400)(given["queries"])
     assert 0.9 < float(hire.recall(top.indices, given["queries"] @ given["rows"].T, 8).mean()) <= 1
     monkeypatch.setattr(study, "OUT", tmp_path)
     monkeypatch.setattr(study, "figure_entry", lambda number: dict(name=f"{number}_mine"))

@@ -1,4 +1,4 @@
-"""Sampling from the best words, by hand, and the normaliser that stands for all the others."""
+"""Sampling from the top tokens, by hand, and the normalizer that estimates all others."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from hire.layers.softmax import logsumexp_correction
 
 
 def top_of(*probabilities):
-    """A top-k whose softmax has these probabilities, over words 10, 11, …"""
+    """A top-k whose softmax has these probabilities, over tokens 10, 11, …"""
     values = jnp.log(jnp.asarray([probabilities], jnp.float32)) + 3.0
     return hire.TopK(values, 10 + jnp.arange(len(probabilities), dtype=jnp.int32)[None])
 
@@ -34,11 +34,11 @@ def test_probabilities_by_hand(settings, expected):
     np.testing.assert_allclose(result[0], expected, atol=1e-6)
 
 
-def test_words_are_drawn_as_often_as_their_probability_says():
+def test_tokens_are_drawn_as_often_as_their_probability_says():
     top = jax.tree.map(lambda part: jnp.repeat(part, 20000, 0), top_of(0.5, 0.3, 0.2))
-    words = np.asarray(hire.sample(top, jax.random.key(0)))
+    result = np.asarray(hire.sample(top, jax.random.key(0)))
     np.testing.assert_allclose(
-        [np.mean(words == word) for word in (10, 11, 12)], [0.5, 0.3, 0.2], atol=0.015
+        [np.mean(result == token) for token in (10, 11, 12)], [0.5, 0.3, 0.2], atol=0.015
     )
     assert set(np.asarray(hire.sample(top, jax.random.key(0), temperature=0.0)).tolist()) == {10}
 
@@ -61,8 +61,8 @@ def test_settings_that_draw_nothing_are_refused(settings, message):
         hire.sample(top_of(0.5, 0.3, 0.2), jax.random.key(0), **settings)
 
 
-def test_top_p_of_one_drops_no_word():
-    """Also where the sum of better words rounds to 1 in float32."""
+def test_top_p_of_one_drops_no_token():
+    """Also where the sum of the better tokens rounds to 1 in float32."""
     values = jnp.concatenate([jnp.zeros(1), jnp.full(100, -18.0)])[None]
     result = hire.sampling_probabilities(hire.TopK(values, jnp.arange(101, dtype=jnp.int32)[None]))
     assert int((result > 0).sum()) == 101
@@ -97,7 +97,7 @@ def test_settings_may_be_traced_or_each_query_its_own():
 
 
 def test_total_variation_by_hand():
-    # Words 10 and 12 are shared with 0.5 against 0.6 and 0.2 against 0.4; 11 is only in one.
+    # Tokens 10 and 12 are in both, with 0.5 against 0.6 and 0.2 against 0.4; 11 is only in one.
     one, other = (
         top_of(0.5, 0.3, 0.2),
         hire.TopK(jnp.log(jnp.asarray([[0.6, 0.4]])), jnp.asarray([[10, 12]])),
@@ -108,7 +108,7 @@ def test_total_variation_by_hand():
 
 @pytest.fixture
 def wide(rng):
-    """A softmax whose logits spread as a model's do, over an estimator that errs, and queries."""
+    """A softmax whose logits vary as a model's do, with an estimator that errs, and queries."""
     rows = jnp.asarray(rng.normal(size=(8000, 24)) * np.linspace(0.9, 0.3, 24), jnp.float32)
     softmax = hire.HireSoftmax(rows, hire.LowRank.fit(rows, 14, bits=8), k=8, candidates=400)
     return softmax, jnp.asarray(rng.normal(size=(300, 24)), jnp.float32)
@@ -118,19 +118,19 @@ def test_the_normaliser_is_corrected_and_its_error_is_what_it_says(wide):
     softmax, queries = wide
     true = np.asarray(jax.nn.logsumexp(queries @ softmax.rows.T, axis=1))
     estimated = np.asarray(jax.nn.logsumexp(softmax.estimator.scores(queries), axis=1))
-    words = softmax.top_k_with_normalizer(queries)
-    off, error = np.asarray(words.log_normalizer) - true, np.asarray(words.normalizer_stderr)
+    result = softmax.top_k_with_normalizer(queries)
+    off, error = np.asarray(result.log_normalizer) - true, np.asarray(result.normalizer_stderr)
     assert abs(np.mean(estimated - true)) > 0.1  # what the estimator alone would say
     assert abs(off.mean()) < 0.02 and np.sqrt(np.mean(off**2)) < 0.1
     assert (
         0.5 < np.sqrt(np.mean(off**2) / np.mean(error**2)) < 2
         and np.mean(np.abs(off) < 2 * error) > 0.85
     )
-    assert (words.top.indices == softmax(queries).indices).all()
+    assert (result.top.indices == softmax(queries).indices).all()
 
 
 def test_a_ratio_by_hand():
-    # exp(guessed) is 1 and 3, exp(exact) 2 and 3: 5/4 in all; the rows' own ratios 2 and 1,
+    # exp(guessed) is 1 and 3, exp(exact) 2 and 3: 5/4 in all; by row the ratios are 2 and 1,
     # weighted 1/4 and 3/4.
     ratio, error = logsumexp_correction(
         jnp.log(jnp.asarray([[2.0, 3.0]])), jnp.log(jnp.asarray([[1.0, 3.0]]))

@@ -33,9 +33,9 @@ def test_search_is_the_exact_top_k_of_its_candidates(m, d, b, seed, half):
     rows = rows.astype(jnp.bfloat16) if half else rows
     k = int(rng.integers(1, min(m, 60) + 1))
     candidates = int(rng.integers(k, m + 1))
-    copy = hire.LowRank.fit(rows, max(1, min(m, d) // 2))
-    top = hire.high_recall_top_k(queries, rows, copy, k=k, candidates=candidates)
-    chosen = np.asarray(nominate_from_scores(copy.scores(queries), candidates))
+    estimator = hire.LowRank.fit(rows, max(1, min(m, d) // 2))
+    top = hire.high_recall_top_k(queries, rows, estimator, k=k, candidates=candidates)
+    chosen = np.asarray(nominate_from_scores(estimator.scores(queries), candidates))
     exact = np.asarray(queries.astype(rows.dtype), np.float32) @ np.asarray(rows, np.float32).T
     for q in range(b):
         assert len(set(chosen[q].tolist())) == candidates
@@ -70,16 +70,16 @@ def test_every_row_a_candidate_is_the_exact_top_k(rng):
 @pytest.mark.parametrize("b", [1, 5])
 def test_rows_in_int8_are_searched_as_the_floats_that_they_stand_for(rng, b):
     rows, queries = problem(rng, n=b)
-    copy, small = hire.LowRank.fit(rows, 12, bits=8), hire.Quantized.fit(rows, 8)
+    estimator, small = hire.LowRank.fit(rows, 12, bits=8), hire.Quantized.fit(rows, 8)
     softmax = hire.HireSoftmax(
-        small, copy, k=4, candidates=300
-    )  # a copy of the rows before they were rounded
+        small, estimator, k=4, candidates=300
+    )  # an estimator of the rows before they were rounded
     floats = np.asarray(small.codes, np.float32) * np.asarray(small.scale)[:, None]
     expected = hire.HireSoftmax(floats, hire.LowRank.fit(floats, 12, bits=8), k=4, candidates=300)
     np.testing.assert_allclose(softmax(queries).values, expected(queries).values, rtol=1e-4)
-    assert softmax.bytes_read() == copy.nbytes + 300 * (16 + 4)
+    assert softmax.bytes_read() == estimator.nbytes + 300 * (16 + 4)
     with pytest.raises(ValueError, match="estimator of other rows"):
-        hire.HireSoftmax(hire.Quantized.fit(rows + 1, 8), copy, k=4, candidates=300)
+        hire.HireSoftmax(hire.Quantized.fit(rows + 1, 8), estimator, k=4, candidates=300)
 
 
 def test_softmax_is_a_pytree_that_holds_the_rows_once(unchecked, rng):
@@ -123,11 +123,11 @@ def test_queries_of_another_width_are_refused(unchecked, rng):
 
 def test_candidates_needed_is_the_recall_of_the_search_at_every_depth(rng):
     rows, queries = problem(rng, m=1000)  # up to k' = 15 candidates come from buckets
-    copy = hire.LowRank.fit(rows, 6)
+    estimator = hire.LowRank.fit(rows, 6)
     best = true_top_k(rows, np.asarray(queries), 5)
-    needed = candidates_needed(copy, queries, best.indices)
+    needed = candidates_needed(estimator, queries, best.indices)
     for candidates in (5, 10, 15, 16, 40, 300, 1000):
-        chosen = nominate_from_scores(copy.scores(queries), candidates)
+        chosen = nominate_from_scores(estimator.scores(queries), candidates)
         recall, counted = (
             np.asarray(hire.recall(chosen, queries @ rows.T, 5)),
             np.mean(needed <= candidates, axis=1),
@@ -139,9 +139,9 @@ def test_candidates_needed_is_the_recall_of_the_search_at_every_depth(rng):
 
 def test_choice_is_the_smallest_that_reaches_its_bound(rng):
     rows, queries = problem(rng, n=500)
-    copy, documents = hire.LowRank.fit(rows, 12), np.arange(500) // 5
-    choice = hire.choose_candidates(rows, copy, queries, k=5, recall=0.9, documents=documents)
-    needed = candidates_needed(copy, queries, true_top_k(rows, queries, 5).indices)
+    estimator, documents = hire.LowRank.fit(rows, 12), np.arange(500) // 5
+    choice = hire.choose_candidates(rows, estimator, queries, k=5, recall=0.9, documents=documents)
+    needed = candidates_needed(estimator, queries, true_top_k(rows, queries, 5).indices)
 
     def recall_by_document(candidates):
         return np.mean(needed <= candidates, axis=1).reshape(100, 5).mean(1)
@@ -156,32 +156,32 @@ def test_choice_is_the_smallest_that_reaches_its_bound(rng):
     assert (choice.queries, choice.documents) == (500, 100)
 
 
-def test_tuning_takes_the_cheapest_of_those_that_promise(rng):
+def test_tuning_takes_the_cheapest_that_meets_the_target(rng):
     rows, queries = problem(rng, n=500)
-    copies = {
+    estimators = {
         "LR": hire.LowRank.fit(rows, 12),
         "Q8": hire.Quantized.fit(rows, 8),
         "Q4": hire.Quantized.fit(rows, 4),
     }
-    tuned = hire.tune(rows, copies, queries, k=5, recall=0.9)
+    tuned = hire.tune(rows, estimators, queries, k=5, recall=0.9)
     costs = {
-        name: copies[name].bytes_read(1) + 4 * 16 * choice.candidates
+        name: estimators[name].bytes_read(1) + 4 * 16 * choice.candidates
         for name, (choice, _) in tuned.choices.items()
     }
     assert {name: cost for name, (_, cost) in tuned.choices.items()} == costs
     assert (
         tuned.name == min(costs, key=lambda name: costs[name])
-        and tuned.estimator is copies[tuned.name]
+        and tuned.estimator is estimators[tuned.name]
     )
-    alone = hire.choose_candidates(rows, copies["LR"], queries, k=5, recall=0.9)
+    alone = hire.choose_candidates(rows, estimators["LR"], queries, k=5, recall=0.9)
     assert tuned.choices["LR"][0].candidates >= alone.candidates  # three bounds must hold together
     dearest = hire.tune(
         rows,
-        copies,
+        estimators,
         queries,
         k=5,
         recall=0.9,
-        cost=lambda copy, candidates: -copy.bytes_read(candidates),
+        cost=lambda estimator, candidates: -estimator.bytes_read(candidates),
     )
     assert dearest.name == "LR"
 
@@ -258,7 +258,7 @@ def test_a_cascade_is_its_stages_one_after_the_other(seed, sizes):
     expected = np.take_along_axis(kept, np.argsort(-exact, 1)[:, :4], 1)
     np.testing.assert_array_equal(np.sort(result.indices, 1), np.sort(expected, 1))
     assert isinstance(cascade, hire.Estimator)
-    scores = np.asarray(cascade.scores(queries))  # of what the second saw its own
+    scores = np.asarray(cascade.scores(queries))  # the second keeps its scores
     np.testing.assert_allclose(np.take_along_axis(scores, chosen, 1), guessed, rtol=1e-5, atol=1e-5)
     assert hire.HireSoftmax(rows, cascade, 4, last)(queries).indices.shape == (4, 4)
 
@@ -278,7 +278,7 @@ def test_bytes_of_a_cascade_by_hand(rng):
         hire.Cascade((cascade, hire.Quantized.fit(rows[:500], 8)), (100,))
 
 
-def test_what_a_cascade_promises_is_what_its_search_finds(rng):
+def test_the_chosen_candidates_give_a_cascade_its_target_recall(rng):
     """Also where its first estimator drops true rows, whose first scores, if they counted, would
     put them among the best.
     """
@@ -305,13 +305,13 @@ def test_a_cascade_corrects_what_its_first_estimates_lack_in_a_sum(rng):
     first = hire.LowRank.fit(rows, 8)
     exact = np.log(np.exp(np.asarray(queries @ rows.T, np.float64)).sum(1))
     off = {}
-    for name, copy, candidates in (
+    for name, estimator, candidates in (
         ("one", first, 8),
         ("cascade", hire.Cascade((first, hire.Quantized.fit(rows, 8)), (120,)), 8),
     ):
         off[name] = np.abs(
             np.asarray(
-                hire.HireSoftmax(rows, copy, 5, candidates)
+                hire.HireSoftmax(rows, estimator, 5, candidates)
                 .top_k_with_normalizer(queries)
                 .log_normalizer
             )
@@ -325,17 +325,22 @@ def test_a_cascade_corrects_what_its_first_estimates_lack_in_a_sum(rng):
     )
 
 
-def test_rows_that_a_copy_tells_worst_are_told_exactly(rng):
+def test_rows_with_the_largest_errors_are_scored_exactly(rng):
     rows, queries = problem(rng, m=300)
-    rows = rows.at[jnp.asarray([7, 100])].mul(20.0)  # whose scores a copy in 4 bits errs most in
-    copy = hire.Quantized.fit(rows, 4)
-    kept = ExactRowsEstimator.fit(rows, copy, 2, calibration=queries)
+    rows = rows.at[jnp.asarray([7, 100])].mul(20.0)  # a 4-bit estimator errs most in their scores
+    estimator = hire.Quantized.fit(rows, 4)
+    kept = ExactRowsEstimator.fit(rows, estimator, 2, calibration=queries)
     assert kept.exact_indices.tolist() == [7, 100]
-    assert kept.nbytes - copy.nbytes == kept.bytes_read(5) - copy.bytes_read(5) == 2 * (16 * 4 + 4)
+    assert (
+        kept.nbytes - estimator.nbytes
+        == kept.bytes_read(5) - estimator.bytes_read(5)
+        == 2 * (16 * 4 + 4)
+    )
     exact, output = np.asarray(queries @ rows.T), np.asarray(kept.scores(queries))
     np.testing.assert_allclose(output[:, [7, 100]], exact[:, [7, 100]], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(
-        np.delete(output, [7, 100], 1), np.delete(np.asarray(copy.scores(queries)), [7, 100], 1)
+        np.delete(output, [7, 100], 1),
+        np.delete(np.asarray(estimator.scores(queries)), [7, 100], 1),
     )
     some = jnp.asarray(rng.integers(0, 300, (len(queries), 5)).astype(np.int32)).at[:, 0].set(100)
     np.testing.assert_allclose(
@@ -345,13 +350,15 @@ def test_rows_that_a_copy_tells_worst_are_told_exactly(rng):
         atol=1e-4,
     )
     assert isinstance(kept, hire.Estimator)
-    batched = ExactRowsEstimator.fit(rows, copy, 2, calibration=iter([queries[:30], queries[30:]]))
+    batched = ExactRowsEstimator.fit(
+        rows, estimator, 2, calibration=iter([queries[:30], queries[30:]])
+    )
     assert batched.exact_indices.tolist() == [7, 100]
     top = hire.HireSoftmax(rows, kept, 4, 60)(queries)
     assert (top.indices[:, :1] == jnp.argmax(queries @ rows.T, axis=1)[:, None]).mean() > 0.9
     with pytest.raises(ValueError, match=r"count = 301: expected a whole number from 1 to 300"):
-        ExactRowsEstimator.fit(rows, copy, 301, calibration=queries)
+        ExactRowsEstimator.fit(rows, estimator, 301, calibration=queries)
     with pytest.raises(ValueError, match="calibration has 0 queries"):
-        ExactRowsEstimator.fit(rows, copy, 1, calibration=queries[:0])
+        ExactRowsEstimator.fit(rows, estimator, 1, calibration=queries[:0])
     with pytest.raises(ValueError, match="estimator of other rows"):
-        ExactRowsEstimator.fit(rows + 1, copy, 1, calibration=queries)
+        ExactRowsEstimator.fit(rows + 1, estimator, 1, calibration=queries)

@@ -67,8 +67,8 @@ class Estimator(Protocol):
     ) -> Indices:
         """Nominate the rows with the best estimated scores.
 
-        A small number of candidates comes from the best `per_bucket` rows of each bucket, see
-        `hire.ops.nomination`.
+        Only the estimator is read, never the exact rows. A small number of candidates comes from
+        the best `per_bucket` rows of each bucket, see `hire.ops.nomination`.
 
         Args:
             x: Queries `(b, d)`.

@@ -166,9 +166,9 @@ def run(chosen: argparse.Namespace) -> int:
 
         train_variant(chosen.variant)
     elif chosen.command == "bench-against":
-        from hire.lab.timing.versions import compare_versions
+        from hire.lab.timing.commits import compare_commits
 
-        compare_versions(chosen.commit)
+        compare_commits(chosen.commit)
     elif chosen.command == "budget":
         from hire.lab.report.budgets import timed
 

@@ -1,6 +1,4 @@
-"""The small copies of the rows: what they store, how near their scores come, and what fitting is
-for.
-"""
+"""Estimators: what they store, how near their scores are, and what fitting improves."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,7 @@ from hire.ops.row_products import blocked_scores, row_scores, weighted_row_sum
 
 
 def correlated(rng, m=400, d=24, n=500):
-    """Rows and queries that lie mostly along a few directions, and not the same ones."""
+    """Rows and queries that each vary mostly along a few directions, but not the same ones."""
     rows = rng.normal(size=(m, d)) * np.geomspace(1, 0.1, d)
     queries = rng.normal(size=(n, d)) * np.geomspace(0.05, 3, d)
     return jnp.asarray(rows, jnp.float32), jnp.asarray(queries, jnp.float32)
@@ -40,7 +38,7 @@ def test_quantized_by_hand():
     st.sampled_from([1, 2, 16, 17]),
     st.sampled_from([None, 4, 8]),
 )
-def test_every_form_of_the_scores_is_the_product(m, d, b, bits):
+def test_every_method_of_scores_is_the_product(m, d, b, bits):
     """In pieces or, where none fits (307), at once, of floats and of codes."""
     rng = np.random.default_rng(m + b)
     rows, x = (jnp.asarray(rng.normal(size=(n, d)), jnp.float32) for n in (m, b))
@@ -50,11 +48,14 @@ def test_every_form_of_the_scores_is_the_product(m, d, b, bits):
             np.asarray(x) @ np.asarray(rows).T,
         )
     else:
-        copy = hire.Quantized.fit(rows, bits)
-        result = [copy.scores(x)]
+        estimator = hire.Quantized.fit(rows, bits)
+        result = [estimator.scores(x)]
         expected = (
             np.asarray(x)
-            @ (np.asarray(unpack_codes(copy.codes, bits, d)) * np.asarray(copy.scale)[:, None]).T
+            @ (
+                np.asarray(unpack_codes(estimator.codes, bits, d))
+                * np.asarray(estimator.scale)[:, None]
+            ).T
         )
     for scores in result:
         np.testing.assert_allclose(scores, expected, atol=1e-4)
@@ -93,23 +94,26 @@ def test_bytes_by_hand():
 def test_quantized_errs_no_more_than_rounding(m, d, bits, seed):
     rng = np.random.default_rng(seed)
     rows = jnp.asarray(rng.normal(size=(m, d)) * np.exp(rng.normal(size=(m, 1))), jnp.float32)
-    copy = hire.Quantized.fit(rows, bits)
-    restored = unpack_codes(copy.codes, bits, d) * copy.scale[:, None]
+    estimator = hire.Quantized.fit(rows, bits)
+    restored = unpack_codes(estimator.codes, bits, d) * estimator.scale[:, None]
     if bits == 8:
-        assert np.all(np.abs(restored - rows) <= 0.5001 * copy.scale[:, None])
+        assert np.all(np.abs(restored - rows) <= 0.5001 * estimator.scale[:, None])
     else:  # its steps may end below the largest entry, where the others gain by it
         step = np.maximum(np.abs(rows).max(1, keepdims=True), 1e-30) / 7
         assert np.all(
             np.sum((restored - rows) ** 2, 1)
             <= 1.001 * np.sum((np.round(rows / step) * step - rows) ** 2, 1) + 1e-12
         )
-    assert copy.shape == (m, d)
+    assert estimator.shape == (m, d)
     for x in (
         rng.normal(size=(2, 1, d)),
         rng.normal(size=(1, 7, d)),
     ):  # one query and several take different ways
         np.testing.assert_allclose(
-            copy.scores(jnp.asarray(x[0], jnp.float32)), x[0] @ restored.T, rtol=1e-4, atol=1e-4
+            estimator.scores(jnp.asarray(x[0], jnp.float32)),
+            x[0] @ restored.T,
+            rtol=1e-4,
+            atol=1e-4,
         )
 
 
@@ -133,16 +137,18 @@ def test_scores_at_are_the_scores_of_those_rows(rng, make, dtype):
     rows, queries = correlated(rng)
     rows = rows.astype(dtype)
     bits = int(make[-1]) if make[-1].isdigit() else None
-    copy = (
+    estimator = (
         hire.Quantized.fit(rows, bits) if make[0] == "Q" else hire.LowRank.fit(rows, 8, bits=bits)
     )
     indices = jnp.asarray(rng.integers(0, len(rows), (5, 7)))
-    whole = jax.jit(lambda copy, x: copy.scores(x))(copy, queries[:5])
-    some = jax.jit(lambda copy, x, i: copy.scores_at(x, i))(copy, queries[:5], indices)
+    whole = jax.jit(lambda estimator, x: estimator.scores(x))(estimator, queries[:5])
+    some = jax.jit(lambda estimator, x, i: estimator.scores_at(x, i))(
+        estimator, queries[:5], indices
+    )
     np.testing.assert_allclose(
         some, np.take_along_axis(np.asarray(whole), indices, 1), rtol=1e-3, atol=1e-3
     )
-    assert isinstance(copy, hire.Estimator)
+    assert isinstance(estimator, hire.Estimator)
 
 
 def test_plain_low_rank_is_the_svd(rng):
@@ -163,8 +169,8 @@ def test_fitting_lowers_the_error_of_scores_and_is_the_best_of_its_rank(rng):
     rows, queries = correlated(rng)
     exact = np.asarray(queries @ rows.T, np.float64)
 
-    def error(copy):
-        return float(np.mean((np.asarray(copy.scores(queries)) - exact) ** 2))
+    def error(estimator):
+        return float(np.mean((np.asarray(estimator.scores(queries)) - exact) ** 2))
 
     fitted = error(hire.LowRank.fit(rows, 6, calibration=queries, ridge=1e-9))
     assert fitted < 0.5 * error(hire.LowRank.fit(rows, 6))
@@ -180,9 +186,9 @@ def test_a_row_with_a_large_entry_keeps_the_others_at_4_bits(rng):
         jnp.asarray(rng.normal(size=(100, 64)), jnp.float32).at[:, 0].set(0.0)
     )  # which never ask for it
 
-    def error(copy):
+    def error(estimator):
         return float(
-            np.mean((np.asarray(copy.scores(queries)) - np.asarray(queries @ rows.T)) ** 2)
+            np.mean((np.asarray(estimator.scores(queries)) - np.asarray(queries @ rows.T)) ** 2)
         )
 
     plain = jnp.round(rows / (8 / 7)) * (8 / 7)
@@ -209,13 +215,13 @@ def test_other_directions_by_hand(rng):
 def test_leading_directions_err_least(rng):
     rows, queries = correlated(rng)
     exact = np.asarray(queries @ rows.T)
-    copies = {
+    estimators = {
         way: hire.LowRank.fit(rows, 8, calibration=queries, directions=way)
         for way in ("leading", "first", "random")
     }
     errors = {
-        way: float(np.mean((np.asarray(copy.scores(queries)) - exact) ** 2))
-        for way, copy in copies.items()
+        way: float(np.mean((np.asarray(estimator.scores(queries)) - exact) ** 2))
+        for way, estimator in estimators.items()
     }
     assert errors["leading"] < min(errors["first"], errors["random"])
 
@@ -258,8 +264,8 @@ def test_scales_chosen_for_scores_err_less_in_the_scores_of_such_queries(rng, bi
         rng.normal(size=(400, 12)) * np.asarray([9.0] * 2 + [0.1] * 10), jnp.float32
     )
 
-    def error(copy):
-        return float(jnp.mean((copy.scores(queries) - queries @ rows.T) ** 2))
+    def error(estimator):
+        return float(jnp.mean((estimator.scores(queries) - queries @ rows.T) ** 2))
 
     plain, ours = (
         hire.Quantized.fit(rows, bits),

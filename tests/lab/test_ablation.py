@@ -233,13 +233,13 @@ def test_variants_are_timed_in_turn_and_set_against_their_bytes(model):
     assert sum(shares["+ sparse FFN, time"].values()) == pytest.approx(1)
 
 
-def test_a_speedup_has_the_range_of_its_turns():
+def test_a_speedup_has_the_range_of_its_rounds():
     durations = {DENSE: [3.0, 4.0, 2.0], BOTH: [1.0, 2.0, 2.0]}
     assert ablation_timing.speedup_range(durations, BOTH) == (1.0, 3.0)
     assert ablation_timing.speedup_text(durations, BOTH) == "1.50x (1.00 to 3.00)"
 
 
-def test_other_shares_by_the_same_estimators(model, rng):
+def test_other_fractions_with_the_same_estimators(model, rng):
     tokens = jnp.asarray(rng.integers(3, VOCABULARY, (2, 16)), jnp.int32)
     narrow = variants_of(
         model, static_fraction=0.0, ffn_k_fraction=0.125, ffn_candidates_fraction=0.25

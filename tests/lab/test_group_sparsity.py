@@ -80,7 +80,7 @@ def test_with_every_group_a_candidate_nothing_is_lost(studied, rng):
     )
 
 
-def test_different_texts_share_what_they_need_together(studied, rng):
+def test_a_shared_selection_serves_different_texts(studied, rng):
     one = rng.integers(3, 500, (1, 16)).astype(np.int32)
     shared = studied.searched(int8, 0.1, share_selection=True)
     alone = hire.convert(studied.model, ffn=studied.searched(int8, 0.1))
@@ -127,12 +127,12 @@ def test_every_timed_layer_is_the_same_layer(rng, batch):
             layer.down
         )
         expected = expected / np.sqrt(np.mean(expected**2, axis=1, keepdims=True))
-    forms = layer_timing.dense_ffns(searched["all"])
-    forms |= {
+    functions = layer_timing.dense_ffns(searched["all"])
+    functions |= {
         name: layer_timing.through(lambda ffn, x: ffn(x), ffns) for name, ffns in searched.items()
     }
-    for name, form in forms.items():
-        np.testing.assert_allclose(form(x), expected, atol=1e-3, err_msg=name)
+    for name, function in functions.items():
+        np.testing.assert_allclose(function(x), expected, atol=1e-3, err_msg=name)
     timed = layer_timing.time_ffns(searched, [x] * 3, 3)
     assert {len(seconds) for seconds in timed.values()} == {3} and "stream" in timed
     lines = layer_timing.over_batches({batch: timed}, shares)

@@ -46,7 +46,7 @@ def all_log_p(graph, state, tokens):
 
 
 def log_p(model, tokens):
-    """log p (t - 1,) of every token after the first, all from one text that is filled up behind
+    """log p (t - 1,) of every token after the first, all from one text that is padded behind
     them, and the likeliest tokens.
     """
     filled = np.zeros((1, 100), np.int32)
@@ -69,7 +69,7 @@ def test_every_token_is_asked_for_once_with_its_context():
 
 
 def test_bits_per_byte_by_hand(subject):
-    """All logits 0: a byte is one of 300 words, so it takes log2 300 bits."""
+    """All logits 0: a byte is one of 300 tokens, so it takes log2 300 bits."""
     flat = nnx.merge(*nnx.split(subject.model))
     flat.embedding = nnx.Param(jnp.zeros_like(flat.embedding[...]))
     states = model_states.document_states(replace(subject, model=flat), TEXTS, 16, 8)
@@ -196,7 +196,7 @@ def test_the_adapter_is_the_model(subject):
     )
 
 
-def test_greedy_text_stops_where_it_is_told_to(subject, softmax):
+def test_greedy_text_ends_at_the_stop_text(subject, softmax):
     tokens = np.asarray(hire.generate(subject.model, subject.tokens("Ahab")[None], new_tokens=4))[0]
     asked = (
         dict(max_gen_toks=4, until=["never"]),

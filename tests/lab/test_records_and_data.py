@@ -21,7 +21,7 @@ from hire.lab.report import pages, scorecard
 from hire.lab.rivals import dense
 from hire.lab.studies import figure_files, plots, study
 from hire.lab.studies.study import Claim, Record, Result, Study
-from hire.lab.timing import decode_step, interleaved, roofline
+from hire.lab.timing import commits, decode_step, interleaved, roofline
 from hire.models import load_text_model, preset
 
 matplotlib.use("Agg")
@@ -98,6 +98,32 @@ def test_windows_start_with_bos_and_states_keep_their_documents():
         model_states.windows(subject, texts, 10**6)
 
 
+def test_two_commits_are_compared_in_turns(monkeypatch, tmp_path):
+    """Round 0 is not counted; then the new commit takes 3/2 and 1/2 of the old one's time."""
+    seconds = dict(old_commit=iter([9.0, 2.0, 4.0]), new_commit=iter([9.0, 3.0, 2.0]))
+    order = []
+
+    def benchmark(checkout):
+        assert (checkout / "hire/__init__.py").is_file()
+        order.append(checkout.name)
+        return {"softmax/1": next(seconds[checkout.name])}
+
+    monkeypatch.setattr(commits, "benchmark", benchmark)
+    monkeypatch.setattr(commits, "ROUNDS", 2)
+    monkeypatch.setattr(records, "RECORDS", tmp_path)
+    commits.compare_commits("HEAD")
+    assert order == ["old_commit", "new_commit", "new_commit", "old_commit"] + order[:2]
+    (record,) = records.read(tmp_path, "bench")
+    assert record["results"]["ratios"]["softmax/1"] == dict(median=1.0, low=0.5, high=1.5)
+    assert record["results"]["worst"] == 1.0
+    head = commits.git("rev-parse", "--short", "HEAD").stdout.strip()
+    assert record["setting"] == dict(old_commit=head, new_commit=head, rounds=2)
+    assert record["command"] == f"make bench-against COMMIT={head}"
+    assert "hire-commits-" not in commits.git("worktree", "list").stdout
+    with pytest.raises(ValueError, match="nowhere"):
+        commits.compare_commits("nowhere")
+
+
 def test_a_step_is_timed_whole_and_in_parts():
     subject = load_text_model("tiny")
     steps = decode_step.StepForms(subject.model, 32)
@@ -110,18 +136,18 @@ def test_a_step_is_timed_whole_and_in_parts():
     top = steps.complete_step(3)(hidden)
     assert (
         top.indices.shape == (3, 1) and len(set(top.values[:, 0].tolist())) == 3
-    )  # each text goes on with a word of its own
+    )  # each text continues with another token
 
 
-def test_forms_are_timed_in_turn_each_with_a_new_query_and_cold_caches(monkeypatch):
+def test_functions_are_timed_in_turn_each_with_a_new_query_and_cold_caches(monkeypatch):
     calls = []
     monkeypatch.setattr(
         interleaved, "stream_form", lambda nbytes: (lambda _: calls.append(nbytes), nbytes)
     )
-    forms = {name: lambda query, name=name: calls.append((name, query)) for name in "ab"}
-    durations = interleaved.interleaved(forms, [1, 2, 3], 3)
-    # a first call of each, then turns in which no two forms take the same query and something else
-    # is read before each
+    functions = {name: lambda query, name=name: calls.append((name, query)) for name in "ab"}
+    durations = interleaved.interleaved(functions, [1, 2, 3], 3)
+    # A first call of each. Then turns: no two functions take the same query, and other memory is
+    # read before each call.
     assert calls[:2] == [("a", 1), ("b", 1)] and calls[2::2] == [interleaved.COLD] * 6
     assert calls[3::2] == [("a", 1), ("b", 2), ("a", 2), ("b", 3), ("a", 3), ("b", 1)]
     assert all(len(seconds) == 3 for seconds in durations.values())
@@ -132,10 +158,10 @@ def test_every_dense_form_is_the_exact_top_k(batch):
     rng = np.random.default_rng(0)
     rows, x = (rng.normal(size=shape).astype(np.float32) for shape in ((300, 8), (batch, 8)))
     best = np.argsort(-(x @ rows.T))[:, :5]
-    forms = dense.dense_forms(rows, 5)
-    assert len(forms) == 5
-    for name, form in forms.items():
-        assert (np.asarray(form(x).indices) == best).all(), name
+    functions = dense.dense_forms(rows, 5)
+    assert len(functions) == 5
+    for name, function in functions.items():
+        assert (np.asarray(function(x).indices) == best).all(), name
 
 
 def test_the_roofline_by_hand():

@@ -78,7 +78,7 @@ def test_an_older_compiler_names_the_bundle_that_a_loop_begins_with():
 
 def test_operations_that_are_alike_share_a_schedule():
     """One schedule is kept of `first` and `second`; `other`, of another shape, has none; a scalar
-    costs nothing of its own.
+    costs nothing.
     """
     body = "%fused.{0} (p: f32[64,128]) -> f32[8,128] {{\n  %q.{0} = f32[8,128]{{1,0}} slice(%p.{0}), slice={{0:8}}\n}}\n\n"
     rows = [
@@ -195,7 +195,7 @@ def test_every_kernel_compiles_for_a_v5e_and_stays_near_its_bytes(name):
 
 @needs_compiler
 def test_the_public_classes_take_the_kernels_on_a_tpu_alone():
-    """The softmax that is told nothing is compiled for a TPU with both kernels; told to be plain,
+    """By default the softmax is compiled for a TPU with both kernels; with implementation="xla",
     with none.
     """
     kinds = {}
@@ -228,6 +228,6 @@ def test_da_top_k_sends_the_same_few_bytes_for_any_vocabulary(monkeypatch):
             "bytes_sent"
         ]
 
-    # Texts, share of k, bytes, chips.
+    # Texts, k of each device, bytes, chips.
     assert bytes_sent("HiRE DA", 8192) == bytes_sent("HiRE DA", 16384) == 8 * 16 * 8 * 4
     assert bytes_sent("dense gathered", 16384) == 8 * 16384 * 4

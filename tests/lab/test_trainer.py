@@ -46,11 +46,11 @@ def start(*arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def killed_at(words, folder):
-    """Start the toy's run and kill it, as a machine does that goes away, when it says so."""
+def killed_at(text, folder):
+    """Start the toy's run and kill it once it prints `text`."""
     with start(folder) as process:
         for line in process.stdout:
-            if words in line:
+            if text in line:
                 process.send_signal(signal.SIGKILL)
                 break
         process.wait()
@@ -300,7 +300,7 @@ def test_baselines_take_each_document_by_itself():
     assert together["5-gram"] < together["1-gram"] < 8
 
 
-def test_a_model_that_lies_over_a_mesh_is_trained_and_kept():
+def test_a_sharded_model_is_trained_and_saved():
     # two key/value heads on four devices: XLA lays what is theirs over half of them
     with jax.set_mesh(jax.make_mesh((4,), ("chips",), (AxisType.Auto,), devices=jax.devices()[:4])):
         assert np.isfinite(trainer.train_toy("ladder").losses).all()

@@ -90,9 +90,16 @@ def test_with_every_group_a_candidate_it_is_the_layer_in_numpy(
     up, down, gate = layer(rng, groups, group_size, 6, gated)
     x = jnp.asarray(rng.normal(size=(b, 6)), jnp.float32)
     k = max(1, int(share * groups))
-    copy = hire.Quantized.fit(up if gate is None else gate, 8)
+    estimator = hire.Quantized.fit(up if gate is None else gate, 8)
     ffn = hire.HireFFN(
-        up, down, copy, gate, group_size=group_size, k=k, candidates=groups, share_selection=shared
+        up,
+        down,
+        estimator,
+        gate,
+        group_size=group_size,
+        k=k,
+        candidates=groups,
+        share_selection=shared,
     )
     expected = by_hand(
         *map(np.asarray, (x, up, down)), None if gate is None else np.asarray(gate), group_size, k
@@ -120,7 +127,9 @@ def test_the_fast_paths_are_the_masked_layer(
     first = int(common * (k - 1))
     candidates = min(groups - first, k - first + groups // spare)
     beyond = slice(first * group_size, None)
-    copy = hire.LowRank.fit((up if gate is None else gate)[beyond], min(4, len(up[beyond])), bits=8)
+    estimator = hire.LowRank.fit(
+        (up if gate is None else gate)[beyond], min(4, len(up[beyond])), bits=8
+    )
     second = hire.Quantized.fit(up[beyond], 8) if gated and both else None
     settings = dict(
         group_size=group_size,
@@ -129,7 +138,7 @@ def test_the_fast_paths_are_the_masked_layer(
         static_groups=first,
         share_selection=shared,
     )
-    ffn = hire.HireFFN(up, down, copy, gate, second, **settings)
+    ffn = hire.HireFFN(up, down, estimator, gate, second, **settings)
     np.testing.assert_allclose(called(ffn, x), masked(ffn, x, b), atol=1e-3)
 
 
@@ -204,16 +213,18 @@ def by_hand_unpacked(rows):
 
 def test_bytes_by_hand(rng):
     up, down, gate = layer(rng, 10, 2, 8, True)
-    copy = hire.Quantized.fit(up[4:], 8)  # 16 neurons of 8 bytes and a scale of 4 bytes
+    estimator = hire.Quantized.fit(up[4:], 8)  # 16 neurons of 8 bytes and a scale of 4 bytes
     settings = dict(group_size=2, k=3, candidates=5, static_groups=2)
     row = 2 * 8 * 4  # one group in one matrix
-    assert hire.HireFFN(up, down, copy, **settings).bytes_read() == 16 * 12 + row * (2 * 2 + 5 + 1)
+    assert hire.HireFFN(up, down, estimator, **settings).bytes_read() == 16 * 12 + row * (
+        2 * 2 + 5 + 1
+    )
     assert hire.HireFFN(
-        up, down, copy, share_selection=True, **settings
+        up, down, estimator, share_selection=True, **settings
     ).bytes_read() == 16 * 12 + row * (2 * 2 + 5 + 5)
     gates = hire.Quantized.fit(gate[4:], 8)
     assert hire.HireFFN(
-        up, down, gates, gate, copy, **settings
+        up, down, gates, gate, estimator, **settings
     ).bytes_read() == 2 * 16 * 12 + row * (3 * 2 + 2 * 5 + 1)
 
 

@@ -40,7 +40,7 @@ def test_hidden_states_are_those_of_the_numpy_reference(tiny, rng):
 
 
 def by_word(top):
-    """Logits of every word in the words' own order, from a top-k of all of them."""
+    """Logits of every token in vocabulary order, from a top-k of all of them."""
     return np.take_along_axis(np.asarray(top.values), np.argsort(top.indices, axis=1), axis=1)
 
 
@@ -59,7 +59,7 @@ def test_the_reference_by_hand():
 @pytest.mark.parametrize(
     "gated, start, batch, kv_heads", [(True, 1, 2, 2), (False, 9, 1, 1), (True, 30, 2, 1)]
 )
-def test_decoding_a_word_at_a_time_is_the_prefill(rng, gated, start, batch, kv_heads):
+def test_decoding_a_token_at_a_time_is_the_prefill(rng, gated, start, batch, kv_heads):
     configured = preset("tiny", vocabulary=300, gated=gated, kv_heads=kv_heads)
     model = Decoder(configured, rngs=nnx.Rngs(1))
     parts = SplitModel.of(model)
@@ -87,8 +87,8 @@ def test_a_step_copies_neither_weights_nor_cache(unchecked, rng, searched):
     assert (
         compiled.memory_analysis().alias_size_in_bytes >= cache_bytes
     )  # every key and value is donated to its successor
-    words = top_tokens.lower(*parts.lm_head, jnp.zeros((1, 64)), 4).compile()
-    entries = "".join(text[text.index("ENTRY") :] for text in (compiled.as_text(), words.as_text()))
+    best = top_tokens.lower(*parts.lm_head, jnp.zeros((1, 64)), 4).compile()
+    entries = "".join(text[text.index("ENTRY") :] for text in (compiled.as_text(), best.as_text()))
     copied = [
         np.prod([int(n) for n in shape.split(",")])
         for shape in re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", entries)
@@ -111,7 +111,7 @@ def test_a_converted_model_writes_the_same_text_with_the_same_weights(rng):
     fast = hire.convert(dense, softmax=softmax_of(dense))
     assert (
         SplitModel.of(fast).backbone.rest == SplitModel.of(dense).rest
-    )  # one compiled program, up to the words
+    )  # one compiled program, up to the tokens
     tokens = texts(rng, 2, 5)
     for sampling in (
         dict(),
@@ -151,7 +151,7 @@ def test_a_softmax_of_another_model_is_refused():
 
 
 def same_model(ours, theirs, tokens, atol=0.0):
-    """The same hidden states, logits and best words."""
+    """The same hidden states, logits and best tokens."""
     hidden, _ = theirs.prefill(tokens)
     np.testing.assert_allclose(ours.prefill(tokens)[0], hidden, atol=atol)
     np.testing.assert_allclose(ours.logits(hidden), theirs.logits(hidden), atol=1e-4)
@@ -168,8 +168,8 @@ def test_every_implementation_survives_a_conversion(tiny, implementation):
     assert again.softmax.implementation == implementation
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_rows_in_blocks_become_the_embedding_and_turn_back(tiny, rng, own):
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_rows_in_blocks_become_the_embedding_and_convert_back(tiny, rng, is_quantized):
     tokens, rows = texts(rng, 2, 20), blocks(tiny.embedding[...])
     softmax = dataclasses.replace(softmax_of(tiny, candidates=300), rows=rows)
     converted = convert(tiny, softmax=softmax)
@@ -181,7 +181,7 @@ def test_rows_in_blocks_become_the_embedding_and_turn_back(tiny, rng, own):
     )
     assert convert(converted, softmax=softmax).embedding[...] is rows
     other = softmax_of(tiny, candidates=300)
-    if own:
+    if is_quantized:
         other = dataclasses.replace(other, rows=hire.Quantized.fit(tiny.embedding[...], 8))
     for back in (convert(converted), convert(converted, softmax=other)):
         assert (back.embedding[...] == tiny.embedding[...]).all()
@@ -250,7 +250,7 @@ def test_parts_of_a_model_are_mapped_and_stacked_as_pytrees(tiny, rng):
         )
 
 
-def test_generation_takes_the_likeliest_word_each_time(tiny, rng):
+def test_generation_takes_the_likeliest_token(tiny, rng):
     tokens = texts(rng, 2, 5)
     written = generate(tiny, tokens, new_tokens=3)
     assert (written[:, :5] == tokens).all()
@@ -270,7 +270,7 @@ def test_sampling_draws_with_the_seed_among_the_best(tiny, rng):
         == generate(tiny, tokens, new_tokens=4, temperature=5.0, top_k=3, seed=0)[0, 5:].tolist()
     )
     best = hire.exact_top_k(tiny.logits(tiny.prefill(tokens)[0][:, -1]), 3).indices[0].tolist()
-    assert {words[0] for words in drawn} <= set(best)
+    assert {tokens[0] for tokens in drawn} <= set(best)
 
 
 def test_bfloat16_runs_in_bfloat16_and_stays_near(rng):
@@ -357,9 +357,9 @@ def test_a_text_that_overflows_leaves_the_others_of_its_batch_alone(tiny, rng, s
     (_, both), (_, alone) = (prefill(parts, part, 12, 4) for part in (tokens, tokens[1:]))
     for token in (20, 21):
         result, both = step(parts, jnp.full((2,), token), both, 4)
-        own, alone = step(parts, jnp.full((1,), token), alone, 4)
-        assert np.isfinite(result.values[1, 1:]).all()  # the word itself has no finite logit
-        np.testing.assert_allclose(result.values[1:], own.values, atol=1e-5)
+        single, alone = step(parts, jnp.full((1,), token), alone, 4)
+        assert np.isfinite(result.values[1, 1:]).all()  # the token itself has no finite logit
+        np.testing.assert_allclose(result.values[1:], single.values, atol=1e-5)
 
 
 PROMPT = [3, 200, 299, 7, 256]
@@ -459,8 +459,8 @@ def test_with_64_bit_numbers_on_it_writes_the_same(tiny, rng):
     assert result == expected
 
 
-# Files. A tiny model is written in both formats with the writers of their own libraries, and must
-# come back the same.
+# Files. A tiny model is written in both formats with the writers of the reference
+# libraries, and must come back the same.
 
 PIECES = ["<pad>", "<eos>", "<bos>", "<unk>"] + [f"<0x{byte:02X}>" for byte in range(256)]
 PIECES += ["\n\n", "a", "b", "c", "\u2581", "ab", "\u2581a", "abc"]

@@ -89,7 +89,7 @@ def test_the_tokenizer_is_sentencepiece_on_the_whole_corpus(gemma, file):
 
 @pytest.fixture(scope="module")
 def softmax(gemma):
-    """A search by a low-rank copy that is fitted to text, as in the README."""
+    """A search by a low-rank estimator that is fitted to text, as in the README."""
     rows = gemma.model.embedding[...]
     seen = model_states.collect(
         gemma.model, *model_states.windows(gemma, documents("calibration")[:16], 96), skip=4
@@ -104,13 +104,13 @@ def test_the_readme_writes_text_with_the_searched_model(gemma, softmax, monkeypa
     monkeypatch.setattr("hire.models.load_gemma", lambda: gemma)
     given = dict(
         hire=hire, softmax=replace(softmax, candidates=2**14)
-    )  # so many that none of forty words is another one
+    )  # so many that all forty tokens are the dense ones
     exec(code, given)
     dense = hire.generate(gemma.model, gemma.tokens("Call me Ishmael.")[None], new_tokens=40)
     assert (given["tokens"] == dense).all()
 
 
-def test_a_small_fitted_copy_finds_the_top_words(gemma, softmax):
+def test_a_small_fitted_estimator_nominates_the_top_tokens(gemma, softmax):
     unseen = model_states.collect(
         gemma.model,
         *model_states.windows(gemma, documents("evaluation", ["novel"])[:6], 32),

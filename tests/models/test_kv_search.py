@@ -39,10 +39,11 @@ def toy(kv_heads=2):
 
 
 def test_two_keys_by_hand():
-    # Weights 3 ** first * 2 ** second entry; the copy of the keys (1, 1) and (0, 1) sees the first
-    # entry alone, that of the values the second. One candidate: 6, where the copy says 3, so the
-    # other key's 1 becomes 2 (and that is its weight); the token itself has 1 and no value: (6 (1,
-    # 0) + 2 (0, 1)) / 9. The third slot holds none, whatever is in it.
+    # A key's weight is 3 ** (first entry) * 2 ** (second entry). The estimator of the keys (1, 1)
+    # and (0, 1) reads the first entry alone, that of the values the second. The one candidate has
+    # the weight 6 where the estimate is 3, so the other key's estimate of 1 becomes 2, its true
+    # weight. The new token has the weight 1 and the value 0: (6 (1, 0) + 2 (0, 1)) / 9. The third
+    # position of the cache is empty and must not count.
     first, second = (
         LowRankEncoder(jnp.eye(2)[None, place], jnp.eye(2)[:, place, None]) for place in (0, 1)
     )
@@ -95,8 +96,8 @@ def test_a_full_rank_estimate_is_the_score_and_a_lower_one_spends_its_rank_on_th
     )
     off = []
     for rank in (4, 16):
-        copy = LowRankEncoder.fit(keys, rank, queries)
-        estimated = (queries @ copy.projection.T) @ (keys @ copy.mixing).T
+        estimator = LowRankEncoder.fit(keys, rank, queries)
+        estimated = (queries @ estimator.projection.T) @ (keys @ estimator.mixing).T
         off.append(
             float(jnp.abs(estimated - queries @ keys.T).mean() / jnp.abs(queries @ keys.T).mean())
         )
@@ -227,7 +228,7 @@ def test_a_search_that_cannot_be_is_refused(unchecked, call, value):
         call()
 
 
-def test_the_study_tells_what_a_search_and_the_latest_tokens_lose(rng):
+def test_the_study_measures_the_loss_of_a_search_and_of_the_latest_tokens(rng):
     from hire.lab.studies.kv_search import study
     from hire.models import TextModel
     from hire.models.tokenizer import byte_tokenizer

@@ -1,5 +1,5 @@
-"""A model spread over devices: drawn, saved and loaded where its parts lie, and the same words on
-any number of them.
+"""Sharded models are initialised, saved and restored without gathering them, and generate the
+same tokens on any number of devices.
 """
 
 from dataclasses import replace
@@ -51,14 +51,14 @@ def same(ours: Decoder, theirs: Decoder):
         )
 
 
-def test_every_device_draws_its_own_rows_of_the_same_model(alone, four):
+def test_every_device_initializes_its_shard_of_the_same_model(alone, four):
     rows = four.embedding[...]
     assert [shard.data.shape for shard in rows.addressable_shards] == [(128, 64)] * 4
     assert four.blocks[0].attention.key[...].sharding.is_fully_replicated
     same(four, alone)
 
 
-def test_drawing_takes_memory_for_its_own_rows_alone():
+def test_initialization_takes_memory_for_one_shard():
     def used(where: object) -> int:
         output = (
             normal_initializer((4096, 512), 512, jnp.float32, where)
@@ -73,15 +73,15 @@ def test_drawing_takes_memory_for_its_own_rows_alone():
         assert 4 * used(partition_spec(4096, 512)) < 1.05 * whole
 
 
-def test_it_writes_the_same_words(alone, four, rng):
+def test_it_generates_the_same_tokens(alone, four, rng):
     tokens = jnp.asarray(rng.integers(3, 512, (2, 5)), jnp.int32)
     with jax.set_mesh(mesh(4)):
-        words = hire.generate(four, tokens, new_tokens=8)
-    assert words.tolist() == hire.generate(alone, tokens, new_tokens=8).tolist()
+        generated = hire.generate(four, tokens, new_tokens=8)
+    assert generated.tolist() == hire.generate(alone, tokens, new_tokens=8).tolist()
 
 
 @pytest.mark.parametrize(
-    "form, kind",
+    "storage, kind",
     [
         ("plain", AxisType.Auto),
         ("plain", AxisType.Explicit),
@@ -90,31 +90,31 @@ def test_it_writes_the_same_words(alone, four, rng):
         ("quantized", AxisType.Explicit),
     ],
 )
-def test_a_softmax_over_devices_leaves_no_trace_in_the_model_that_is_turned_back(form, kind, rng):
-    """510 rows over 4 devices are filled up to 512, and interleaved; the model has its 510 back."""
+def test_a_sharded_softmax_leaves_no_trace_after_converting_back(storage, kind, rng):
+    """510 rows over 4 devices are padded to 512, and interleaved; converting back restores 510."""
     plain = Decoder(preset("tiny", vocabulary=510), rngs=nnx.Rngs(0))
     rows, tokens = plain.embedding[...], jnp.asarray(rng.integers(0, 510, (2, 9)), jnp.int32)
     alone = hire.HireSoftmax(rows, hire.LowRank.fit(rows, 60, bits=8), k=8, candidates=510)
     hidden, written = plain.prefill(tokens)[0], hire.generate(plain, tokens, new_tokens=5)
-    held = dict(blocks=blocks, quantized=lambda rows: hire.Quantized.fit(rows, 8)).get(
-        form, jnp.asarray
+    stored_rows = dict(blocks=blocks, quantized=lambda rows: hire.Quantized.fit(rows, 8)).get(
+        storage, jnp.asarray
     )(rows)
     with jax.set_mesh(mesh(4, kind=kind)):
-        softmax = replace(alone, rows=held).sharded(
-            RowSharding("rows", FULL, interleaved=form != "plain")
+        softmax = replace(alone, rows=stored_rows).sharded(
+            RowSharding("rows", FULL, interleaved=storage != "plain")
         )
-        spread = hire.convert(plain, softmax=softmax)
-        assert spread.softmax.with_rows(spread.embedding[...]).axis == softmax.axis
-        np.testing.assert_allclose(spread.prefill(tokens)[0], hidden, atol=1e-5)
-        np.testing.assert_allclose(spread.logits(hidden), plain.logits(hidden), atol=1e-4)
-        if form != "quantized":  # whose logits are its own
-            assert spread.embedding.shape[0] == 512
-            assert hire.generate(spread, tokens, new_tokens=5).tolist() == written.tolist()
-        again = hire.convert(spread, softmax=spread.softmax.with_rows(spread.embedding[...]))
-        assert again.embedding[...] is spread.embedding[...]
+        sharded = hire.convert(plain, softmax=softmax)
+        assert sharded.softmax.with_rows(sharded.embedding[...]).axis == softmax.axis
+        np.testing.assert_allclose(sharded.prefill(tokens)[0], hidden, atol=1e-5)
+        np.testing.assert_allclose(sharded.logits(hidden), plain.logits(hidden), atol=1e-4)
+        if storage != "quantized":  # rounded rows have other logits
+            assert sharded.embedding.shape[0] == 512
+            assert hire.generate(sharded, tokens, new_tokens=5).tolist() == written.tolist()
+        again = hire.convert(sharded, softmax=sharded.softmax.with_rows(sharded.embedding[...]))
+        assert again.embedding[...] is sharded.embedding[...]
         for back in (
-            hire.convert(spread),
-            hire.convert(spread, softmax=alone),
+            hire.convert(sharded),
+            hire.convert(sharded, softmax=alone),
             hire.convert(again),
         ):
             assert back.embedding.shape == (510, 64)
@@ -127,7 +127,7 @@ def test_a_softmax_over_devices_leaves_no_trace_in_the_model_that_is_turned_back
 
 
 @pytest.mark.parametrize("sizes", [(4,), (2, 2)])
-def test_explicit_axes_write_the_same_words(alone, rng, sizes):
+def test_explicit_axes_generate_the_same_tokens(alone, rng, sizes):
     """jax.make_mesh makes Explicit axes where nothing else is asked for."""
     tokens = jnp.asarray(rng.integers(3, 512, (2, 5)), jnp.int32)
     with jax.set_mesh(mesh(*sizes, kind=AxisType.Explicit)):
@@ -137,8 +137,11 @@ def test_explicit_axes_write_the_same_words(alone, rng, sizes):
         ] * 4
         same(model, alone)
         for sampling in (dict(), dict(temperature=0.7, top_k=8, seed=1)):
-            words = hire.generate(model, tokens, new_tokens=8, **sampling)
-            assert words.tolist() == hire.generate(alone, tokens, new_tokens=8, **sampling).tolist()
+            generated = hire.generate(model, tokens, new_tokens=8, **sampling)
+            assert (
+                generated.tolist()
+                == hire.generate(alone, tokens, new_tokens=8, **sampling).tolist()
+            )
         hidden, cache = model.prefill(tokens, 6)
         after, _ = jax.jit(lambda model, token, cache: model.merge().step(token, cache))(
             SplitModel.of(model), tokens[:, 0], cache
@@ -172,12 +175,12 @@ def test_a_model_loaded_on_a_mesh_runs_there(alone, four, tmp_path, rng):
             4
         }  # norms, too, which every device holds
         hidden = jax.jit(lambda tokens: loaded.prefill(tokens)[0])(tokens)
-        words = hire.generate(loaded, tokens, new_tokens=4)
+        generated = hire.generate(loaded, tokens, new_tokens=4)
     np.testing.assert_allclose(hidden, alone.prefill(tokens)[0], atol=1e-5)
-    assert words.tolist() == hire.generate(alone, tokens, new_tokens=4).tolist()
+    assert generated.tolist() == hire.generate(alone, tokens, new_tokens=4).tolist()
 
 
-def test_its_own_float_type_is_kept(tmp_path):
+def test_the_float_type_is_kept(tmp_path):
     save_sharded(tmp_path / "model", Decoder(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     assert load_sharded(tmp_path / "model").embedding[...].dtype == jnp.bfloat16
 

@@ -80,7 +80,7 @@ def test_what_a_killed_writer_left_is_removed_and_a_live_ones_scratch_is_not(tmp
     assert names(tmp_path) == ["b.bin"]
 
 
-def test_a_lock_is_held_by_one(tmp_path):
+def test_a_lock_has_one_owner(tmp_path):
     with storage.locked(tmp_path / "a"):
         with pytest.raises(TimeoutError, match=str(tmp_path / "a")):
             with storage.locked(tmp_path / "a", wait=False):

@@ -12,7 +12,7 @@ from hire.ops.sortable import kth_largest_int, top_k_packed
 from hire.ops.top_k import expected_recall, expected_recall_top1, floor_fraction
 
 
-def test_a_share_is_never_exceeded():
+def test_a_limit_is_never_exceeded():
     assert [floor_fraction(share, 256) for share in (0.1, 0.05, 0.25, 1.0)] == [25, 12, 64, 256]
     assert (
         floor_fraction(0.3, 10) == 3 and floor_fraction(0.29, 100) == 29
@@ -128,13 +128,13 @@ def test_bad_counts_are_named(call, message):
         call(jnp.arange(8.0))
 
 
-def test_the_compiler_spreads_a_top_k_over_devices_and_sorts_no_rows(rng):
+def test_the_compiler_shards_a_top_k_and_sorts_no_rows(rng):
     scores = rng.normal(size=(2, 4096)).astype(np.float32)
     mesh = jax.make_mesh((4,), ("chips",), (jax.sharding.AxisType.Auto,))
-    spread = jax.device_put(scores, jax.NamedSharding(mesh, jax.P(None, "chips")))
+    sharded = jax.device_put(scores, jax.NamedSharding(mesh, jax.P(None, "chips")))
     best = np.argsort(-scores, axis=1)[:, :5]
     assert (
-        np.asarray(jax.jit(hire.exact_top_k, static_argnames="k")(spread, k=5).indices) == best
+        np.asarray(jax.jit(hire.exact_top_k, static_argnames="k")(sharded, k=5).indices) == best
     ).all()
     second = jax.jit(
         lambda scores: hire.exact_top_k(scores, 5).values[:, 1]

@@ -156,16 +156,16 @@ def test_the_softmax_is_the_same_by_its_kernels(interpreted):
         rng.normal(size=(8192, 1000)) @ np.diag(np.arange(1, 1001) ** -0.5), jnp.float32
     )  # not whole tiles
     x = jnp.asarray(rng.normal(size=(2, 1000)), jnp.bfloat16)
-    copy = hire.LowRank.fit(row_scores, 512, bits=8)
+    estimator = hire.LowRank.fit(row_scores, 512, bits=8)
     how = dict(k=8, candidates=128)
-    plain = hire.HireSoftmax(row_scores, copy, **how, implementation="xla")(x)
+    plain = hire.HireSoftmax(row_scores, estimator, **how, implementation="xla")(x)
     blocks = blocked(row_scores)
     assert blocks.shape == (8192, 8, 128)
     assert (
-        hire.HireSoftmax(blocks, copy, **how, implementation="xla")(x).indices.tolist()
+        hire.HireSoftmax(blocks, estimator, **how, implementation="xla")(x).indices.tolist()
         == plain.indices.tolist()
     )
-    result = hire.HireSoftmax(blocks, copy, **how, implementation="pallas")(x)
+    result = hire.HireSoftmax(blocks, estimator, **how, implementation="pallas")(x)
     assert result.indices.tolist() == plain.indices.tolist()
     np.testing.assert_allclose(result.values, plain.values, rtol=1e-5)
 
@@ -185,27 +185,30 @@ def test_the_layer_is_the_same_by_its_kernel(interpreted, how):
     np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-3)
 
 
-def test_a_form_that_is_named_is_taken_or_refused():
+def test_a_named_implementation_runs_or_is_refused():
     row_scores = jnp.ones((8192, 128))
     blocks = blocked(row_scores)
-    copies = hire.Quantized.fit(row_scores, 8), hire.LowRank.fit(row_scores, 8)
+    estimators = hire.Quantized.fit(row_scores, 8), hire.LowRank.fit(row_scores, 8)
     search = partial(hire.high_recall_top_k, jnp.ones((1, 128)), k=1)
     with pytest.raises(
         ValueError, match="implementation = 'fast': expected one of auto, xla, pallas"
     ):
-        hire.HireSoftmax(row_scores, copies[0], k=1, candidates=8, implementation="fast")
+        hire.HireSoftmax(row_scores, estimators[0], k=1, candidates=8, implementation="fast")
     with pytest.raises(
         ValueError, match=r"expected rows in hire.ops.tpu.row_scores.blocks, not \(8192, 128\)"
     ):
-        search(row_scores, copies[0], candidates=8, implementation="pallas")
-    refused = ((copies[0], 129, "k' up to 128"), (copies[1], 8, "expected a quantized estimator"))
-    for copy, candidates, message in refused:
+        search(row_scores, estimators[0], candidates=8, implementation="pallas")
+    refused = (
+        (estimators[0], 129, "k' up to 128"),
+        (estimators[1], 8, "expected a quantized estimator"),
+    )
+    for estimator, candidates, message in refused:
         with pytest.raises(ValueError, match=message):
-            search(blocks, copy, candidates=candidates, implementation="pallas")
+            search(blocks, estimator, candidates=candidates, implementation="pallas")
     with pytest.raises(ValueError, match="groups of 8 to 128 rows, not 4"):
-        hire.HireFFN(row_scores, row_scores, copies[0], group_size=4, implementation="pallas")
+        hire.HireFFN(row_scores, row_scores, estimators[0], group_size=4, implementation="pallas")
     with pytest.raises(ValueError, match="[Ii]nterpret"):  # no TPU here
-        search(blocks, copies[0], candidates=8, implementation="pallas")
+        search(blocks, estimators[0], candidates=8, implementation="pallas")
 
 
 def test_what_the_kernels_do_not_take():

@@ -24,7 +24,8 @@ VERDICTS = (
 def verdict(obtained: list[dict]) -> str:
     """Return the verdict on the evidence for one claim.
 
-    Only a measurement on a TPU reproduces a claim. Arithmetic alone tests nothing.
+    Only a measurement on a TPU reproduces a claim. Arithmetic alone tests nothing. Each study
+    decides `supports` by the claim's limits.
     """
     supporting = [row for row in obtained if row["supports"]]
     if any(row["kind"] == "measured" and "TPU" in row["device"] for row in supporting):

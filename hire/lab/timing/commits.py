@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from hire.lab import records
-from hire.lab.paths import RECORDS, ROOT
+from hire.lab.paths import ROOT
 
 ROUNDS = 5
 
 
-def compare_versions(commit: str) -> None:
+def compare_commits(commit: str) -> None:
     """Run the benchmark at a commit and at HEAD, ROUNDS times in turns, and write a record.
 
     Each commit runs in its worktree, with a separate cache folder.
@@ -36,7 +36,7 @@ def compare_versions(commit: str) -> None:
         "old_commit": process.stdout.strip(),
         "new_commit": git("rev-parse", "--short", "HEAD").stdout.strip(),
     }
-    with tempfile.TemporaryDirectory(prefix="hire-versions-") as folder:
+    with tempfile.TemporaryDirectory(prefix="hire-commits-") as folder:
         checkouts = {side: Path(folder) / side for side in commits}
         try:
             for side, name in commits.items():
@@ -57,7 +57,7 @@ def compare_versions(commit: str) -> None:
             f"{ratio['high']:.3f})"
         )
     records.write(
-        RECORDS,
+        records.RECORDS,
         "bench",
         "bench/versions",
         kind="measured",
@@ -65,7 +65,7 @@ def compare_versions(commit: str) -> None:
         setting=commits | dict(rounds=ROUNDS),
         results=results,
         durations={side: [turn[side] for turn in timed[1:]] for side in commits},
-        command=f"make bench-against COMMIT={commits['there']}",
+        command=f"make bench-against COMMIT={commits['old_commit']}",
     )
 
 
