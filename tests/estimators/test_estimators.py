@@ -141,12 +141,12 @@ def test_scores_at_are_the_scores_of_those_rows(rng, make, dtype):
         hire.Quantized.fit(rows, bits) if make[0] == "Q" else hire.LowRank.fit(rows, 8, bits=bits)
     )
     indices = jnp.asarray(rng.integers(0, len(rows), (5, 7)))
-    whole = jax.jit(lambda estimator, x: estimator.scores(x))(estimator, queries[:5])
+    all_scores = jax.jit(lambda estimator, x: estimator.scores(x))(estimator, queries[:5])
     some = jax.jit(lambda estimator, x, i: estimator.scores_at(x, i))(
         estimator, queries[:5], indices
     )
     np.testing.assert_allclose(
-        some, np.take_along_axis(np.asarray(whole), indices, 1), rtol=1e-3, atol=1e-3
+        some, np.take_along_axis(np.asarray(all_scores), indices, 1), rtol=1e-3, atol=1e-3
     )
     assert isinstance(estimator, hire.Estimator)
 
@@ -228,9 +228,11 @@ def test_leading_directions_err_least(rng):
 
 def test_calibration_may_come_in_batches(rng):
     rows, queries = correlated(rng)
-    whole = hire.LowRank.fit(rows, 6, calibration=queries)
+    all_scores = hire.LowRank.fit(rows, 6, calibration=queries)
     parts = hire.LowRank.fit(rows, 6, calibration=iter([queries[:100], queries[100:]]))
-    np.testing.assert_allclose(parts.scores(queries), whole.scores(queries), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        parts.scores(queries), all_scores.scores(queries), rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize(
