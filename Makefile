@@ -50,9 +50,9 @@ override WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 # Tests and toys compile thousands of programs, most of them small and to run once: without optimization in a quarter of the time.
 override QUICK := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 figures figure-%: override export XLA_FLAGS += $(if $(filter smoke,$(PROFILE)),$(QUICK))
-# Two files are compiled as for users: proofs must bound the rounding of optimized programs, and a real model takes longer to run than
-# to compile.
-override OPTIMIZED := tests/models/test_gemma.py tests/test_certify.py
+# These are compiled as for users: the rounding that proofs and estimators must bound is that of optimized programs, and a real model
+# takes longer to run than to compile.
+override OPTIMIZED := tests/models/test_gemma.py tests/test_certify.py tests/estimators/test_estimators.py tests/test_search.py
 # Runs a command with a cache folder of its own, into which the user's weights are linked.
 override APART := tests/scratch_cache.py
 test: $(STAMP)  ## the notebooks' check cells, then the unit tests, on two cores

@@ -32,7 +32,7 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-hypothesis.settings.register_profile("hire", deadline=None, max_examples=12, derandomize=True)
+hypothesis.settings.register_profile("hire", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.load_profile("hire")
 
 

@@ -80,16 +80,8 @@ def test_it_generates_the_same_tokens(alone, four, rng):
     assert generated.tolist() == hire.generate(alone, tokens, new_tokens=8).tolist()
 
 
-@pytest.mark.parametrize(
-    "storage, kind",
-    [
-        ("plain", AxisType.Auto),
-        ("plain", AxisType.Explicit),
-        ("interleaved", AxisType.Explicit),
-        ("blocks", AxisType.Auto),
-        ("quantized", AxisType.Explicit),
-    ],
-)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("storage", ["plain", "interleaved", "blocks", "quantized"])
 def test_a_sharded_softmax_leaves_no_trace_after_converting_back(storage, kind, rng):
     """510 rows over 4 devices are padded to 512, and interleaved; converting back restores 510."""
     plain = Decoder(preset("tiny", vocabulary=510), rngs=nnx.Rngs(0))
