@@ -10,8 +10,9 @@ from hire.estimators.base import (
     map_leading_axes,
 )
 from hire.estimators.quantized import Quantized
-from hire.ops.implementation import check_implementation
-from hire.ops.row_products import row_scores_at
+from hire.ops import cpu as cpu_kernels
+from hire.ops.implementation import check_implementation, dispatch
+from hire.ops.row_products import cpu_row_kernel, row_scores_at
 from hire.ops.top_k import TopK, exact_top_k
 from hire.types import Array, Blocks, Float, Indices, Queries, Rows, States
 
@@ -38,18 +39,19 @@ def high_recall_top_k(
         estimator: Estimator of these rows.
         k: Number of rows to return for each query.
         candidates: Number of candidates (k').
-        implementation: "auto", "xla" or "pallas" (the TPU kernels). "auto" uses the TPU kernels on
-            a TPU for the parts that they support. The kernels support quantized estimators and
-            rows in blocks, which a TPU can fetch one by one. "xla" and "pallas" force that
-            implementation; there is no fallback.
+        implementation: "auto", "xla", "pallas" (the TPU kernels) or "cpu" (the CPU kernels).
+            "auto" uses the kernels of the platform for the parts that they support. The TPU kernels
+            support quantized estimators and rows in blocks, which a TPU can fetch one by one. The
+            CPU kernels support quantized estimators, and rows in float32, bfloat16 or quantized;
+            they need numba. The others force that implementation; there is no fallback.
 
     Returns:
         The exact float32 scores `(b, k)` and the row indices `(b, k)`.
 
     Raises:
         ValueError: If `1 <= k <= candidates <= m` does not hold, if shapes do not fit, if the
-            estimator was fitted to other rows (not checked inside `jax.jit`), or if "pallas" is
-            forced on inputs that the kernels do not support.
+            estimator was fitted to other rows (not checked inside `jax.jit`), or if kernels are
+            forced on inputs that they do not support or where they cannot run.
     """
     k, candidates = check_search(rows, estimator, k, candidates)
     check_fitted(rows, estimator)
@@ -81,13 +83,43 @@ def search_queries(
         estimator: Estimator of these rows.
         k: Number of rows to return for each query.
         candidates: Number of candidates (k').
-        implementation: "auto", "xla" or "pallas".
+        implementation: "auto", "xla", "pallas" or "cpu".
 
     Returns:
         The exact float32 scores `(b, k)` and the row indices `(b, k)`.
     """
     indices = estimator.nominate(x, candidates, implementation=implementation)
-    return rerank(indices, row_scores_at(x, rows, indices, implementation=implementation), k)
+    return top_k_at(x, rows, indices, k, implementation)
+
+
+def top_k_at(
+    x: Queries, rows: Rows | Blocks | Quantized, indices: Indices, k: int, implementation: str
+) -> TopK:
+    """Return the best k of the rows at given indices, by their exact scores.
+
+    Args:
+        x: Queries `(b, d)`.
+        rows: Rows, as in `high_recall_top_k`.
+        indices: Row indices `(b, c)`.
+        k: Number of rows to return for each query.
+        implementation: "auto", "xla", "pallas" or "cpu".
+
+    Returns:
+        The scores `(b, k)` and the row indices `(b, k)`, best first.
+    """
+
+    def in_two_steps(x: Queries, rows: Rows | Blocks | Quantized, indices: Indices) -> TopK:
+        by_kernel = implementation if len(rows.shape) == 3 else "xla"
+        return rerank(indices, row_scores_at(x, rows, indices, implementation=by_kernel), k)
+
+    def cpu_kernel(x: Queries, rows: Rows | Quantized, indices: Indices) -> TopK:
+        return cpu_kernels.load("row_scores").top_k_at(x, rows, indices, k)
+
+    if len(rows.shape) == 3:
+        return in_two_steps(x, rows, indices)
+    kernel = cpu_row_kernel(rows) and cpu_kernel
+    forced = "xla" if implementation == "pallas" else implementation
+    return dispatch(forced, in_two_steps, x, rows, indices, cpu=kernel)
 
 
 def rerank(chosen: Indices, exact: Float[Array, "b c"], k: int) -> TopK:

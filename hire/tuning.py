@@ -11,11 +11,18 @@ import numpy as np
 
 from hire.estimators.base import Estimator, check_fitted, check_search, to_device
 from hire.ops.batches import batches
-from hire.ops.checks import check_finite
+from hire.ops.checks import check_finite, check_range
 from hire.ops.nomination import mask_bucket_losers, max_bucketed_candidates
 from hire.ops.row_products import row_nbytes, row_scores
 from hire.ops.top_k import TopK, exact_top_k
+from hire.search import search_queries
+from hire.timing import interleaved, medians
 from hire.types import AnyArray, Array, Float, Int, Queries, Rows
+
+# Name of the product with all rows among the answers of `tune`.
+DENSE = "dense"
+# Calls of each search that `tune` times.
+TIMED_CALLS = 15
 
 
 @dataclass(frozen=True)
@@ -42,14 +49,14 @@ class Tuned:
     """The cheapest estimator and the results of all estimators.
 
     Attributes:
-        name: Name of the cheapest estimator.
-        estimator: The cheapest estimator.
+        name: Name of the cheapest estimator, or DENSE.
+        estimator: The cheapest estimator. None for DENSE: no search is faster than all rows.
         choice: Its number of candidates.
         choices: Choice and cost of every estimator, by name.
     """
 
     name: str
-    estimator: Estimator
+    estimator: Estimator | None
     choice: Choice
     choices: dict[str, tuple[Choice, float]]
 
@@ -110,6 +117,7 @@ def tune(
     recall: float,
     confidence: float = 0.95,
     documents: Sequence | np.ndarray | None = None,
+    batch: int | None = None,
     cost: Callable[[Estimator, int], float] | None = None,
 ) -> Tuned:
     """Choose the cheapest estimator and its k' for a target recall.
@@ -125,23 +133,25 @@ def tune(
         recall: Target recall, strictly between 0 and 1.
         confidence: Confidence of all bounds together, strictly between 0 and 1.
         documents: Document label of each query `(n,)`. By default each query is a document.
-        cost: Cost of an estimator with k' candidates, for example measured seconds. By default the
-            bytes that one query reads.
+        batch: Queries of a call. With it the cost is the median seconds of a call on this device,
+            and the product with all rows is an answer too, named DENSE. So the answer was never
+            slower than that when it was timed; keep the machine idle meanwhile.
+        cost: Cost of an estimator with k' candidates. By default the bytes that one query reads.
 
     Returns:
         The cheapest estimator, its number of candidates, and the results of all estimators.
 
     Raises:
-        ValueError: As `choose_candidates`, and if `estimators` is empty, if an estimator cannot
-            nominate enough candidates for the recall, or if a cost is not finite.
+        ValueError: As `choose_candidates`, and if `estimators` is empty or names one DENSE, if an
+            estimator cannot nominate enough candidates for the recall, if `batch` is below 1 or
+            given with a cost, or if a cost is not finite.
     """
+    check_costs(estimators, len(queries), batch, cost)
     for name, value in dict(recall=recall, confidence=confidence).items():
         if not 0 < value < 1:
             raise ValueError(
                 f"{name} = {value!r}: expected a number between 0 and 1, neither included"
             )
-    if not estimators:
-        raise ValueError("estimators = {}: expected at least one")
     rows = to_device(rows)
     for estimator in estimators.values():
         k, _ = check_search(rows, estimator, k, k)
@@ -198,15 +208,88 @@ def tune(
         return estimator.bytes_read(candidates) + candidates * row_nbytes(rows, rows.shape[1])
 
     choices = {name: chosen(estimator) for name, estimator in estimators.items()}
-    results = {
-        name: (choice, float((cost or read)(estimators[name], choice.candidates)))
-        for name, choice in choices.items()
-    }
-    for name, (_, value) in results.items():
+    if batch is None:
+        costs = {
+            name: float((cost or read)(estimators[name], choice.candidates))
+            for name, choice in choices.items()
+        }
+    else:
+        costs = measured_costs(rows, estimators, choices, queries, k, batch)
+        choices[DENSE] = Choice(rows.shape[0], 1.0, 1.0, len(queries), num_documents)
+    name = cheapest(costs)
+    results = {name: (choice, costs[name]) for name, choice in choices.items()}
+    return Tuned(name, estimators.get(name), choices[name], results)
+
+
+def check_costs(
+    estimators: Mapping[str, Estimator], queries: int, batch: int | None, cost: Callable | None
+) -> None:
+    """Check that there are estimators, and one way to tell their cost.
+
+    Raises:
+        ValueError: If there is no estimator, if `batch` is not in 1..queries or is given with a
+            cost, or if `batch` is given and an estimator is named DENSE.
+    """
+    if not estimators:
+        raise ValueError("estimators = {}: expected at least one")
+    if batch is None:
+        return
+    check_range("batch", batch, 1, queries, "the number of queries")
+    if cost is not None:
+        raise ValueError(f"batch = {batch} and a cost: expected one of them")
+    if DENSE in estimators:
+        raise ValueError(f"an estimator named {DENSE!r}: expected another name")
+
+
+def cheapest(costs: Mapping[str, float]) -> str:
+    """Return the name with the lowest cost.
+
+    Raises:
+        ValueError: If a cost is not finite.
+    """
+    for name, value in costs.items():
         if not math.isfinite(value):
             raise ValueError(f"cost of {name!r} = {value}: expected a finite number")
-    name = min(results, key=lambda name: results[name][1])
-    return Tuned(name, estimators[name], choices[name], results)
+    return min(costs, key=lambda name: costs[name])
+
+
+def measured_costs(
+    rows: Rows,
+    estimators: Mapping[str, Estimator],
+    choices: Mapping[str, Choice],
+    queries: Queries,
+    k: int,
+    batch: int,
+) -> dict[str, float]:
+    """Return the median seconds of a call of every search, and of the product with all rows.
+
+    All take turns, with cold caches, see `hire.timing.interleaved`.
+
+    Args:
+        rows: Rows `(m, d)`.
+        estimators: Estimators of these rows, by name.
+        choices: Number of candidates of each estimator.
+        queries: Queries `(n, d)`; calls take new ones.
+        k: Number of rows that the search returns.
+        batch: Queries of a call.
+
+    Returns:
+        Seconds by name; DENSE is the product with all rows.
+    """
+    search_form = jax.jit(search_queries, static_argnames=("k", "candidates"))
+    forms: dict[str, Callable] = {DENSE: lambda x: dense_top_k(rows, x, k)}
+    for name, estimator in estimators.items():
+        forms[name] = partial(
+            lambda x, estimator, count: search_form(x, rows, estimator, k=k, candidates=count),
+            estimator=estimator,
+            count=choices[name].candidates,
+        )
+    order = np.random.default_rng(0).permutation(len(queries))
+    calls = [
+        jnp.asarray(queries[np.take(order, range(i * batch, (i + 1) * batch), mode="wrap")])
+        for i in range(TIMED_CALLS)
+    ]
+    return medians(interleaved(forms, calls, TIMED_CALLS))
 
 
 def document_means(values: np.ndarray, documents: Sequence | np.ndarray | None) -> np.ndarray:

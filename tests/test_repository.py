@@ -187,7 +187,7 @@ RETIRED = set(
 # Where a library's name is one of them.
 ALLOWED = {
     "slots": {"hire/models/config.py"},  # dataclass(slots=True)
-    "pool": {"hire/lab/report/notebooks.py", "hire/lab/timing/interleaved.py"},  # an executor
+    "pool": {"hire/lab/report/notebooks.py", "hire/timing.py"},  # an executor
     "levels": {"hire/lab/studies/plots.py"},  # of a contour
     "left": {"hire/lab/studies/plots.py"},  # of a bar
     "over": {"hire/lab/studies/adversary.py"},  # np.errstate(over=…)
@@ -258,7 +258,7 @@ def test_docstrings_list_arguments_that_exist(path):
 
 # Imports go from a room to one above it in this list. Rooms of one line do not import each other.
 LAYERS = (
-    ("types", "pytrees"),
+    ("types", "pytrees", "timing"),
     ("ops",),
     ("estimators",),
     ("search", "sampling"),
@@ -322,6 +322,8 @@ def test_imports_point_one_way():
                 assert target == room or ROOMS[target] < ROOMS[room], f"{path}: imports {name}"
             elif ROOMS[room] < ROOMS["models"]:
                 allowed = {"jax", "numpy", "jaxtyping"} | sys.stdlib_module_names
+                if module.startswith("hire.ops.cpu."):  # imported only where numba is
+                    allowed |= {"numba", "llvmlite"}
                 assert part in allowed, (
                     f"{path}: imports {name}, and the algorithm needs jax, numpy and jaxtyping only"
                 )

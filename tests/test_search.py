@@ -186,6 +186,42 @@ def test_tuning_takes_the_cheapest_that_meets_the_target(rng):
     assert dearest.name == "LR"
 
 
+def test_tuning_for_a_batch_takes_what_was_fastest_and_dense_is_an_answer(rng, monkeypatch):
+    rows, queries = problem(rng, n=500)
+    estimators = {"LR": hire.LowRank.fit(rows, 12), "Q8": hire.Quantized.fit(rows, 8)}
+    options = dict(k=5, recall=0.9, batch=8)
+    measured = hire.tune(rows, estimators, queries, **options)
+    assert set(measured.choices) == {"LR", "Q8", "dense"}
+    assert all(seconds > 0 for _, seconds in measured.choices.values())
+    seconds = {name: cost for name, (_, cost) in measured.choices.items()}
+    assert measured.name == min(seconds, key=seconds.get)
+    assert measured.choices["dense"][0].candidates == len(rows)
+
+    def with_seconds(**seconds):
+        """The choice if calls had taken so long; every function is called as it would be timed."""
+
+        def timed(forms, calls, repeats):
+            assert all(call.shape == (8, rows.shape[1]) for call in calls)
+            results = {name: form(calls[0]) for name, form in forms.items()}
+            assert all(top.indices.shape == (8, 5) for top in results.values())
+            return {name: [seconds[name]] * repeats for name in forms}
+
+        monkeypatch.setattr(hire.tuning, "interleaved", timed)
+        return hire.tune(rows, estimators, queries, **options)
+
+    for wrong, message in (
+        (dict(batch=0), "batch = 0"),
+        (dict(cost=lambda *_: 1.0), "batch = 8 and a cost"),
+        (dict(estimators={"dense": estimators["LR"]}), "'dense'"),
+        (dict(estimators={}), "at least one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hire.tune(**dict(rows=rows, estimators=estimators, queries=queries) | options | wrong)
+    dense = with_seconds(LR=2.0, Q8=3.0, dense=1.0)
+    assert (dense.name, dense.estimator, dense.choice.recall) == ("dense", None, 1.0)
+    assert with_seconds(LR=2.0, Q8=1.0, dense=1.5).estimator is estimators["Q8"]
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -73,7 +73,7 @@ class Estimator(Protocol):
         Args:
             x: Queries `(b, d)`.
             candidates: Number of candidates, k'.
-            implementation: "auto", "xla" or "pallas".
+            implementation: "auto", "xla", "pallas" or "cpu".
             per_bucket: Rows that each bucket keeps.
 
         Returns:
@@ -126,11 +126,11 @@ def nominate_by_scores(
         Row indices `(b, k')`, in no order.
 
     Raises:
-        ValueError: If `implementation` is "pallas".
+        ValueError: If `implementation` is "pallas" or "cpu".
     """
-    if implementation == "pallas":
+    if implementation in ("pallas", "cpu"):
         raise ValueError(
-            "implementation = 'pallas': expected a quantized estimator, not "
+            f"implementation = {implementation!r}: expected a quantized estimator, not "
             f"{type(estimator).__name__} in "
             "floats"
         )

@@ -9,6 +9,7 @@ import numpy as np
 from hire.estimators.error_bounds import error_bounds
 from hire.estimators.fingerprints import cached_fingerprint
 from hire.estimators.fitting import regularized_second_moment
+from hire.ops import cpu as cpu_kernels
 from hire.ops.checks import check_bits, check_finite
 from hire.ops.implementation import dispatch
 from hire.ops.nomination import (
@@ -18,7 +19,7 @@ from hire.ops.nomination import (
     num_buckets,
 )
 from hire.ops.quantization import QuantizedRows, quantize_rows
-from hire.ops.row_products import row_scores, row_scores_at
+from hire.ops.row_products import plain_scores, row_scores, row_scores_at
 from hire.ops.sortable import top_k_of_buckets
 from hire.ops.tpu import bucket_scores
 from hire.pytrees import pytree
@@ -137,41 +138,56 @@ def nominate_quantized(
 ) -> Indices:
     """Nominate the quantized rows with the best scores.
 
-    The TPU kernel computes products and buckets in one pass, see `dispatch`.
+    The kernels compute products and buckets in one pass, see `dispatch`. The CPU kernel rounds the
+    queries to 16 bits, see `hire.ops.cpu.queries.round_queries`.
 
     Args:
         x: Queries `(b, d)`.
         rows: Quantized rows `(m, d)`.
         candidates: Number of candidates, k'.
-        implementation: "auto", "xla" or "pallas".
+        implementation: "auto", "xla", "pallas" or "cpu".
         per_bucket: Rows that each bucket keeps.
 
     Returns:
         Row indices `(b, k')`, in no order.
 
     Raises:
-        ValueError: If `implementation` is "pallas" and `candidates` exceeds
-            `max_bucketed_candidates` or the buckets are not complete tiles.
+        ValueError: If a kernel is forced and `candidates` exceeds `max_bucketed_candidates`, if
+            "pallas" is forced and the buckets are not complete tiles, or if "cpu" is forced and the
+            width is not supported.
     """
     m = rows.shape[0]
-    buckets = num_buckets(m)
-    if candidates > max_bucketed_candidates(m, per_bucket) or not bucket_scores.is_supported(
-        buckets
-    ):
-        if implementation == "pallas":
-            raise ValueError(
-                "implementation = 'pallas': expected k' up to "
-                f"{max_bucketed_candidates(m, per_bucket)} and whole tiles "
-                "of buckets"
-            )
-        return nominate_from_scores(row_scores(x, rows), candidates, per_bucket)
+    options = dict(buckets=num_buckets(m), per_bucket=per_bucket)
+    is_bucketed = candidates <= max_bucketed_candidates(m, per_bucket)
+    if implementation in ("pallas", "cpu") and not is_bucketed:
+        raise ValueError(
+            f"implementation = {implementation!r}: expected k' up to "
+            f"{max_bucketed_candidates(m, per_bucket)}, not {candidates}"
+        )
 
     def plain(x: Queries, rows: QuantizedRows) -> Array:
-        return jnp.asarray(nominate_from_scores(row_scores(x, rows), candidates, per_bucket))
+        return jnp.asarray(nominate_from_scores(plain_scores(x, rows), candidates, per_bucket))
 
-    def kernel(x: Queries, rows: QuantizedRows) -> Array:
-        options = dict(bits=rows.bits, buckets=buckets, per_bucket=per_bucket)
-        bucket_maxima = bucket_scores.bucket_top_k(x, rows.codes, rows.scale, **options)
-        return jnp.asarray(top_k_of_buckets(list(bucket_maxima), candidates, -(-m // buckets)))
+    def tpu(x: Queries, rows: QuantizedRows) -> Array:
+        bucket_maxima = bucket_scores.bucket_top_k(
+            x, rows.codes, rows.scale, bits=rows.bits, **options
+        )
+        depth = -(-m // options["buckets"])
+        return jnp.asarray(top_k_of_buckets(list(bucket_maxima), candidates, depth))
 
-    return dispatch(implementation, plain, kernel, x, rows)
+    def cpu(x: Queries, rows: QuantizedRows) -> Array:
+        return cpu_kernels.load("bucket_scores").nominate(x, rows, candidates, **options)
+
+    return dispatch(
+        implementation,
+        plain,
+        x,
+        rows,
+        tpu=tpu if is_bucketed and bucket_scores.is_supported(options["buckets"]) else None,
+        cpu=cpu if is_bucketed and is_cpu_supported(rows) else None,
+    )
+
+
+def is_cpu_supported(rows: QuantizedRows) -> bool:
+    """Whether the CPU kernel runs here and supports rows of this width."""
+    return cpu_kernels.is_available() and cpu_kernels.load("queries").is_supported(rows)

@@ -20,6 +20,7 @@ from hire.estimators.base import (
     to_device,
 )
 from hire.estimators.quantized import Quantized
+from hire.ops import cpu as cpu_kernels
 from hire.ops.checks import check_range
 from hire.ops.implementation import check_implementation, dispatch
 from hire.ops.nomination import nominate_from_scores
@@ -27,6 +28,7 @@ from hire.ops.row_products import (
     row_nbytes,
     row_scores,
     row_scores_at,
+    rows_of_groups,
     shared_scores_at,
     shared_sums_at,
     weighted_row_sum,
@@ -76,7 +78,7 @@ class HireFFN:
     outputs travels.
 
     Attributes:
-        up: Up projection `(f, d)`: an array, or `Quantized` rows (XLA implementation only).
+        up: Up projection `(f, d)`: an array, or `Quantized` rows (not for the TPU kernel).
         down: Down projection `(f, d)`, as `up`.
         estimator: Estimator of the neurons after the static groups: of `gate` if the layer has one,
             else of `up`.
@@ -88,8 +90,10 @@ class HireFFN:
         candidates: Number of groups that the estimator nominates (k').
         static_groups: Number of static groups.
         share_selection: Whether all queries of a call share one selection of candidates.
-        implementation: "auto", "xla" or "pallas" (the TPU kernel). The kernel supports layers
-            without gate and groups of 8 to 128 neurons. "auto" uses it on a TPU.
+        implementation: "auto", "xla", "pallas" (the TPU kernel) or "cpu" (the CPU kernel). The TPU
+            kernel supports layers without gate and groups of 8 to 128 neurons; the CPU kernel
+            supports matrices that are all float32, all bfloat16, or all quantized to the same bits.
+            "auto" uses the kernel of the platform if it supports the layer.
         axis: Mesh axis over which the groups are sharded. None for one device.
         activation: "relu" (without gate), "gelu_tanh" (of the gate) or "auto", which chooses
             between them. Pass the name of your model's activation: an unsupported one, such as
@@ -178,6 +182,12 @@ class HireFFN:
                 "implementation = 'pallas': expected a layer without gate, and groups of 8 to 128 "
                 "rows, not "
                 f"{self.group_size}"
+            )
+        if self.implementation == "cpu" and not self.is_cpu_supported:
+            types = ", ".join(str(getattr(self, name).dtype) for name in ("up", "down"))
+            raise ValueError(
+                "implementation = 'cpu': expected matrices that are all float32, all bfloat16 or "
+                f"all quantized alike, not {types}"
             )
         predicted = self.up if self.gate is None else self.gate
         for rows, estimator in ((predicted, self.estimator), (self.up, self.up_estimator)):
@@ -303,10 +313,19 @@ class HireFFN:
                 layer._forward_shared(x) if layer.share_selection else layer._forward_per_query(x)
             )
 
-        implementation = self.implementation if self.is_pallas_supported else "xla"
-        return map_leading_axes(
-            lambda x: dispatch(implementation, plain, HireFFN._forward_pallas, self, x), x
+        kernels = dict(
+            tpu=HireFFN._forward_pallas if self.is_pallas_supported else None,
+            cpu=HireFFN._forward_cpu if self.is_cpu_supported else None,
         )
+        return map_leading_axes(
+            lambda x: dispatch(self.implementation, plain, self, x, **kernels), x
+        )
+
+    @property
+    def is_cpu_supported(self) -> bool:
+        """Whether the CPU kernel runs here and supports this layer."""
+        matrices = [self.up, self.down] + ([] if self.gate is None else [self.gate])
+        return cpu_kernels.is_available() and cpu_kernels.load("group_ffn").is_supported(*matrices)
 
     @property
     def is_pallas_supported(self) -> bool:
@@ -392,7 +411,7 @@ class HireFFN:
         top = exact_top_k(
             group_scores(active, self.group_size), self.k - self.static_groups
         ).indices
-        top_activations = jnp.take_along_axis(active, neuron_indices(top, self.group_size), axis=1)
+        top_activations = jnp.take_along_axis(active, rows_of_groups(top, self.group_size), axis=1)
         top_groups = jnp.take_along_axis(candidates, top, axis=1)
         return weighted_row_sum_at(
             top_activations, self.down, top_groups, self.group_size
@@ -418,6 +437,22 @@ class HireFFN:
         return group_kernel.ffn(
             calls, self.up, self.down, self.nominate_groups(x), **options
         ).reshape(x.shape) + self.static_path(x)
+
+    def _forward_cpu(self, x: Queries) -> Float[Array, "b d"]:
+        """Compute the output `(b, d)` with the CPU kernel, with shared or separate candidates."""
+        candidates = self.nominate_groups(x)
+        static = jnp.arange(self.static_groups, dtype=candidates.dtype)
+        static = jnp.broadcast_to(static, (len(candidates), self.static_groups))
+        return cpu_kernels.load("group_ffn").ffn(
+            x,
+            self.up,
+            self.down,
+            jnp.concatenate([static, candidates], axis=1),
+            group=self.group_size,
+            k=self.k,
+            gate=self.gate,
+            num_static=self.static_groups,
+        )
 
     def static_path(self, x: Queries) -> Float[Array, "b d"]:
         """Return the contribution of the static groups to the output.
@@ -513,20 +548,4 @@ def order_by_usage(usage: Float[AnyArray, " m"], group_size: int) -> Int[Array, 
     Returns:
         The neuron indices `(f,)` in the new order.
     """
-    return neuron_indices(jnp.argsort(-usage, stable=True), group_size)
-
-
-def neuron_indices(groups: Indices, group_size: int) -> Int[Array, "*b _"]:
-    """Return the indices of the neurons in groups.
-
-    Args:
-        groups: Group indices `(*b, c)`.
-        group_size: Number of neurons in a group.
-
-    Returns:
-        The neuron indices `(*b, c * group_size)`.
-    """
-    first = jnp.asarray(groups) * group_size
-    return jnp.add.outer(first, jnp.arange(group_size, dtype=first.dtype)).reshape(
-        *first.shape[:-1], -1
-    )
+    return rows_of_groups(jnp.argsort(-usage, stable=True), group_size)

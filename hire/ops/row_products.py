@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from hire.ops import cpu as cpu_kernels
 from hire.ops.implementation import by_platform, dispatch
 from hire.ops.matmul import matmul_f32
 from hire.ops.quantization import QuantizedRows, unpack_codes, unpack_nibbles
@@ -45,7 +47,13 @@ MAX_BLOCKED_BATCH = 64
 GATHER_CHUNK_ROWS = 512
 
 
-def row_scores(x: Queries, rows: Rows | QuantizedRows) -> Float[Array, "b m"]:
+# Storages of rows for which XLA's product with one query is as fast as the CPU kernel.
+FAST_FOR_ONE_QUERY = ("float32", "bfloat16", "int8")
+
+
+def row_scores(
+    x: Queries, rows: Rows | QuantizedRows, implementation: str = "auto"
+) -> Float[Array, "b m"]:
     """Return the exact scores of all rows.
 
     `matmul_f32` says in which type queries and rows are multiplied. On a CPU this runs the fastest
@@ -53,11 +61,33 @@ def row_scores(x: Queries, rows: Rows | QuantizedRows) -> Float[Array, "b m"]:
 
     Args:
         x: Queries `(b, d)`.
-        rows: Rows `(m, d)`.
+        rows: Rows `(m, d)`, or quantized rows.
+        implementation: "auto", "xla" or "cpu". "auto" runs the CPU kernel on a CPU for up to
+            `MAX_MULTIPLY_REDUCE_BATCH` queries, except where XLA is as fast.
 
     Returns:
         Scores, float32 `(b, m)`.
     """
+    kernel = cpu_row_kernel(rows)
+    is_chosen = implementation == "cpu" or (
+        len(x) <= MAX_MULTIPLY_REDUCE_BATCH
+        and kernel is not None
+        and not (len(x) == 1 and kernel.storage_of(rows) in FAST_FOR_ONE_QUERY)
+    )
+    cpu = kernel.scores if kernel is not None and is_chosen else None
+    return dispatch(implementation, plain_scores, x, rows, cpu=cpu)
+
+
+def cpu_row_kernel(rows: Rows | Blocks | QuantizedRows) -> Any:
+    """Return `hire.ops.cpu.row_scores`, or None where it does not support the rows."""
+    if not cpu_kernels.is_available():
+        return None
+    kernel = cpu_kernels.load("row_scores")
+    return kernel if kernel.is_supported(rows) else None
+
+
+def plain_scores(x: Queries, rows: Rows | QuantizedRows) -> Float[Array, "b m"]:
+    """Return `row_scores` in plain JAX."""
     if isinstance(rows, QuantizedRows):
         return quantized_scores(x, rows)
 
@@ -86,7 +116,7 @@ def quantized_scores(x: Queries, rows: QuantizedRows) -> Float[Array, "b m"]:
     x, (b, d) = x.astype(jnp.float32), (len(x), rows.width)
 
     def all_columns(x: Queries) -> Float[Array, "_ m"]:
-        return row_scores(x, unpack_codes(rows.codes, rows.bits, d))
+        return plain_scores(x, unpack_codes(rows.codes, rows.bits, d))
 
     def one(x: Queries) -> Float[Array, "1 m"]:
         """Score the rows for one query.
@@ -179,7 +209,7 @@ def row_scores_at(
         rows: Rows `(m, d)`, blocks, or quantized rows.
         indices: Indices `(b, c)` of rows, or of groups of rows.
         group: Number of consecutive rows in a group. A group is read as one.
-        implementation: "auto", "xla" or "pallas", see `dispatch`.
+        implementation: "auto", "xla", "pallas" or "cpu", see `dispatch`.
 
     Returns:
         Scores, float32 `(b, c * group)`.
@@ -189,10 +219,32 @@ def row_scores_at(
         def plain(x: Queries, rows: Blocks, indices: Indices) -> Float[Array, "b _"]:
             return row_scores_at(x, rows.reshape(len(rows), -1)[:, : x.shape[1]], indices, group)
 
-        return dispatch(implementation, plain, row_kernel.scores, x, rows, indices)
-    return map_queries(
-        lambda x, indices: shared_scores_at(x[None], rows, indices, group)[0], x, indices
-    )
+        return dispatch(implementation, plain, x, rows, indices, tpu=row_kernel.scores)
+
+    def gathered(x: Queries, rows: Rows | QuantizedRows, indices: Indices) -> Float[Array, "b _"]:
+        return map_queries(
+            lambda x, indices: shared_scores_at(x[None], rows, indices, group)[0], x, indices
+        )
+
+    def in_place(x: Queries, rows: Rows | QuantizedRows, indices: Indices) -> Float[Array, "b _"]:
+        return cpu_kernels.load("row_scores").scores_at(x, rows, rows_of_groups(indices, group))
+
+    kernel = cpu_row_kernel(rows) and in_place
+    return dispatch(implementation, gathered, jnp.asarray(x), rows, indices, cpu=kernel)
+
+
+def rows_of_groups(groups: Indices, group: int) -> Int[Array, "*b _"]:
+    """Return the indices of the rows in groups of consecutive rows.
+
+    Args:
+        groups: Group indices `(*b, c)`.
+        group: Number of rows in a group.
+
+    Returns:
+        The row indices `(*b, c * group)`.
+    """
+    first = jnp.asarray(groups) * group
+    return jnp.add.outer(first, jnp.arange(group, dtype=first.dtype)).reshape(*first.shape[:-1], -1)
 
 
 def shared_scores_at(

@@ -20,6 +20,7 @@ from hire.lab.timing import layer_timing
 from hire.lab.training import plans, trainer
 from hire.models import TextModel
 from hire.models.tokenizer import byte_tokenizer
+from hire.timing import interleaved
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,7 @@ def test_every_timed_layer_is_the_same_layer(rng, batch):
     }
     for name, function in functions.items():
         np.testing.assert_allclose(function(x), expected, atol=1e-3, err_msg=name)
-    timed = layer_timing.time_ffns(searched, [x] * 3, 3)
+    timed = interleaved(layer_timing.ffn_forms(searched), [x] * 3, 3)
     assert {len(seconds) for seconds in timed.values()} == {3} and "stream" in timed
     lines = layer_timing.over_batches({batch: timed}, shares)
     assert lines["fastest dense"][0] == pytest.approx(

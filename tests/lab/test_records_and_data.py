@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
+from hire import timing
 from hire.lab import figure_index, records
 from hire.lab.data import model_states
 from hire.lab.data.text import KINDS, SPLITS, documents
@@ -21,7 +22,7 @@ from hire.lab.report import pages, scorecard
 from hire.lab.rivals import dense
 from hire.lab.studies import figure_files, plots, study
 from hire.lab.studies.study import Claim, Record, Result, Study
-from hire.lab.timing import commits, decode_step, interleaved, roofline
+from hire.lab.timing import commits, decode_step, roofline
 from hire.models import load_text_model, preset
 
 matplotlib.use("Agg")
@@ -58,7 +59,7 @@ def test_no_document_is_in_two_splits_and_all_kinds_are_there():
         (lambda: Study("01", dict(profile="fast")), ValueError, "'fast'"),
         (lambda: Study("01", dict(profile="tpu")), RuntimeError, "'tpu'.*cpu"),
         (lambda: figure_index.settings("02_recall", "cpu", dict(rnak=8)), ValueError, "'rnak'"),
-        (lambda: interleaved.interleaved({}, [1], 2), ValueError, "1 .* 2"),
+        (lambda: timing.interleaved({}, [1], 2), ValueError, "1 .* 2"),
     ],
 )
 def test_bad_names_are_named(call, error, value):
@@ -142,13 +143,13 @@ def test_a_step_is_timed_whole_and_in_parts():
 def test_functions_are_timed_in_turn_each_with_a_new_query_and_cold_caches(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        interleaved, "stream_form", lambda nbytes: (lambda _: calls.append(nbytes), nbytes)
+        timing, "stream_form", lambda nbytes: (lambda _: calls.append(nbytes), nbytes)
     )
     functions = {name: lambda query, name=name: calls.append((name, query)) for name in "ab"}
-    durations = interleaved.interleaved(functions, [1, 2, 3], 3)
+    durations = timing.interleaved(functions, [1, 2, 3], 3)
     # A first call of each. Then turns: no two functions take the same query, and other memory is
     # read before each call.
-    assert calls[:2] == [("a", 1), ("b", 1)] and calls[2::2] == [interleaved.COLD] * 6
+    assert calls[:2] == [("a", 1), ("b", 1)] and calls[2::2] == [timing.COLD] * 6
     assert calls[3::2] == [("a", 1), ("b", 2), ("a", 2), ("b", 3), ("a", 3), ("b", 1)]
     assert all(len(seconds) == 3 for seconds in durations.values())
 
@@ -159,7 +160,7 @@ def test_every_dense_form_is_the_exact_top_k(batch):
     rows, x = (rng.normal(size=shape).astype(np.float32) for shape in ((300, 8), (batch, 8)))
     best = np.argsort(-(x @ rows.T))[:, :5]
     functions = dense.dense_forms(rows, 5)
-    assert len(functions) == 5
+    assert len(functions) == 6
     for name, function in functions.items():
         assert (np.asarray(function(x).indices) == best).all(), name
 

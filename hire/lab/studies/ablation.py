@@ -48,10 +48,10 @@ from hire.lab.studies.ablation_variants import (
 )
 from hire.lab.studies.study import Claim, Record, Result
 from hire.lab.studies.tables import percent
-from hire.lab.timing.interleaved import speedups
 from hire.lab.training import trainer
 from hire.models import Decoder, TextModel
 from hire.ops.top_k import TopK
+from hire.timing import speedups
 from hire.tuning import true_top_k
 from hire.types import Rows
 

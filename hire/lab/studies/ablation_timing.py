@@ -30,9 +30,9 @@ from hire.lab.studies.ablation_variants import (
     with_small_rows,
 )
 from hire.lab.timing import decode_step
-from hire.lab.timing.interleaved import interleaved, medians, speedups, stream_form
 from hire.lab.timing.roofline import step_work
 from hire.models import Decoder
+from hire.timing import interleaved, medians, speedups, stream_form
 
 # Bytes of the array that is read to measure the memory bandwidth.
 STREAM_BYTES = 2**28

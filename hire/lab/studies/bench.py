@@ -7,7 +7,6 @@ from hire.lab import records
 from hire.lab.data import hidden_state_cache
 from hire.lab.data.text import documents
 from hire.lab.metrics.search_recall import judge
-from hire.lab.timing.interleaved import medians
 from hire.lab.timing.layer_timing import (
     fastest_dense,
     speedups_by_batch,
@@ -17,6 +16,7 @@ from hire.lab.timing.layer_timing import (
 )
 from hire.layers.softmax import HireSoftmax
 from hire.models import load_gemma
+from hire.timing import medians
 from hire.tuning import true_top_k
 
 

@@ -12,13 +12,14 @@ import pandas
 from flax import nnx
 from matplotlib.figure import Figure
 
+from hire import timing
 from hire.lab.data import model_states
 from hire.lab.data.text import documents
 from hire.lab.figure_index import claim_limits
 from hire.lab.metrics import model_quality, numpy_gemma
 from hire.lab.studies import plots
 from hire.lab.studies.study import Claim, Record, Result
-from hire.lab.timing import decode_step, interleaved, roofline
+from hire.lab.timing import decode_step, roofline
 from hire.models import Decoder, DecoderConfig, TextModel, preset
 from hire.models.weights import gguf_names
 from hire.types import Queries
@@ -156,7 +157,7 @@ class PartTimes:
     @property
     def seconds(self) -> dict[str, float]:
         """Median seconds by function."""
-        return interleaved.medians(self.durations)
+        return timing.medians(self.durations)
 
     @property
     def bandwidth(self) -> float:
@@ -241,10 +242,10 @@ def time_parts(
         cache_length: Length of the key/value cache in tokens.
         stream_bytes: Size of the array in bytes.
     """
-    stream, stream_bytes = interleaved.stream_form(stream_bytes)
+    stream, stream_bytes = timing.stream_form(stream_bytes)
     parts = {name: steps.part(function) for name, function in PARTS.items()}
     functions = {"step": steps.complete_step(), **parts, "stream": stream}
-    durations = interleaved.interleaved(functions, queries, len(queries))
+    durations = timing.interleaved(functions, queries, len(queries))
     return PartTimes(config, cache_length, durations, stream_bytes)
 
 

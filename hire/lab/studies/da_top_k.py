@@ -30,11 +30,11 @@ from hire.lab.metrics.model_quality import losses
 from hire.lab.studies import multiprocess, plots, tables
 from hire.lab.studies.study import Claim, Record, Result
 from hire.lab.timing import layer_timing
-from hire.lab.timing.interleaved import medians, speedups
 from hire.lab.tpu import multichip, programs
 from hire.lab.training import trainer
 from hire.models import Decoder, TextModel
 from hire.ops.top_k import TopK, expected_recall, floor_fraction
+from hire.timing import medians, speedups
 from hire.types import Indices, Queries
 
 NOTEBOOK = "09_da_top_k"

@@ -7,8 +7,8 @@ from hire.lab.data import hidden_state_cache
 from hire.lab.data.text import documents
 from hire.lab.metrics.search_recall import judge
 from hire.lab.rivals.dense import dense_forms
-from hire.lab.timing.interleaved import interleaved, medians
 from hire.models import load_gemma
+from hire.timing import interleaved, medians
 from hire.tuning import true_top_k
 
 K, CANDIDATES, REPEATS = 32, 2048, 15

@@ -12,8 +12,8 @@ from hire.lab.metrics import search_recall
 from hire.lab.rivals.approximate_top_k import INT8
 from hire.lab.studies import tables
 from hire.lab.studies.query_sets import QuerySets
-from hire.lab.timing.interleaved import speedups
 from hire.lab.timing.layer_timing import fastest_dense, time_softmax
+from hire.timing import speedups
 from hire.types import Queries, Rows
 
 

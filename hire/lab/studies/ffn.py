@@ -20,10 +20,10 @@ from hire.lab.studies import plots, tables
 from hire.lab.studies.study import Claim, Record, Result
 from hire.lab.studies.trained_sparsity import Studied, scores_with
 from hire.lab.timing import layer_timing
-from hire.lab.timing.interleaved import medians
 from hire.lab.training import plans
 from hire.models import load_text_model, preset
 from hire.ops.top_k import floor_fraction
+from hire.timing import in_sittings, medians, speedup_range
 from hire.types import Queries, Rows
 
 # Fits an estimator to the rows of a layer; the arguments are the layer's number and its rows.
@@ -295,6 +295,7 @@ class Timings:
         gathers: Exact scores of a tenth of the rows, by group size: "gather" and "stream".
         large_names: Settings of the large layers.
         trained_names: Settings of the trained layers.
+        sittings: Number of sittings, from each of which equally many durations are.
     """
 
     large: Durations
@@ -302,6 +303,28 @@ class Timings:
     gathers: Durations
     large_names: tuple[str, ...]
     trained_names: tuple[str, ...]
+    sittings: int
+
+    def speedup_range(self, durations: dict[str, list[float]], name: str) -> tuple[float, float]:
+        """Return the lowest and the highest speed-up of the sittings over dense."""
+        dense = layer_timing.fastest_dense(durations)
+        return speedup_range(durations, name, dense, self.sittings)
+
+    def speedup_ranges(self) -> dict[str, dict[str, dict[int, list[float]]]]:
+        """Return the lowest and the highest of `speedups` in any sitting, nested alike."""
+        nested = {
+            "large": (self.large, self.large_names),
+            "trained": (self.trained, self.trained_names),
+        }
+        return {
+            kind: {
+                name: {
+                    batch: list(self.speedup_range(forms, name)) for batch, forms in timed.items()
+                }
+                for name in names
+            }
+            for kind, (timed, names) in nested.items()
+        }
 
     def speedups(self) -> dict[str, dict[str, dict[int, float]]]:
         """Return speed-ups over the fastest dense implementation, by medians.
@@ -323,18 +346,6 @@ class Timings:
         """Return the bandwidth of gathered rows as a share of a stream's, one per group size."""
         speedups = layer_timing.speedups_by_batch(self.gathers, "gather", "stream")
         return [GATHERED_FRACTION * speedup for speedup in speedups.values()]
-
-
-def speedup_range(durations: Mapping[str, Sequence[float]], name: str) -> tuple[float, float]:
-    """Return the smallest and the largest speed-up over dense of any single turn.
-
-    Args:
-        durations: Raw seconds by function. The functions took turns.
-        name: The function. The baseline is the fastest dense implementation, by medians.
-    """
-    seconds = {function: list(values) for function, values in durations.items()}
-    ratios = np.divide(seconds[layer_timing.fastest_dense(seconds)], seconds[name])
-    return float(ratios.min()), float(ratios.max())
 
 
 def time_layers(
@@ -384,21 +395,36 @@ def time_layers(
     def trained_queries(batch: int) -> list[np.ndarray]:
         return layer_timing.slices(trained.ten_percent.unseen[0], batch, repeats)
 
-    queries = {batch: random_queries(batch) for batch in settings.batches}
+    comparisons: dict[tuple[str, int], tuple[dict, Sequence]] = {}
+    for name, layers, queries in (
+        ("large", large, random_queries),
+        ("trained", small, trained_queries),
+    ):
+        forms = layer_timing.ffn_forms(layers)
+        for batch in settings.batches:
+            comparisons[name, batch] = forms, queries(batch)
+    for size in settings.group_sizes:
+        rows = cast(Rows, large[SHARED][0].up)
+        comparisons["gathers", size] = layer_timing.gather_forms(
+            rows, size, GATHERED_FRACTION, repeats
+        )
+    durations = in_sittings(comparisons, settings.sittings)
+    counts = {"large": settings.large_layers, "trained": len(searched), "gathers": 1}
+
+    def timed(name: str) -> Durations:
+        return {
+            size: layer_timing.per_layer(seconds, counts[name])
+            for (kind, size), seconds in durations.items()
+            if kind == name
+        }
+
     return Timings(
-        large={
-            batch: layer_timing.time_ffns(large, queries[batch], repeats)
-            for batch in settings.batches
-        },
-        trained={
-            batch: layer_timing.time_ffns(small, trained_queries(batch), repeats)
-            for batch in settings.batches
-        },
-        gathers=layer_timing.time_gathers(
-            cast(Rows, large[SHARED][0].up), settings.group_sizes, GATHERED_FRACTION, repeats
-        ),
+        large=timed("large"),
+        trained=timed("trained"),
+        gathers=timed("gathers"),
         large_names=tuple(shares),
         trained_names=tuple(small),
+        sittings=settings.sittings,
     )
 
 
@@ -406,7 +432,7 @@ def speedup_table(timings: Timings) -> pandas.DataFrame:
     """Return times per layer as a table, one row per function and one column per batch size.
 
     A cell has the median, and the speed-up over the fastest dense implementation with the range of
-    the single turns.
+    the sittings.
 
     Args:
         timings: From `time_layers`.
@@ -415,7 +441,7 @@ def speedup_table(timings: Timings) -> pandas.DataFrame:
     def cell(durations: dict[str, list[float]], name: str) -> str:
         median_seconds = medians(durations)
         speedup = median_seconds[layer_timing.fastest_dense(durations)] / median_seconds[name]
-        low, high = speedup_range(durations, name)
+        low, high = timings.speedup_range(durations, name)
         milliseconds = 1e3 * median_seconds[name]
         return f"{milliseconds:.2f} ms, {speedup:.2f}x ({low:.2f} to {high:.2f})"
 
@@ -577,7 +603,7 @@ class FFNResult(Result):
         settings, loss = self.settings, self.recommended_loss
         config = preset(settings.large_model)
         speedup = self.timings.speedups()["large"][self.recommended][1]
-        low, high = speedup_range(self.timings.large[1], self.recommended)
+        low, high = self.timings.speedup_range(self.timings.large[1], self.recommended)
         claim = Claim(
             value=speedup,
             low=low,
@@ -599,6 +625,8 @@ class FFNResult(Result):
                 five=self.five_percent_loss,  # notebook 08 reads it by this name
                 shared_selection=self.shared_loss,
                 shared_candidates=self.shared_candidates,
+                speedup_ranges=self.timings.speedup_ranges(),
+                sittings=self.timings.sittings,
             ),
             durations=dict(
                 large=self.timings.large, trained=self.timings.trained, gathers=self.timings.gathers

@@ -36,9 +36,9 @@ from jax.sharding import AxisType
 import hire
 from hire.distributed import RowSharding
 from hire.lab.paths import CHECKPOINTS, OUT, ROOT
-from hire.lab.timing.interleaved import medians
 from hire.lab.tpu.multichip import time_variants
 from hire.ops.top_k import TopK, exact_top_k
+from hire.timing import medians
 from hire.types import Int, Rows
 
 HOST = "127.0.0.1"

@@ -326,6 +326,7 @@ def latency_lines(
     colors: Mapping,
     *,
     hollow: Sequence[str] = (),
+    floors: Mapping[str, Sequence[float]] | None = None,
     unit: str = "ms",
     **titles,
 ) -> None:
@@ -338,10 +339,13 @@ def latency_lines(
         colors: Colour by name.
         hollow: Names of the lines with hollow markers: their quality is transferred from another
             model.
+        floors: Seconds that reading its bytes takes, by name of a line. Drawn dotted.
         unit: Unit to show, "ms" or "us".
         titles: Settings of the axes.
     """
     factor = dict(ms=1e3, us=1e6)[unit]
+    for name, values in (floors or {}).items():
+        axis.plot(batches, np.multiply(values, factor), color=colors[name], linestyle=":", lw=1)
     for name, values in lines.items():
         is_hollow = name in hollow
         draw_line(

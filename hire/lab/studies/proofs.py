@@ -20,9 +20,9 @@ from hire.lab.metrics.intervals import mean_with_interval
 from hire.lab.rivals.approximate_top_k import INT8, rivals
 from hire.lab.studies import tables
 from hire.lab.studies.query_sets import QuerySets
-from hire.lab.timing.interleaved import interleaved, speedups
 from hire.lab.timing.layer_timing import fastest_dense, slices
 from hire.ops.top_k import TopK
+from hire.timing import interleaved, speedups
 from hire.tuning import true_top_k
 from hire.types import AnyArray, Array, Float, Int, Queries, Rows
 

@@ -14,8 +14,8 @@ from hire.lab.metrics import search_recall
 from hire.lab.rivals.dense import dense_forms
 from hire.lab.studies import tables
 from hire.lab.studies.query_sets import QuerySets
-from hire.lab.timing.interleaved import interleaved, speedups
 from hire.lab.timing.layer_timing import fastest_dense, slices
+from hire.timing import interleaved, speedups
 from hire.tuning import Tuned, true_top_k
 from hire.types import Rows
 

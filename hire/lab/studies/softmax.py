@@ -1,7 +1,7 @@
 """Figure 03: how much faster HiRE-Softmax is, and at which quality."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -17,21 +17,23 @@ from hire.lab.data.text import documents
 from hire.lab.figure_index import claim_limits
 from hire.lab.metrics import model_quality, search_recall
 from hire.lab.metrics.intervals import mean_with_interval, points
-from hire.lab.rivals.approximate_top_k import APPROX, INT8
+from hire.lab.rivals.approximate_top_k import INT8
 from hire.lab.studies import plots, tables
 from hire.lab.studies.study import Claim, Record, Result
 from hire.lab.timing import layer_timing
-from hire.lab.timing.interleaved import interleaved, medians
 from hire.models import Decoder, TextModel
 from hire.ops.batches import batches
-from hire.ops.nomination import nominate_from_scores
-from hire.ops.row_products import row_scores, row_scores_at
+from hire.ops.row_products import row_scores
 from hire.ops.top_k import TopK
+from hire.search import top_k_at
+from hire.timing import in_sittings, interleaved, medians, speedup_range
 from hire.types import AnyArray, Array, Float, Int, Rows
 from hire.types import Queries as HiddenStates
 
 # Name of the chosen setting in times. Other settings are named by rank and k'.
 HIRE = "HiRE"
+# The same search with exact rows of 8 bits, and with XLA's operations instead of the CPU kernels.
+HIRE_INT8, HIRE_XLA = "HiRE, int8 rows", "HiRE, XLA"
 BITS = 8
 # The beginnings of two documents are continued.
 PROMPTS, PROMPT_TOKENS = 2, 24
@@ -265,6 +267,14 @@ def losses_with_stderr(softmax: hire.HireSoftmax, states: States) -> tuple[np.nd
     return np.concatenate(losses), np.concatenate(stderr)
 
 
+def continuations(
+    models: Sequence[Decoder], prompt: np.ndarray, settings: SimpleNamespace
+) -> list[Int[Array, " t"]]:
+    """Return the greedy continuation of a prompt by each model, with the prompt: tokens (t,)."""
+    sizes = dict(new_tokens=settings.new_tokens, cache_length=settings.cache_length)
+    return [hire.generate(model, prompt, **sizes) for model in models]
+
+
 def side_by_side(subject: TextModel, dense: Int[Array, " t"], searched: Int[Array, " t"]) -> str:
     """Compare two greedy continuations of a prompt.
 
@@ -314,6 +324,8 @@ class Times:
         stages: Stage -> durations, see `time_stages`.
         stage_bytes: Stage -> bytes of weights that it must read.
         row_bytes: Bytes of the rows, which are the bytes that "stream" reads.
+        search_bytes: HIRE or HIRE_INT8 -> batch size -> bytes of weights that it must read.
+        sittings: Number of sittings, from each of which equally many durations are.
     """
 
     softmax: dict[int, dict[str, list[float]]]
@@ -321,6 +333,8 @@ class Times:
     stages: dict[str, list[float]]
     stage_bytes: dict[str, int]
     row_bytes: int
+    search_bytes: dict[str, dict[int, int]]
+    sittings: int
 
     @property
     def first_batch(self) -> int:
@@ -356,11 +370,37 @@ class Times:
         """Return the speed-up of a softmax over the fastest dense one, at the first batch size."""
         return self.dense_median / self.softmax_medians[name]
 
-    def step_speedup_range(self) -> tuple[float, float]:
-        """Return the range of the step's speed-up over turns, at the first batch size."""
-        durations = self.step[self.first_batch]
-        ratios = np.divide(durations["dense"], durations[HIRE])
-        return float(ratios.min()), float(ratios.max())
+    def speedup_ranges(self, timed: dict[int, dict[str, list[float]]]) -> dict[int, list[float]]:
+        """Return the lowest and the highest speed-up of the sittings, by batch size."""
+        return {
+            batch: list(
+                speedup_range(durations, HIRE, layer_timing.fastest_dense(durations), self.sittings)
+            )
+            for batch, durations in timed.items()
+        }
+
+    def floors(self, name: str) -> dict[int, float]:
+        """Return the seconds that a search's bytes take at stream bandwidth, by batch size."""
+        return {
+            batch: medians(durations)["stream"] * self.search_bytes[name][batch] / self.row_bytes
+            for batch, durations in self.softmax.items()
+        }
+
+    def floor_ratios(self) -> dict[int, float]:
+        """Return the chosen softmax's time over that of reading its bytes, by batch size."""
+        floors = self.floors(HIRE)
+        return {
+            batch: medians(durations)[HIRE] / floors[batch]
+            for batch, durations in self.softmax.items()
+        }
+
+    def int8_search_speedups(self) -> dict[int, float]:
+        """Return the speed-up of the search with int8 rows over dense int8 rows, by batch size."""
+        return layer_timing.speedups_by_batch(self.softmax, HIRE_INT8, INT8)
+
+    def xla_speedups(self) -> dict[int, float]:
+        """Return the speed-up of XLA's form of the search over the fastest dense form."""
+        return layer_timing.speedups_by_batch(self.softmax, HIRE_XLA)
 
     def stage_floors(self) -> dict[str, float]:
         """Return the seconds that reading each stage's weights takes at stream bandwidth."""
@@ -378,6 +418,11 @@ class Times:
                     speedup = seconds[dense] / value
                     cells[f"{part}: {name}"] = f"{1e3 * value:.2f} ms, {speedup:.2f}x"
         return pandas.DataFrame(columns).fillna("")
+
+
+def int8_search(rows: Rows, chosen: hire.HireSoftmax) -> hire.HireSoftmax:
+    """Return the chosen search with exact rows of 8 bits, of which it returns the scores."""
+    return dataclasses.replace(chosen, rows=hire.Quantized.fit(rows, BITS))
 
 
 def time_all(
@@ -404,23 +449,33 @@ def time_all(
     """
     hidden, k = queries.unseen.hidden, settings.k
     chosen = variants[chosen_name(settings)]
-    softmax_seconds, step_seconds = {}, {}
+    searches = {
+        HIRE: chosen,
+        HIRE_INT8: int8_search(rows, chosen),
+        HIRE_XLA: dataclasses.replace(chosen, implementation="xla"),
+    }
+    comparisons: dict[tuple[str, int], tuple[dict, Sequence]] = {}
     for batch in settings.batches:
         compared = dict(variants) if batch == settings.batches[0] else {}
-        timed = {HIRE: chosen} | compared
+        forms = layer_timing.softmax_forms(rows, searches | compared, k)
         repeats = min(settings.repeats, max(MIN_SOFTMAX_REPEATS, settings.repeats // batch))
-        softmax_seconds[batch] = layer_timing.time_softmax(rows, timed, hidden, k, batch, repeats)
+        comparisons["softmax", batch] = forms, layer_timing.slices(hidden, batch, repeats)
     for batch in settings.batches:
-        repeats = max(settings.step_repeats // batch, MIN_STEP_REPEATS)
-        step_seconds[batch] = layer_timing.time_steps(
-            dense, converted, hidden, k, batch, settings.cache_length, repeats
-        )
+        forms = layer_timing.step_forms(dense, converted, k, batch, settings.cache_length)
+        repeats = max(settings.step_repeats // batch, MIN_STEP_REPEATS * settings.sittings)
+        comparisons["step", batch] = forms, layer_timing.slices(hidden, 1, repeats)
+    durations = in_sittings(comparisons, settings.sittings)
     return Times(
-        softmax=softmax_seconds,
-        step=step_seconds,
+        softmax={batch: durations["softmax", batch] for batch in settings.batches},
+        step={batch: durations["step", batch] for batch in settings.batches},
         stages=time_stages(rows, chosen, hidden, settings.repeats),
         stage_bytes=stage_bytes(chosen),
         row_bytes=rows.nbytes,
+        search_bytes={
+            name: {batch: softmax.bytes_read(batch) for batch in settings.batches}
+            for name, softmax in searches.items()
+        },
+        sittings=settings.sittings,
     )
 
 
@@ -436,23 +491,16 @@ def time_stages(
         repeats: Timed calls of each stage.
 
     Returns:
-        Raw durations in seconds: "estimator scores", "nominate", "rescore", "top-k" and
-            "complete search", which is one program.
+        Raw durations in seconds: "nominate" (scores of all rows by the estimator, and the best k'),
+            "rescore" (exact scores of these, and the best k) and "complete search", which is one
+            program.
     """
-    estimate = jax.jit(lambda estimator, x: estimator.scores(x))
-    nominate = jax.jit(nominate_from_scores, static_argnames="candidates")
-    rescore = jax.jit(row_scores_at)
-    top_k = jax.jit(hire.exact_top_k, static_argnames="k")
-    inputs = []
-    for x in layer_timing.slices(hidden, 1, repeats):
-        scores = estimate(softmax.estimator, x)
-        candidates = nominate(scores, candidates=softmax.candidates)
-        inputs.append((x, scores, candidates, rescore(x, rows, candidates)))
+    nominate = jax.jit(lambda estimator, x: estimator.nominate(x, softmax.candidates))
+    rescore = jax.jit(lambda x, rows, candidates: top_k_at(x, rows, candidates, softmax.k, "auto"))
+    inputs = [(x, nominate(softmax.estimator, x)) for x in layer_timing.slices(hidden, 1, repeats)]
     forms = {
-        "estimator scores": lambda stage: estimate(softmax.estimator, stage[0]),
-        "nominate": lambda stage: nominate(stage[1], candidates=softmax.candidates),
-        "rescore": lambda stage: rescore(stage[0], rows, stage[2]),
-        "top-k": lambda stage: top_k(stage[3], k=softmax.k),
+        "nominate": lambda stage: nominate(softmax.estimator, stage[0]),
+        "rescore": lambda stage: rescore(stage[0], rows, stage[1]),
         "complete search": lambda stage: softmax(stage[0]),
     }
     return interleaved(forms, inputs, repeats)
@@ -462,7 +510,7 @@ def stage_bytes(softmax: hire.HireSoftmax) -> dict[str, int]:
     """Return the bytes of weights that the stages of a search at batch 1 must read."""
     estimator_bytes = softmax.estimator.bytes_read(softmax.candidates)
     return {
-        "estimator scores": estimator_bytes,
+        "nominate": estimator_bytes,
         "rescore": softmax.bytes_read() - estimator_bytes,
         "complete search": softmax.bytes_read(),
     }
@@ -541,7 +589,7 @@ class SoftmaxResult(Result):
         """Return the record of the chosen setting."""
         settings, quality, times = self.settings, self.quality, self.times
         speedup = times.step_speedups[times.first_batch]
-        low, high = times.step_speedup_range()
+        low, high = times.speedup_ranges(times.step)[times.first_batch]
         claim = Claim(
             value=speedup,
             low=low,
@@ -577,6 +625,12 @@ class SoftmaxResult(Result):
                 int8_speedup=times.variant_speedup(INT8),
                 softmax_speedups=times.softmax_speedups,
                 step_speedups=times.step_speedups,
+                softmax_speedup_ranges=times.speedup_ranges(times.softmax),
+                step_speedup_ranges=times.speedup_ranges(times.step),
+                floor_ratios=times.floor_ratios(),
+                int8_search_speedups=times.int8_search_speedups(),
+                xla_speedups=times.xla_speedups(),
+                sittings=times.sittings,
                 stage_seconds=medians(times.stages),
             ),
             durations=dict(softmax=times.softmax, step=times.step, stages=times.stages),
@@ -617,19 +671,22 @@ class SoftmaxResult(Result):
 
     def _plot_softmax_latency(self, axis) -> None:
         colors = {
-            APPROX: plots.RED,
             INT8: plots.GREEN,
+            HIRE_XLA: plots.ORANGE,
+            HIRE_INT8: plots.GREEN,
             HIRE: plots.BLUE,
             "fastest dense": plots.GRAY,
         }
-        lines = layer_timing.over_batches(self.times.softmax, (APPROX, INT8, HIRE))
+        names = (INT8, HIRE_XLA, HIRE_INT8, HIRE)
         recall = self.quality.recall["mean"]
         plots.latency_lines(
             axis,
             self.settings.batches,
-            lines,
+            layer_timing.over_batches(self.times.softmax, names),
             colors,
-            title=f"Softmax: HiRE at recall {recall:.3f}, int8 {self.int8_recall:.3f}",
+            hollow=(HIRE_INT8,),
+            floors={HIRE: list(self.times.floors(HIRE).values())},
+            title=f"Softmax at recall {recall:.3f} (dotted: its bytes)",
         )
 
     def _plot_step_latency(self, axis) -> None:

@@ -12,8 +12,8 @@ from hire.lab.figure_index import claim_limits
 from hire.lab.metrics import intervals
 from hire.lab.studies import plots, tables
 from hire.lab.studies.study import Claim, Record, Result
-from hire.lab.timing.interleaved import interleaved, medians
 from hire.lab.training import plans, trainer
+from hire.timing import interleaved, medians
 
 # Variants with a long training. The figure compares the sparse ones with the dense one.
 LONG_VARIANTS = ("dense", "groups8", "groups8-5")

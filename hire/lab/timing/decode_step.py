@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hire.lab.timing.interleaved import interleaved
 from hire.models import Cache, Decoder
 from hire.models.generation import SplitModel, step
+from hire.timing import interleaved
 
 # Lets one decode step run at a time. `interleaved` compiles two functions at a time, but decode
 # steps share a cache, and those of a large model need much memory.

@@ -10,12 +10,12 @@ import hire
 from hire.lab.rivals.approximate_top_k import INT8, rivals
 from hire.lab.rivals.dense import DENSE
 from hire.lab.timing.decode_step import StepForms
-from hire.lab.timing.interleaved import interleaved, medians, speedups, stream_form
 from hire.layers.ffn import HireFFN, activate
 from hire.layers.softmax import HireSoftmax
 from hire.models import Decoder
 from hire.ops.row_products import row_scores, row_scores_at, weighted_row_sum
 from hire.ops.top_k import floor_fraction
+from hire.timing import interleaved, medians, speedups, stream_form
 from hire.types import Queries, Rows
 
 
@@ -37,26 +37,40 @@ def fastest_dense(durations: dict[str, list[float]]) -> str:
     )
 
 
-def time_softmax(
-    rows: Rows, searched: dict[str, HireSoftmax], hidden: Queries, k: int, batch: int, repeats: int
-) -> dict[str, list[float]]:
-    """Time the softmax of a batch.
+def softmax_forms(rows: Rows, searched: dict[str, HireSoftmax], k: int) -> dict[str, Callable]:
+    """Return functions that compute the top-k tokens of a batch.
 
     Args:
         rows: Rows (v, d) of the LM head.
         searched: HiRE softmaxes, by name.
-        hidden: Hidden states (n, d).
         k: Number of tokens that are returned.
-        batch: Queries per call.
-        repeats: Timed calls of each function.
 
     Returns:
-        Raw durations in seconds by name: each function of `rivals`, "stream" (a read of as many
-            bytes as the rows have) and each HiRE softmax.
+        Functions by name: each function of `rivals`, "stream" (a read of as many bytes as the rows
+            have) and each HiRE softmax.
     """
     stream, _ = stream_form(rows.nbytes)
-    forms = rivals(rows, k) | {"stream": stream} | searched
-    return interleaved(forms, slices(hidden, batch, repeats), repeats)
+    return rivals(rows, k) | {"stream": stream} | searched
+
+
+def time_softmax(
+    rows: Rows, searched: dict[str, HireSoftmax], hidden: Queries, k: int, batch: int, repeats: int
+) -> dict[str, list[float]]:
+    """Return raw durations of `softmax_forms` in seconds, for batches of hidden states (n, d)."""
+    return interleaved(softmax_forms(rows, searched, k), slices(hidden, batch, repeats), repeats)
+
+
+def step_forms(
+    dense: Decoder, searched: Decoder, k: int, batch: int, cache_length: int
+) -> dict[str, Callable]:
+    """Return functions that run a complete decode step: "dense" and "HiRE".
+
+    The two models share the arrays of their weights.
+    """
+    return {
+        name: StepForms(model, cache_length, k).complete_step(batch)
+        for name, model in (("dense", dense), ("HiRE", searched))
+    }
 
 
 def time_steps(
@@ -68,15 +82,8 @@ def time_steps(
     cache_length: int,
     repeats: int,
 ) -> dict[str, list[float]]:
-    """Time a complete decode step of two models that share the arrays of their weights.
-
-    Returns:
-        Raw durations in seconds: "dense" and "HiRE".
-    """
-    forms = {
-        "dense": StepForms(dense, cache_length, k).complete_step(batch),
-        "HiRE": StepForms(searched, cache_length, k).complete_step(batch),
-    }
+    """Return raw durations of `step_forms` in seconds."""
+    forms = step_forms(dense, searched, k, batch, cache_length)
     return interleaved(forms, slices(hidden, 1, repeats), repeats)
 
 
@@ -126,36 +133,29 @@ def random_ffns(
     return searched
 
 
-def time_gathers(
-    rows: Rows, sizes: Sequence[int], share: float, repeats: int
-) -> dict[int, dict[str, list[float]]]:
-    """Time the exact scores of a fraction of the rows, in random groups.
+def gather_forms(
+    rows: Rows, size: int, share: float, repeats: int
+) -> tuple[dict[str, Callable], list]:
+    """Return functions that read a fraction of the rows in random groups, or all rows.
 
     Args:
         rows: Rows (m, d).
-        sizes: Group sizes.
+        size: Rows of a group.
         share: Fraction of the groups that is read.
-        repeats: Timed calls.
+        repeats: Number of random selections.
 
     Returns:
-        Raw durations in seconds by group size: "gather", and "stream", a read of all rows.
+        "gather", the exact scores of the groups, and "stream", a read of all rows; and the
+            selections, which they take.
     """
     rng, dot = np.random.default_rng(0), jax.jit(row_scores_at, static_argnames="group")
-    x = jnp.ones((1, rows.shape[1]), jnp.float32)
+    x, groups = jnp.ones((1, rows.shape[1]), jnp.float32), len(rows) // size
+    draws = [
+        rng.permutation(groups)[None, : floor_fraction(share, groups)].astype(np.int32)
+        for _ in range(repeats)
+    ]
     stream, _ = stream_form(rows.nbytes)
-    timed = {}
-    for size in sizes:
-        groups = len(rows) // size
-        draws = [
-            rng.permutation(groups)[None, : floor_fraction(share, groups)].astype(np.int32)
-            for _ in range(repeats)
-        ]
-        forms = {
-            "gather": lambda chosen, size=size: dot(x, rows, chosen, group=size),
-            "stream": stream,
-        }
-        timed[size] = interleaved(forms, draws, repeats)
-    return timed
+    return {"gather": lambda chosen: dot(x, rows, chosen, group=size), "stream": stream}, draws
 
 
 def through(layer: Callable, layers: Sequence) -> Callable:
@@ -197,26 +197,25 @@ def dense_ffns(layers: Sequence[HireFFN]) -> dict[str, Callable]:
     }
 
 
-def time_ffns(
-    searched: dict[str, Sequence[HireFFN]], queries: Sequence[Queries], repeats: int
-) -> dict[str, list[float]]:
-    """Time batches of queries through ReLU layers.
+def ffn_forms(searched: dict[str, Sequence[HireFFN]]) -> dict[str, Callable]:
+    """Return functions that send a batch of queries through ReLU layers.
 
     Args:
-        searched: Searched layers, by name.
-        queries: One batch (b, d) for each repetition.
-        repeats: Timed calls of each function.
+        searched: Searched layers, by name; equally many of each.
 
     Returns:
-        Raw durations in seconds per layer, by name: each dense implementation, "stream" (a read of
-            as many bytes as the layers have) and each search.
+        Functions by name: each dense implementation, "stream" (a read of as many bytes as the
+            layers have) and each search.
     """
     layers = next(iter(searched.values()))
     stream, _ = stream_form(len(layers) * 2 * layers[0].up.nbytes)
     forms = dense_ffns(layers) | {"stream": stream}
-    forms |= {name: through(lambda ffn, x: ffn(x), ffns) for name, ffns in searched.items()}
-    durations = interleaved(forms, queries, repeats)
-    return {name: [value / len(layers) for value in seconds] for name, seconds in durations.items()}
+    return forms | {name: through(lambda ffn, x: ffn(x), ffns) for name, ffns in searched.items()}
+
+
+def per_layer(durations: dict[str, list[float]], layers: int) -> dict[str, list[float]]:
+    """Return durations divided by the number of layers."""
+    return {name: [value / layers for value in seconds] for name, seconds in durations.items()}
 
 
 def speedups_by_batch(

@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 
 from hire import HireSoftmax, TopK, da_top_k, exact_top_k, high_recall_top_k
 from hire.distributed import RowSharding, all_gather_top_k
-from hire.lab.timing.interleaved import interleaved
 from hire.lab.tpu import bundle_parser
 from hire.lab.tpu.programs import (
     CANDIDATES,
@@ -30,6 +29,7 @@ from hire.ops.nomination import nominate_from_scores
 from hire.ops.row_products import row_scores
 from hire.ops.tpu import row_scores as row_kernel
 from hire.search import rerank
+from hire.timing import interleaved
 from hire.types import Queries
 
 # Takes the rows and the estimator of one device's shard; runs inside jax.shard_map.

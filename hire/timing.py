@@ -2,12 +2,18 @@
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+ComparisonKey = TypeVar("ComparisonKey", bound=Hashable)
+
+# Seconds from the start of a sitting to the start of the next, at least.
+SITTING_GAP = 60.0
 
 # Bytes that are read before a timed call: several times the last-level cache of a CPU.
 COLD = 2**28
@@ -58,6 +64,63 @@ def interleaved(
     finally:
         gc.enable()
     return durations
+
+
+def in_sittings(
+    comparisons: Mapping[ComparisonKey, tuple[dict[str, Callable], Sequence]], sittings: int
+) -> dict[ComparisonKey, dict[str, list[float]]]:
+    """Time several groups of functions in sittings, so that one state of the machine is not all.
+
+    Each sitting times every comparison once, see `interleaved`, with its share of the queries.
+
+    Args:
+        comparisons: Functions by name, and their queries, by any key.
+        sittings: Number of sittings.
+
+    Returns:
+        Raw durations in seconds by key and name, equally many from each sitting, in order.
+
+    Raises:
+        ValueError: There are fewer queries than sittings.
+    """
+    durations: dict[ComparisonKey, dict[str, list[float]]] = {key: {} for key in comparisons}
+    for sitting in range(sittings):
+        start = time.monotonic()
+        for key, (forms, queries) in comparisons.items():
+            repeats = len(queries) // sittings
+            if not repeats:
+                raise ValueError(f"{len(queries)} queries for {sittings} sittings: expected more")
+            share = queries[sitting * repeats : (sitting + 1) * repeats]
+            for name, seconds in interleaved(forms, share, repeats).items():
+                durations[key].setdefault(name, []).extend(seconds)
+        if sitting + 1 < sittings:
+            time.sleep(max(0.0, start + SITTING_GAP - time.monotonic()))
+    return durations
+
+
+def speedup_range(
+    durations: Mapping[str, Sequence[float]], name: str, base: str, sittings: int
+) -> tuple[float, float]:
+    """Return the lowest and the highest speed-up of the sittings.
+
+    Args:
+        durations: Raw durations by name, see `in_sittings`.
+        name: The function.
+        base: The baseline.
+        sittings: Number of sittings.
+
+    Returns:
+        The lowest and the highest ratio of the medians of a sitting.
+    """
+    ratios = [
+        float(np.median(slow) / np.median(fast))
+        for slow, fast in zip(
+            np.array_split(durations[base], sittings),
+            np.array_split(durations[name], sittings),
+            strict=True,
+        )
+    ]
+    return min(ratios), max(ratios)
 
 
 def medians(durations: dict[str, list[float]]) -> dict[str, float]:

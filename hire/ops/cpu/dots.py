@@ -1,0 +1,498 @@
+"""Dot products of stored rows with queries, as vector instructions.
+
+numba would leave the choice of instructions to LLVM, which reads codes of 8 bits at half and codes
+of 4 bits at a tenth of what these do. The instructions are LLVM's portable vector operations, 32
+bytes at a time, except for the sum of products of neighbouring 16-bit integers on x86.
+
+A storage is how rows lie in memory and what they meet:
+
+    float32, bfloat16    float32 queries
+    int8, int4           codes, float32 queries: as exact as `hire.ops.row_products`
+    int8_by_int16,       codes, queries in 16 bits from `round_queries`: integer sums, which are
+    int4_by_int16        exact
+"""
+
+from collections.abc import Callable, Sequence
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from hire.ops.cpu.numba_functions import function
+
+INT8, INT16, INT32, INT64, FLOAT = *map(ir.IntType, (8, 16, 32, 64)), ir.FloatType()
+# Floats are added in any order. NaN and infinity keep their meaning.
+ANY_ORDER = ("reassoc", "contract", "nsz")
+# Entries of a vector register: of 32-bit numbers, and of 16-bit integers.
+LANES, LANES_16 = 8, 16
+# Bytes of a cache line.
+LINE = 64
+# Bytes between a row that is read and the one that is fetched meanwhile.
+AHEAD = 4096
+IS_X86 = "avx2" in llvmlite.binding.get_host_cpu_features()
+HAS_AVX2 = bool(llvmlite.binding.get_host_cpu_features().get("avx2"))
+
+STORAGES = ("float32", "bfloat16", "int8", "int4", "int8_by_int16", "int4_by_int16")
+# Bytes of an entry of a row; of a pair of entries for codes of 4 bits.
+ITEM_BYTES = dict.fromkeys(STORAGES, 1) | {"float32": 4, "bfloat16": 2}
+
+
+def is_integer(storage: str) -> bool:
+    """Whether a storage sums integers."""
+    return storage.endswith("by_int16")
+
+
+def splat(type: ir.VectorType, value: int | float) -> ir.Constant:
+    """Return a vector with the same number in all lanes."""
+    return ir.Constant(type, [value] * type.count)
+
+
+def in_all_lanes(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
+    """Return a vector with a value in all lanes."""
+    empty = ir.Constant(vector(value.type, lanes), ir.Undefined)
+    first = builder.insert_element(empty, value, INT32(0))
+    return builder.shuffle_vector(first, empty, splat(vector(INT32, lanes), 0))
+
+
+def vector(element: ir.Type, lanes: int) -> ir.VectorType:
+    """Return the type of a vector."""
+    return ir.VectorType(element, lanes)
+
+
+def load(builder: ir.IRBuilder, address: ir.Value, type: ir.Type) -> ir.Value:
+    """Load a vector or a number from any address."""
+    return builder.load(builder.inttoptr(address, type.as_pointer()), align=1)
+
+
+def to_floats(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """Convert a vector of integers to floats."""
+    return builder.sitofp(value, vector(FLOAT, value.type.count))
+
+
+def load_row(
+    builder: ir.IRBuilder, storage: str, address: ir.Value, lanes: int = LANES
+) -> list[ir.Value]:
+    """Load the next entries of a row, as the vectors that meet the vectors of a query.
+
+    Codes of 4 bits give two vectors of floats (the first and the second half of the row), or four
+    of integers in the order of `round_queries`.
+    """
+    if storage == "float32":
+        return [load(builder, address, vector(FLOAT, lanes))]
+    if storage == "bfloat16":
+        wide = vector(INT32, lanes)
+        bits = builder.zext(load(builder, address, vector(INT16, lanes)), wide)
+        return [builder.bitcast(builder.shl(bits, splat(wide, 16)), vector(FLOAT, lanes))]
+    if storage == "int8_by_int16":
+        codes = load(builder, address, vector(INT8, LANES_16))
+        return [builder.sext(codes, vector(INT16, LANES_16))]
+    if storage == "int4_by_int16":
+        codes = load(builder, address, vector(INT16, LANES_16))
+        ups = (splat(codes.type, 16 - 4 * digit - 4) for digit in range(4))
+        down = splat(codes.type, 12)
+        return [builder.ashr(builder.shl(codes, up), down) for up in ups]
+    wide = vector(INT32, lanes)
+    codes = builder.sext(load(builder, address, vector(INT8, lanes)), wide)
+    if storage == "int8":
+        return [to_floats(builder, codes)]
+    low = builder.ashr(builder.shl(codes, splat(wide, 28)), splat(wide, 28))
+    return [to_floats(builder, low), to_floats(builder, builder.ashr(codes, splat(wide, 4)))]
+
+
+def multiply_add(builder: ir.IRBuilder, row: ir.Value, query: ir.Value, total: ir.Value):
+    """Add products to a total; products of neighbouring 16-bit integers go to the same lane."""
+    if total.type.element == FLOAT:
+        name = f"llvm.fma.v{total.type.count}f32"
+        fma = ir.FunctionType(total.type, [total.type] * 3)
+        function = cgutils.get_or_insert_function(builder.module, fma, name)
+        return builder.call(function, [row, query, total])
+    if HAS_AVX2:
+        pairs = ir.FunctionType(total.type, [row.type, query.type])
+        name = "llvm.x86.avx2.pmadd.wd"
+        function = cgutils.get_or_insert_function(builder.module, pairs, name)
+        return builder.add(total, builder.call(function, [row, query]))
+    wide = vector(INT32, LANES_16)
+    products = builder.mul(builder.sext(row, wide), builder.sext(query, wide))
+    return builder.add(total, sum_of_pairs(builder, products, products, LANES))
+
+
+def add(builder: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
+    """Add two vectors or numbers."""
+    element = getattr(one.type, "element", one.type)
+    return builder.fadd(one, other, ANY_ORDER) if element == FLOAT else builder.add(one, other)
+
+
+def sum_of_pairs(builder: ir.IRBuilder, one: ir.Value, other: ir.Value, lanes: int) -> ir.Value:
+    """Add neighbouring lanes of two vectors in a row; take the first `lanes` sums."""
+    even, odd = (
+        ir.Constant(vector(INT32, lanes), list(range(first, 2 * lanes, 2))) for first in (0, 1)
+    )
+    return add(
+        builder, builder.shuffle_vector(one, other, even), builder.shuffle_vector(one, other, odd)
+    )
+
+
+def sums_of_lanes(builder: ir.IRBuilder, totals: list[ir.Value]) -> list[ir.Value]:
+    """Return the sum of the lanes of each vector; several vectors share the additions."""
+    count = max(size for size in (1, 2, 4, 8) if size <= len(totals))
+    part, others = totals[:count], totals[count:]
+    while len(part) > 1:
+        pairs = zip(part[::2], part[1::2], strict=True)
+        part = [sum_of_pairs(builder, one, other, LANES) for one, other in pairs]
+    sums, lanes = part[0], LANES
+    while lanes > count:
+        lanes //= 2
+        sums = sum_of_pairs(builder, sums, sums, lanes)
+    scalars = [builder.extract_element(sums, INT32(lane)) for lane in range(count)]
+    return scalars + (sums_of_lanes(builder, others) if others else [])
+
+
+class Tile:
+    """The products of a few rows with a few queries: each vector loaded is used several times.
+
+    Args:
+        builder: Builder of the function.
+        storage: Storage of the rows.
+        rows: Addresses of the rows.
+        later: Addresses of rows that are read soon, which are fetched into the cache meanwhile.
+        queries: Addresses of the queries.
+        items: Entries of a row; bytes of a row for codes of 4 bits.
+    """
+
+    def __init__(
+        self,
+        builder: ir.IRBuilder,
+        storage: str,
+        rows: Sequence[ir.Value],
+        later: Sequence[ir.Value],
+        queries: Sequence[ir.Value],
+        items: ir.Value,
+    ):
+        self.builder, self.storage = builder, storage
+        self.rows, self.later, self.queries, self.items = rows, later, queries, items
+        element = INT32 if is_integer(storage) else FLOAT
+        self.totals = [
+            cgutils.alloca_once_value(builder, splat(vector(element, LANES), 0))
+            for _ in range(len(rows) * len(queries))
+        ]
+
+    def step(self, item: ir.Value, query_offsets: Sequence[ir.Value]) -> None:
+        """Add the products of the entries from `item` on.
+
+        Args:
+            item: First entry of the row.
+            query_offsets: Bytes from a query's address to each vector that the row's ones meet.
+        """
+        builder = self.builder
+        at = builder.mul(item, INT64(ITEM_BYTES[self.storage]))
+        rows = [load_row(builder, self.storage, builder.add(row, at)) for row in self.rows]
+        element = vector(INT16, LANES_16) if is_integer(self.storage) else vector(FLOAT, LANES)
+        totals = iter(self.totals)
+        for query in self.queries:
+            parts = [load(builder, builder.add(query, at), element) for at in query_offsets]
+            for row in rows:
+                total = next(totals)
+                value = builder.load(total)
+                for row_part, query_part in zip(row, parts, strict=True):
+                    value = multiply_add(builder, row_part, query_part, value)
+                builder.store(value, total)
+
+    def fetch(self, item: ir.Value) -> None:
+        """Ask for the cache line of a later row that is as far from its start as an item."""
+        builder = self.builder
+        at = builder.mul(item, INT64(ITEM_BYTES[self.storage]))
+        pointer_type = INT8.as_pointer()
+        signature = ir.FunctionType(ir.VoidType(), [pointer_type, INT32, INT32, INT32])
+        prefetch = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+        for row in self.later:
+            pointer = builder.inttoptr(builder.add(row, at), pointer_type)
+            builder.call(prefetch, [pointer, INT32(0), INT32(3), INT32(1)])
+
+    def steps(self, step_items: int, offsets: Callable) -> ir.Value:
+        """Add the products of all complete steps, a cache line of each row at a time.
+
+        Args:
+            step_items: Entries of a row that a step reads.
+            offsets: Function from an item to the `query_offsets` of its step.
+
+        Returns:
+            The number of items that the steps have covered.
+        """
+        builder = self.builder
+        line_items = max(LINE // ITEM_BYTES[self.storage], step_items)
+        lines, complete = (
+            builder.and_(self.items, INT64(-count)) for count in (line_items, step_items)
+        )
+        slices = (INT64(0), lines, INT64(line_items)), (lines, complete, INT64(step_items))
+        with cgutils.for_range_slice(builder, *slices[0], inc=True) as (first, _):
+            self.fetch(first)
+            for step in range(0, line_items, step_items):
+                item = builder.add(first, INT64(step))
+                self.step(item, offsets(item))
+        with builder.if_then(builder.icmp_signed("!=", lines, self.items)):
+            self.fetch(lines)
+        with cgutils.for_range_slice(builder, *slices[1], inc=True) as (item, _):
+            self.step(item, offsets(item))
+        return complete
+
+    def integer_sums(self) -> list[ir.Value]:
+        """Return the products with queries of `round_queries`, query by query.
+
+        The last step ends with the row. It meets a part of the query that is 0 where the step
+        before has been.
+        """
+        builder = self.builder
+        planes = 4 if self.storage.startswith("int4") else 1
+        step_items = 2 * LANES_16 if planes == 4 else LANES_16
+
+        def offsets(item: ir.Value) -> list[ir.Value]:
+            first = builder.mul(item, INT64(2 * planes * LANES_16 // step_items))
+            return [builder.add(first, INT64(2 * LANES_16 * plane)) for plane in range(planes)]
+
+        complete = self.steps(step_items, offsets)
+        with builder.if_then(builder.icmp_signed("!=", complete, self.items)):
+            self.step(builder.sub(self.items, INT64(step_items)), offsets(complete))
+        return sums_of_lanes(builder, [builder.load(total) for total in self.totals])
+
+    def float_sums(self) -> list[ir.Value]:
+        """Return the products with float queries, query by query."""
+        builder = self.builder
+        planes = 2 if self.storage == "int4" else 1
+
+        def offsets(item: ir.Value) -> list[ir.Value]:
+            second = builder.add(item, self.items)
+            return [builder.mul(first, INT64(4)) for first in (item, second)][:planes]
+
+        complete = self.steps(LANES, offsets)
+        sums = sums_of_lanes(builder, [builder.load(total) for total in self.totals])
+        totals = [cgutils.alloca_once_value(builder, value) for value in sums]
+        rest = (complete, self.items, INT64(1))
+        with cgutils.for_range_slice(builder, *rest, inc=True) as (item, _):
+            self.single_step(item, offsets(item), totals)
+        return [builder.load(total) for total in totals]
+
+    def single_step(
+        self, item: ir.Value, query_offsets: Sequence[ir.Value], totals: Sequence[ir.Value]
+    ) -> None:
+        """Add the products of one entry."""
+        builder, lane = self.builder, INT32(0)
+        at = builder.mul(item, INT64(ITEM_BYTES[self.storage]))
+        rows = [load_row(builder, self.storage, builder.add(row, at), 1) for row in self.rows]
+        remaining = iter(totals)
+        for query in self.queries:
+            parts = [load(builder, builder.add(query, at), FLOAT) for at in query_offsets]
+            for row in rows:
+                total = next(remaining)
+                value = builder.load(total)
+                for row_part, query_part in zip(row, parts, strict=True):
+                    entry = builder.extract_element(row_part, lane)
+                    value = add(builder, value, builder.fmul(entry, query_part))
+                builder.store(value, total)
+
+
+def dot_tile(storage: str, num_rows: int, num_queries: int) -> Callable:
+    """Return an intrinsic that writes the products of a few rows with a few queries as float32.
+
+    Its arguments are the addresses of the rows and of rows that are read soon (two tuples), the
+    address of the first query, the bytes from one query to the next, the entries of a row (its
+    bytes for codes of 4 bits), the address of the first product, and the bytes from one query's
+    products to the next one's. The products of consecutive rows lie side by side.
+    """
+
+    @intrinsic
+    def tile(typing_context, rows, later, query, query_stride, items, out, out_stride):
+        def generate(context, builder, signature, arguments):
+            rows, later, query, query_stride, items, out, out_stride = arguments
+            queries, outs = (
+                [builder.add(first, builder.mul(stride, INT64(i))) for i in range(num_queries)]
+                for first, stride in ((query, query_stride), (out, out_stride))
+            )
+            addresses, later = (cgutils.unpack_tuple(builder, part) for part in (rows, later))
+            products = Tile(builder, storage, addresses, later, queries, items)
+            if is_integer(storage):
+                sums = [builder.sitofp(value, FLOAT) for value in products.integer_sums()]
+            else:
+                sums = products.float_sums()
+            values = iter(sums)
+            for address in outs:
+                pointer = builder.inttoptr(address, FLOAT.as_pointer())
+                for row in range(num_rows):
+                    builder.store(next(values), builder.gep(pointer, [INT64(row)]), align=1)
+            return context.get_dummy_value()
+
+        addresses = types.UniTuple(types.int64, num_rows)
+        return types.void(addresses, addresses, *[types.int64] * 5), generate
+
+    return tile
+
+
+# Rows of a tile for one query, and for several. Their sums fill the vector registers of AVX2.
+ROWS_FOR_ONE, QUERIES, ROWS_FOR_SEVERAL = 4, 4, 2
+
+
+def score_rows(storage: str) -> Callable:
+    """Return a numba function that writes the products of consecutive rows with all queries.
+
+    Its arguments are the address of the first row, the bytes of a row, the number of rows, the
+    entries of a row (its bytes for codes of 4 bits), the address of the first query, the bytes of a
+    query, the number of queries, and where to write as in `dot_tile`.
+    """
+    four_rows = dot_tile(storage, ROWS_FOR_ONE, 1)
+    one_row = dot_tile(storage, 1, 1)
+    two_by_four = dot_tile(storage, ROWS_FOR_SEVERAL, QUERIES)
+    one_by_four = dot_tile(storage, 1, QUERIES)
+
+    @function
+    def for_one(first, stride, count, items, query, out):
+        done = 0
+        while done + ROWS_FOR_ONE <= count:
+            at = first + done * stride
+            rows = four_from(at, stride)
+            four_rows(rows, four_from(at + AHEAD, stride), query, 0, items, out + 4 * done, 0)
+            done += ROWS_FOR_ONE
+        while done < count:
+            at = first + done * stride
+            one_row((at,), (at + AHEAD,), query, 0, items, out + 4 * done, 0)
+            done += 1
+
+    @function
+    def score(first, stride, count, items, query, query_stride, queries, out, out_stride):
+        several = queries // QUERIES * QUERIES if queries > 1 else 0
+        row = 0
+        while several and row < count:
+            at = first + row * stride
+            complete = row + ROWS_FOR_SEVERAL <= count
+            for q in range(0, several, QUERIES):
+                place = out + q * out_stride + 4 * row
+                x = query + q * query_stride
+                # Once fetched is enough: later queries ask for the row that they read.
+                ahead = at + AHEAD if q == 0 else at
+                if complete:
+                    rows, later = (at, at + stride), (ahead, ahead + stride)
+                    two_by_four(rows, later, x, query_stride, items, place, out_stride)
+                else:
+                    one_by_four((at,), (ahead,), x, query_stride, items, place, out_stride)
+            row += ROWS_FOR_SEVERAL
+        for q in range(several, queries):
+            for_one(first, stride, count, items, query + q * query_stride, out + q * out_stride)
+
+    return score
+
+
+@function
+def four_from(first, stride):
+    """Return the addresses of four consecutive rows."""
+    return first, first + stride, first + 2 * stride, first + 3 * stride
+
+
+def score_rows_at(storage: str) -> Callable:
+    """Return a numba function that writes the products of rows at given indices with one query.
+
+    Its arguments are the address of the first row, the bytes of a row, the number of all rows, the
+    entries of a row, the indices, the address of the query, and where to write. An index beyond the
+    rows stands for the nearest row; a negative one counts from the end, as in `jnp.take`.
+    """
+    four_rows, one_row = dot_tile(storage, ROWS_FOR_ONE, 1), dot_tile(storage, 1, 1)
+
+    @function
+    def address(first, stride, num_rows, indices, place):
+        index = indices[min(place, len(indices) - 1)]
+        wrapped = index + num_rows if index < 0 else index
+        return first + min(max(wrapped, 0), num_rows - 1) * stride
+
+    @function
+    def score(first, stride, num_rows, items, indices, query, out):
+        count, done = len(indices), 0
+        later = (
+            address(first, stride, num_rows, indices, 0),
+            address(first, stride, num_rows, indices, 1),
+            address(first, stride, num_rows, indices, 2),
+            address(first, stride, num_rows, indices, 3),
+        )
+        while done + ROWS_FOR_ONE <= count:
+            rows = later
+            later = (
+                address(first, stride, num_rows, indices, done + 4),
+                address(first, stride, num_rows, indices, done + 5),
+                address(first, stride, num_rows, indices, done + 6),
+                address(first, stride, num_rows, indices, done + 7),
+            )
+            four_rows(rows, later, query, 0, items, out + 4 * done, 0)
+            done += ROWS_FOR_ONE
+        while done < count:
+            row = address(first, stride, num_rows, indices, done)
+            one_row((row,), (row,), query, 0, items, out + 4 * done, 0)
+            done += 1
+
+    return score
+
+
+def sum_tile(storage: str, num_rows: int) -> Callable:
+    """Return an intrinsic that adds a few weighted rows to a sum.
+
+    Its arguments are the address of the first row, the bytes of a row, the number of columns to add
+    (bytes for codes of 4 bits), the address of the weights, the address of the sum, and the bytes
+    from the sum of the first half of a row to that of the second, for codes of 4 bits.
+    """
+
+    @intrinsic
+    def tile(typing_context, first, stride, items, weights, out, second_half):
+        def generate(context, builder, signature, arguments):
+            first, stride, items, weights, out, second_half = arguments
+            rows = [builder.add(first, builder.mul(stride, INT64(r))) for r in range(num_rows)]
+            factors = [
+                load(builder, builder.add(weights, INT64(4 * r)), FLOAT) for r in range(num_rows)
+            ]
+
+            def add_columns(item: ir.Value, lanes: int) -> None:
+                at = builder.mul(item, INT64(ITEM_BYTES[storage]))
+                parts = [load_row(builder, storage, builder.add(row, at), lanes) for row in rows]
+                place = builder.add(out, builder.mul(item, INT64(4)))
+                for half, address in enumerate((place, builder.add(place, second_half))):
+                    if half == len(parts[0]):
+                        break
+                    pointer = builder.inttoptr(address, vector(FLOAT, lanes).as_pointer())
+                    value = builder.load(pointer, align=4)
+                    for part, factor in zip(parts, factors, strict=True):
+                        factor_lanes = in_all_lanes(builder, factor, lanes)
+                        value = multiply_add(builder, part[half], factor_lanes, value)
+                    builder.store(value, pointer, align=4)
+
+            complete = builder.and_(items, INT64(-LANES))
+            vectors, rest = (INT64(0), complete, INT64(LANES)), (complete, items, INT64(1))
+            for lanes, steps in ((LANES, vectors), (1, rest)):
+                with cgutils.for_range_slice(builder, *steps, inc=True) as (item, _):
+                    add_columns(item, lanes)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), generate
+
+    return tile
+
+
+# Rows that are added at a time: one load and store of the sum for all of them.
+ROWS_OF_SUM = 8
+
+
+def add_rows(storage: str) -> Callable:
+    """Return a numba function that adds consecutive weighted rows to a sum.
+
+    Its arguments are those of `sum_tile`, with the number of rows before the number of columns.
+    """
+    eight_rows, one_row = sum_tile(storage, ROWS_OF_SUM), sum_tile(storage, 1)
+
+    @function
+    def add(first, stride, count, items, weights, out, second_half):
+        done = 0
+        while done + ROWS_OF_SUM <= count:
+            at = first + done * stride
+            eight_rows(at, stride, items, weights + 4 * done, out, second_half)
+            done += ROWS_OF_SUM
+        while done < count:
+            at = first + done * stride
+            one_row(at, stride, items, weights + 4 * done, out, second_half)
+            done += 1
+
+    return add

@@ -1,0 +1,169 @@
+"""Selection of the largest numbers, as numba functions that kernels share."""
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from hire.ops.cpu.dots import FLOAT, INT32, INT64, LANES, in_all_lanes, load, splat, vector
+from hire.ops.cpu.numba_functions import function
+from hire.ops.sortable import EMPTY
+
+# Values of the digits that `kth_largest` counts: 11 bits at a time.
+DIGIT_BITS = 11
+DIGITS = 2**DIGIT_BITS
+
+
+@function
+def sortable(bits):
+    """Map the bits of floats to integers that sort like the floats, and back."""
+    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@intrinsic
+def keep_maxima(
+    typing_context, scores, scale, count, maxima, rank_stride, ranks, position, kept_bits
+):
+    """Let the scores of one row of each bucket compete with the maxima so far.
+
+    Scores are packed as by `hire.ops.sortable.pack_score_index`; infinity stays what it is.
+
+    Args:
+        scores: Address of the scores, as float32.
+        scale: Address of their scales.
+        count: Number of buckets.
+        maxima: Address of the packed maxima of the first rank.
+        rank_stride: Bytes from the maxima of one rank to those of the next.
+        ranks: Number of ranks.
+        position: What the last bits of these rows' keys are.
+        kept_bits: Mask of the other bits.
+    """
+
+    def generate(context, builder, signature, arguments):
+        scores, scale, count, maxima, rank_stride, ranks, position, kept_bits = arguments
+
+        def compete(bucket: ir.Value, lanes: int) -> None:
+            at = builder.mul(bucket, INT64(4))
+            floats, ints = vector(FLOAT, lanes), vector(INT32, lanes)
+            score, factor = (load(builder, builder.add(x, at), floats) for x in (scores, scale))
+            bits = builder.bitcast(builder.fmul(score, factor), ints)
+            sign = builder.ashr(bits, splat(ints, 31))
+            sorts = builder.xor(bits, builder.and_(sign, splat(ints, 0x7FFFFFFF)))
+            position_lanes, mask = (in_all_lanes(builder, x, lanes) for x in (position, kept_bits))
+            packed = builder.or_(builder.and_(sorts, mask), position_lanes)
+            key = cgutils.alloca_once_value(builder, packed)
+            with cgutils.for_range(builder, ranks, intp=INT64) as rank:
+                place = builder.add(maxima, builder.mul(rank.index, rank_stride))
+                pointer = builder.inttoptr(builder.add(place, at), ints.as_pointer())
+                leader, challenger = builder.load(pointer, align=4), builder.load(key)
+                is_better = builder.icmp_signed(">", challenger, leader)
+                builder.store(builder.select(is_better, challenger, leader), pointer, align=4)
+                builder.store(builder.select(is_better, leader, challenger), key)
+
+        complete = builder.and_(count, INT64(-LANES))
+        vectors, rest = (INT64(0), complete, INT64(LANES)), (complete, count, INT64(1))
+        for lanes, steps in ((LANES, vectors), (1, rest)):
+            with cgutils.for_range_slice(builder, *steps, inc=True) as (bucket, _):
+                compete(bucket, lanes)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6, types.int32, types.int32), generate
+
+
+@function
+def kth_largest(keys, k, counts):
+    """Return the k-th largest of some integers, and how many are larger.
+
+    It counts the integers by their first 11 bits, those of the right ones by the next 11 bits, and
+    so on: three passes instead of a sort.
+
+    Args:
+        keys: Integers, int32 `(m,)`.
+        k: Rank, from 1.
+        counts: Scratch, int32 `(DIGITS,)`.
+
+    Returns:
+        The k-th largest integer, and the number of larger ones.
+    """
+    prefix, known, above = np.uint32(0), np.uint32(0), 0
+    for shift in (32 - DIGIT_BITS, 32 - 2 * DIGIT_BITS, 0):
+        width = DIGIT_BITS if shift else 32 - 2 * DIGIT_BITS
+        counts[:] = 0
+        for i in range(len(keys)):
+            key = np.uint32(keys[i]) ^ np.uint32(0x80000000)
+            if (key & known) == prefix:
+                counts[(key >> np.uint32(shift)) & np.uint32((1 << width) - 1)] += 1
+        digit = (1 << width) - 1
+        while above + counts[digit] < k:
+            above += counts[digit]
+            digit -= 1
+        prefix |= np.uint32(digit) << np.uint32(shift)
+        known |= np.uint32((1 << width) - 1) << np.uint32(shift)
+    return np.int32(prefix ^ np.uint32(0x80000000)), above
+
+
+@function
+def sort_best(scores, indices, best_scores, best_indices, best_keys):
+    """Write the largest scores and their indices, leader first; of equal scores the first ones.
+
+    A heap holds the leader scores so far with the worst at its root. Most scores are compared with
+    the root alone.
+
+    Args:
+        scores: Scores `(c,)`, of which the bits are integers of numpy's int32.
+        indices: Index of each score, int32 `(c,)`.
+        best_scores: Where the k largest scores go, as their bits, int32 `(k,)`.
+        best_indices: Where their indices go, int32 `(k,)`.
+        best_keys: Scratch, int32 `(k,)`.
+    """
+    k = len(best_scores)
+    # The heap keeps positions in `best_indices` and keys in `best_keys`.
+    for position in range(len(scores)):
+        key = sortable(scores[position])
+        if position < k:
+            place = position
+            while place > 0:
+                parent = (place - 1) // 2
+                if best_keys[parent] < key:
+                    break
+                best_keys[place], best_indices[place] = best_keys[parent], best_indices[parent]
+                place = parent
+            best_keys[place], best_indices[place] = key, position
+        elif key > best_keys[0]:
+            sift_down(best_keys, best_indices, k, key, position)
+    for end in range(k - 1, 0, -1):
+        worst_key, worst_position = best_keys[0], best_indices[0]
+        key, position = best_keys[end], best_indices[end]
+        sift_down(best_keys, best_indices, end, key, position)
+        best_keys[end], best_indices[end] = worst_key, worst_position
+    for place in range(k):
+        position = best_indices[place]
+        best_scores[place], best_indices[place] = scores[position], indices[position]
+
+
+@function
+def is_worse(key, position, other_key, other_position):
+    """Whether an entry is worse than another: smaller, or equal and later."""
+    return key < other_key or (key == other_key and position > other_position)
+
+
+@function
+def sift_down(keys, positions, count, key, position):
+    """Put an entry at the root of a heap and let it sink below the entries that are worse."""
+    place = 0
+    while True:
+        child = 2 * place + 1
+        if child >= count:
+            break
+        other = child + 1
+        if other < count and is_worse(keys[other], positions[other], keys[child], positions[child]):
+            child = other
+        if not is_worse(keys[child], positions[child], key, position):
+            break
+        keys[place], positions[place] = keys[child], positions[child]
+        place = child
+    keys[place], positions[place] = key, position
+
+
+__all__ = ["DIGITS", "EMPTY", "kth_largest", "sort_best", "sortable"]
