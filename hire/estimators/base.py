@@ -137,6 +137,22 @@ def nominate_by_scores(
     return nominate_from_scores(estimator.scores(x), candidates, per_bucket)
 
 
+def nomination_scores(estimator: Estimator, x: Queries) -> Float[Array, "b m"]:
+    """Return estimated scores of all rows that are only compared with each other.
+
+    They are `estimator.nomination_scores(x)` if the estimator has that method, else
+    `estimator.scores(x)`. The method may round the queries.
+
+    Args:
+        estimator: The estimator.
+        x: Queries `(b, d)`.
+
+    Returns:
+        Scores `(b, m)`.
+    """
+    return getattr(estimator, "nomination_scores", estimator.scores)(x)
+
+
 def check_queries(x: States, estimator: Estimator) -> None:
     """Check the shape and the type of queries.
 

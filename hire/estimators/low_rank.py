@@ -15,7 +15,7 @@ from hire.estimators.fitting import (
     regularized_second_moment,
     scale_near_one,
 )
-from hire.estimators.quantized import nominate_quantized
+from hire.estimators.quantized import nominate_quantized, rounded_scores
 from hire.ops.checks import check_bits, check_finite, check_range
 from hire.ops.matmul import HALF_TYPES, matmul_f32
 from hire.ops.nomination import PER_BUCKET
@@ -209,6 +209,15 @@ class LowRank:
     def scores(self, x: Queries) -> Float[Array, "b m"]:
         """Return the estimated scores of all rows `(b, m)`."""
         return row_scores(row_scores(x, self.projection), self.factors)
+
+    def nomination_scores(self, x: Queries) -> Float[Array, "b m"]:
+        """Return the estimated scores `(b, m)`.
+
+        Queries that meet quantized factors are rounded as in `rounded_scores`.
+        """
+        if not isinstance(self.factors, QuantizedRows):
+            return self.scores(x)
+        return rounded_scores(row_scores(x, self.projection), self.factors)
 
     def scores_at(self, x: Queries, indices: Indices) -> Candidates:
         """Return the estimated scores of the rows at indices `(b, c)`."""

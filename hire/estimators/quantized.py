@@ -19,7 +19,7 @@ from hire.ops.nomination import (
     num_buckets,
 )
 from hire.ops.quantization import QuantizedRows, quantize_rows
-from hire.ops.row_products import plain_scores, row_scores, row_scores_at
+from hire.ops.row_products import MAX_MULTIPLY_REDUCE_BATCH, plain_scores, row_scores, row_scores_at
 from hire.ops.sortable import top_k_of_buckets
 from hire.ops.tpu import bucket_scores
 from hire.pytrees import pytree
@@ -128,9 +128,33 @@ class Quantized(QuantizedRows):
         """Return the estimated scores of all rows `(b, m)`."""
         return row_scores(x, self)
 
+    def nomination_scores(self, x: Queries) -> Float[Array, "b m"]:
+        """Return the estimated scores `(b, m)` with queries rounded as in `rounded_scores`."""
+        return rounded_scores(x, self)
+
     def scores_at(self, x: Queries, indices: Indices) -> Float[Array, "b c"]:
         """Return the estimated scores of the rows at indices `(b, c)`."""
         return row_scores_at(x, self, indices)
+
+
+def rounded_scores(x: Queries, rows: QuantizedRows) -> Float[Array, "b m"]:
+    """Return the scores of all quantized rows, on a CPU with queries rounded to 16 bits.
+
+    See `hire.ops.cpu.queries.round_queries` for the error. Proofs take `row_scores`.
+
+    Args:
+        x: Queries `(b, d)`.
+        rows: Quantized rows `(m, d)`.
+
+    Returns:
+        Scores, float32 `(b, m)`.
+    """
+
+    def cpu(x: Queries, rows: QuantizedRows) -> Array:
+        return cpu_kernels.load("row_scores").scores(x, rows, round_to_int16=True)
+
+    is_chosen = is_cpu_supported(rows) and len(x) <= MAX_MULTIPLY_REDUCE_BATCH
+    return dispatch("auto", plain_scores, x, rows, cpu=cpu if is_chosen else None)
 
 
 def nominate_quantized(

@@ -17,6 +17,7 @@ from hire.estimators.base import (
     check_queries,
     check_search,
     map_leading_axes,
+    nomination_scores,
     to_device,
 )
 from hire.estimators.quantized import Quantized
@@ -346,14 +347,14 @@ class HireFFN:
         Returns:
             The estimated scores `(b, m)`.
         """
-        estimated = self.estimator.scores(x)
+        estimated = nomination_scores(self.estimator, x)
         if self.gate is None:
             active = activate(estimated)
         else:
             active = activate(
                 jnp.ones_like(estimated)
                 if self.up_estimator is None
-                else self.up_estimator.scores(x),
+                else nomination_scores(self.up_estimator, x),
                 estimated,
             )
         return group_scores(active, self.group_size)

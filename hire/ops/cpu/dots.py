@@ -27,6 +27,7 @@ INT8, INT16, INT32, INT64, FLOAT = *map(ir.IntType, (8, 16, 32, 64)), ir.FloatTy
 ANY_ORDER = ("reassoc", "contract", "nsz")
 # Entries of a vector register: of 32-bit numbers, and of 16-bit integers.
 LANES, LANES_16 = 8, 16
+PREFETCH = "llvm.prefetch.p0"
 # Bytes of a cache line.
 LINE = 64
 # Bytes between a row that is read and the one that is fetched meanwhile.
@@ -205,7 +206,7 @@ class Tile:
         at = builder.mul(item, INT64(ITEM_BYTES[self.storage]))
         pointer_type = INT8.as_pointer()
         signature = ir.FunctionType(ir.VoidType(), [pointer_type, INT32, INT32, INT32])
-        prefetch = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+        prefetch = cgutils.get_or_insert_function(builder.module, signature, PREFETCH)
         for row in self.later:
             pointer = builder.inttoptr(builder.add(row, at), pointer_type)
             builder.call(prefetch, [pointer, INT32(0), INT32(3), INT32(1)])
@@ -427,6 +428,24 @@ def score_rows_at(storage: str) -> Callable:
             done += 1
 
     return score
+
+
+@intrinsic
+def fetch(typing_context, address, count):
+    """Ask for the cache lines of some bytes that are read soon."""
+
+    def generate(context, builder, signature, arguments):
+        address, count = arguments
+        pointer_type = INT8.as_pointer()
+        prefetch_type = ir.FunctionType(ir.VoidType(), [pointer_type, INT32, INT32, INT32])
+        prefetch = cgutils.get_or_insert_function(builder.module, prefetch_type, PREFETCH)
+        steps = (INT64(0), count, INT64(LINE))
+        with cgutils.for_range_slice(builder, *steps, inc=True) as (offset, _):
+            pointer = builder.inttoptr(builder.add(address, offset), pointer_type)
+            builder.call(prefetch, [pointer, INT32(0), INT32(3), INT32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
 
 
 def sum_tile(storage: str, num_rows: int) -> Callable:

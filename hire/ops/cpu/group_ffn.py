@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hire.ops.cpu import ffi
-from hire.ops.cpu.dots import ITEM_BYTES, add_rows, score_rows
+from hire.ops.cpu.dots import ITEM_BYTES, add_rows, fetch, score_rows
 from hire.ops.cpu.numba_functions import function
 from hire.ops.cpu.row_scores import (
     TYPE_OF_CODES,
@@ -27,7 +27,7 @@ from hire.ops.quantization import QuantizedRows
 from hire.types import Array, Float, Indices, Queries, Rows
 
 # Threads add rows to sums of their own, so many per selection of groups, at least MIN_PARTS.
-PARTS, MIN_PARTS = 8, 2
+PARTS, MIN_PARTS = 4, 2
 # Columns of the rows of a group that are added to the sums of all queries while they are in cache.
 COLUMNS_PER_TILE = 512
 # Key of a group that a query does not keep. Keys are the bits of scores, which are not negative.
@@ -363,6 +363,9 @@ def sum_loop(storage: str) -> Callable:
         stride = items * item_bytes
         for first in range(0, items, COLUMNS_PER_TILE):
             count = min(COLUMNS_PER_TILE, items - first)
+            for i in range(group if first + count < items else 0):
+                later = ffi.data(down) + (row + i) * stride + (first + count) * item_bytes
+                fetch(later, min(COLUMNS_PER_TILE, items - first - count) * item_bytes)
             for query in range(first_query, last_query):
                 if keys[query, place] != DROPPED:
                     add(
