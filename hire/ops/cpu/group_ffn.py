@@ -26,8 +26,9 @@ from hire.ops.cpu.selection import DIGITS, kth_largest
 from hire.ops.quantization import QuantizedRows
 from hire.types import Array, Float, Indices, Queries, Rows
 
-# Threads add rows to sums of their own, so many per selection of groups, at least MIN_PARTS.
-PARTS, MIN_PARTS = 4, 2
+# Threads add rows to sums of their own. So many sums share the work of a call; fewer if they hold
+# many queries, since all sums are written and read once more.
+PARTS, MIN_PARTS = 8, 4
 # Columns of the rows of a group that are added to the sums of all queries while they are in cache.
 COLUMNS_PER_TILE = 512
 # Key of a group that a query does not keep. Keys are the bits of scores, which are not negative.
@@ -78,7 +79,7 @@ def ffn(
         if matrix is not None
         for part in kernel_operands(matrix)
     ]
-    parts = max(MIN_PARTS, PARTS // calls)
+    parts = max(MIN_PARTS, PARTS // b)
     keeps_ties = calls == 1 and b > 1
     out, *_ = kernel(storage_of(up), gate is not None)(
         padded,
