@@ -688,6 +688,8 @@ class SoftmaxResult(Result):
             floors={HIRE: list(self.times.floors(HIRE).values())},
             title=f"Softmax at recall {recall:.3f} (dotted: its bytes)",
         )
+        # Room for the legend.
+        axis.set_ylim(top=6 * axis.get_ylim()[1])
 
     def _plot_step_latency(self, axis) -> None:
         colors = {"dense": plots.GRAY, HIRE: plots.BLUE}
