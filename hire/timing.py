@@ -101,7 +101,7 @@ def in_sittings(
 def speedup_range(
     durations: Mapping[str, Sequence[float]], name: str, base: str, sittings: int
 ) -> tuple[float, float]:
-    """Return the lowest and the highest speed-up of the sittings.
+    """Return the lowest and the highest speed-up of the sittings and of all calls together.
 
     Args:
         durations: Raw durations by name, see `in_sittings`.
@@ -110,9 +110,10 @@ def speedup_range(
         sittings: Number of sittings.
 
     Returns:
-        The lowest and the highest ratio of the medians of a sitting.
+        The lowest and the highest ratio of medians.
     """
-    ratios = [
+    together = float(np.median(durations[base]) / np.median(durations[name]))
+    ratios = [together] + [
         float(np.median(slow) / np.median(fast))
         for slow, fast in zip(
             np.array_split(durations[base], sittings),

@@ -154,6 +154,23 @@ def test_functions_are_timed_in_turn_each_with_a_new_query_and_cold_caches(monke
     assert all(len(seconds) == 3 for seconds in durations.values())
 
 
+def test_the_range_is_that_of_the_sittings_by_hand(monkeypatch):
+    durations = {"dense": [4.0, 4.0, 9.0, 6.0, 6.0, 6.0], "HiRE": [2.0, 2.0, 2.0, 2.0, 1.0, 2.0]}
+    assert timing.speedup_range(durations, "HiRE", "dense", 2) == (2.0, 3.0)
+    assert timing.speedup_range(durations, "HiRE", "dense", 1) == (3.0, 3.0)
+    slept = []
+    monkeypatch.setattr(timing.time, "sleep", slept.append)
+    calls = {name: [] for name in "ab"}
+    comparisons = {name: ({"form": calls[name].append}, [1, 2, 3, 4, 5]) for name in "ab"}
+    found = timing.in_sittings(comparisons, 2)
+    assert [len(found[name]["form"]) for name in "ab"] == [4, 4]
+    # The first call of each sitting compiles and is not counted.
+    assert calls == {name: [1, 1, 2, 3, 3, 4] for name in "ab"}
+    assert len(slept) == 1 and 0 < slept[0] <= timing.SITTING_GAP
+    with pytest.raises(ValueError, match="5 queries for 6 sittings"):
+        timing.in_sittings(comparisons, 6)
+
+
 @pytest.mark.parametrize("batch", [1, 3, 16])
 def test_every_dense_form_is_the_exact_top_k(batch):
     rng = np.random.default_rng(0)
