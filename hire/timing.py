@@ -112,8 +112,8 @@ def speedup_range(
     Returns:
         The lowest and the highest ratio of medians.
     """
-    together = float(np.median(durations[base]) / np.median(durations[name]))
-    ratios = [together] + [
+    pooled_ratio = float(np.median(durations[base]) / np.median(durations[name]))
+    ratios = [pooled_ratio] + [
         float(np.median(slow) / np.median(fast))
         for slow, fast in zip(
             np.array_split(durations[base], sittings),
