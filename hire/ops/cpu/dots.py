@@ -27,7 +27,6 @@ INT8, INT16, INT32, INT64, FLOAT = *map(ir.IntType, (8, 16, 32, 64)), ir.FloatTy
 ANY_ORDER = ("reassoc", "contract", "nsz")
 # Entries of a vector register: of 32-bit numbers, and of 16-bit integers.
 LANES, LANES_16 = 8, 16
-PREFETCH = "llvm.prefetch.p0"
 # Bytes of a cache line.
 LINE = 64
 # Bytes between a row that is read and the one that is fetched meanwhile.
@@ -150,6 +149,15 @@ def sums_of_lanes(builder: ir.IRBuilder, totals: list[ir.Value]) -> list[ir.Valu
     return scalars + (sums_of_lanes(builder, others) if others else [])
 
 
+def prefetch_line(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Ask for the cache line at an address, to read it and keep it."""
+    pointer_type = INT8.as_pointer()
+    signature = ir.FunctionType(ir.VoidType(), [pointer_type, INT32, INT32, INT32])
+    prefetch = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+    pointer = builder.inttoptr(address, pointer_type)
+    builder.call(prefetch, [pointer, INT32(0), INT32(3), INT32(1)])
+
+
 class Tile:
     """The products of a few rows with a few queries: each vector loaded is used several times.
 
@@ -204,12 +212,8 @@ class Tile:
         """Ask for the cache line of a later row that is as far from its start as an item."""
         builder = self.builder
         at = builder.mul(item, INT64(ITEM_BYTES[self.storage]))
-        pointer_type = INT8.as_pointer()
-        signature = ir.FunctionType(ir.VoidType(), [pointer_type, INT32, INT32, INT32])
-        prefetch = cgutils.get_or_insert_function(builder.module, signature, PREFETCH)
         for row in self.later:
-            pointer = builder.inttoptr(builder.add(row, at), pointer_type)
-            builder.call(prefetch, [pointer, INT32(0), INT32(3), INT32(1)])
+            prefetch_line(builder, builder.add(row, at))
 
     def steps(self, step_items: int, offsets: Callable) -> ir.Value:
         """Add the products of all complete steps, a cache line of each row at a time.
@@ -436,13 +440,9 @@ def fetch(typing_context, address, count):
 
     def generate(context, builder, signature, arguments):
         address, count = arguments
-        pointer_type = INT8.as_pointer()
-        prefetch_type = ir.FunctionType(ir.VoidType(), [pointer_type, INT32, INT32, INT32])
-        prefetch = cgutils.get_or_insert_function(builder.module, prefetch_type, PREFETCH)
         steps = (INT64(0), count, INT64(LINE))
         with cgutils.for_range_slice(builder, *steps, inc=True) as (offset, _):
-            pointer = builder.inttoptr(builder.add(address, offset), pointer_type)
-            builder.call(prefetch, [pointer, INT32(0), INT32(3), INT32(1)])
+            prefetch_line(builder, builder.add(address, offset))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate

@@ -41,7 +41,7 @@ DTYPES = {
     "float32": (11, types.float32),
     "bfloat16": (16, types.uint16),
 }
-# Two threads may ask for the same program, which XLA may be told of once.
+# Two threads may ask for the same program, which is registered only once.
 ONE_AT_A_TIME = Lock()
 # Chunks of work per thread. More than one, so that a thread that is late does less.
 CHUNKS_PER_THREAD = 4
