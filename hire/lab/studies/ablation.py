@@ -416,10 +416,11 @@ class AblationResult(Result):
             f"{single[FFN_ALONE]:.2f}x (loss {ffn_loss:+.2%}), both "
             f"{single[BOTH]:.2f}x ({self.quality_text(BOTH)}); "
             f"{self.expected:.2f}x is expected if the savings add. Batch {batch} with one shared "
-            f"selection: {shared_speedup:.2f}x ({self.quality_text(SHARED)}). The weights are "
-            "random; recall and loss are those of trained models. The model trained here: "
-            f"{self.trained.speedups[1][BOTH]:.2f}x with both "
-            f"({self.quality_text(BOTH)})."
+            f"selection: {shared_speedup:.2f}x ({self.quality_text(SHARED)}), against a dense step "
+            "of XLA's products, not of the CPU kernels. The weights are random; recall and loss "
+            "are those of trained models. The model trained here, with both: "
+            f"{self.trained.speedups[1][BOTH]:.2f}x at batch 1, "
+            f"{self.trained.speedups[batch][BOTH]:.2f}x at {batch} ({self.quality_text(BOTH)})."
         )
 
     def series(self) -> dict:
