@@ -31,7 +31,6 @@ LANES, LANES_16 = 8, 16
 LINE = 64
 # Bytes between a row that is read and the one that is fetched meanwhile.
 AHEAD = 4096
-IS_X86 = "avx2" in llvmlite.binding.get_host_cpu_features()
 HAS_AVX2 = bool(llvmlite.binding.get_host_cpu_features().get("avx2"))
 
 STORAGES = ("float32", "bfloat16", "int8", "int4", "int8_by_int16", "int4_by_int16")

@@ -190,12 +190,6 @@ def address_of_task(task: Callable) -> Callable:
 
 
 @function
-def num_arguments(frame):
-    """Return the number of argument buffers."""
-    return word(frame, 7)
-
-
-@function
 def argument(frame, index):
     """Return the address of an argument buffer."""
     return word(word(frame, 9), index)

@@ -15,7 +15,7 @@ from hire.ops.cpu.queries import round_queries
 from hire.ops.cpu.selection import sort_best
 from hire.ops.quantization import QuantizedRows
 from hire.ops.top_k import TopK
-from hire.types import AnyArray, Array, Float, Indices, Queries, Rows
+from hire.types import Array, Float, Indices, Queries, Rows
 
 # Rows that a thread scores for all queries before it goes on.
 ROWS_PER_TILE = 64
@@ -257,6 +257,3 @@ def search_kernel(storage: str) -> ffi.Kernel:
         fits,
         [ffi.parallel_loop(num_tiles, score_tiles), ffi.parallel_loop(num_queries, select)],
     )
-
-
-__all__ = ["AnyArray", "is_supported", "scores", "scores_at", "top_k_at"]

@@ -8,7 +8,6 @@ from numba.extending import intrinsic
 
 from hire.ops.cpu.dots import FLOAT, INT32, INT64, LANES, in_all_lanes, load, splat, vector
 from hire.ops.cpu.numba_functions import function
-from hire.ops.sortable import EMPTY
 
 # Values of the digits that `kth_largest` counts: 11 bits at a time.
 DIGIT_BITS = 11
@@ -164,6 +163,3 @@ def sift_down(keys, positions, count, key, position):
         keys[place], positions[place] = keys[child], positions[child]
         place = child
     keys[place], positions[place] = key, position
-
-
-__all__ = ["DIGITS", "EMPTY", "kth_largest", "sort_best", "sortable"]
