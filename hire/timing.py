@@ -124,6 +124,25 @@ def speedup_range(
     return min(ratios), max(ratios)
 
 
+def sitting_ranges(
+    durations: Mapping[ComparisonKey, Sequence[float]], sittings: int
+) -> dict[ComparisonKey, tuple[float, float]]:
+    """Return the lowest and the highest median seconds of the sittings, see `in_sittings`.
+
+    Args:
+        durations: Raw durations by any key, equally many from each sitting, in order.
+        sittings: Number of sittings.
+
+    Returns:
+        The lowest and the highest median by key.
+    """
+    by_sitting = {
+        key: [float(np.median(share)) for share in np.array_split(seconds, sittings)]
+        for key, seconds in durations.items()
+    }
+    return {key: (min(values), max(values)) for key, values in by_sitting.items()}
+
+
 def medians(durations: dict[str, list[float]]) -> dict[str, float]:
     """Return the median seconds of each function."""
     return {name: float(np.median(seconds)) for name, seconds in durations.items()}

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+from jax.sharding import AxisType
 
 from hire.ops import cpu as cpu_kernels
 
@@ -43,7 +44,8 @@ def dispatch(
 
     Args:
         implementation: "xla" forces `plain`, "pallas" forces `tpu`, "cpu" forces `cpu`; there is no
-            fallback. "auto" runs `tpu` on a TPU, `cpu` on a CPU and `plain` elsewhere.
+            fallback. "auto" runs `tpu` on a TPU, `cpu` on a CPU and `plain` elsewhere, and where
+            the compiler divides arrays over devices: it cannot divide the work of a kernel.
         plain: The function in plain JAX.
         *arguments: Pytrees for all functions. Pass all arrays here that may be differentiated: the
             functions must not close over them.
@@ -67,6 +69,8 @@ def dispatch(
         check_cpu_kernels()
     if implementation == "auto" and cpu is not None and not cpu_kernels.is_available():
         cpu = None
+    if implementation == "auto" and compiler_divides_arrays():
+        tpu = cpu = None
     if implementation == "xla" or (tpu is None and cpu is None):
         return plain(*arguments)
 
@@ -79,6 +83,16 @@ def dispatch(
 
     run.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
     return run(*arguments)
+
+
+def compiler_divides_arrays() -> bool:
+    """Whether the compiler divides arrays over the devices of the mesh that jax.set_mesh has set.
+
+    Inside jax.shard_map it does not.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return any(size > 1 and kind != AxisType.Manual for size, kind in axes)
 
 
 def check_implementation(implementation: str) -> None:

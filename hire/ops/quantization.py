@@ -143,6 +143,11 @@ class QuantizedRows:
         return replace(self, codes=self.codes[selection], scale=self.scale[selection])
 
 
+def storage_of(rows: Rows | QuantizedRows) -> str:
+    """Return how rows are stored: the name of their type, or "int8" or "int4" if quantized."""
+    return f"int{rows.bits}" if isinstance(rows, QuantizedRows) else str(rows.dtype)
+
+
 def dequantize(part: AnyArray | QuantizedRows) -> Float[Array, "_ _"]:
     """Convert a matrix or quantized rows to float32.
 

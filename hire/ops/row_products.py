@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from hire.ops import cpu as cpu_kernels
 from hire.ops.implementation import by_platform, dispatch
 from hire.ops.matmul import matmul_f32
-from hire.ops.quantization import QuantizedRows, unpack_codes, unpack_nibbles
+from hire.ops.quantization import QuantizedRows, storage_of, unpack_codes, unpack_nibbles
 from hire.ops.tpu import row_scores as row_kernel
 from hire.types import AnyArray, Array, Blocks, Codes, Float, Indices, Int, Queries, Rows
 
@@ -69,13 +69,15 @@ def row_scores(
         Scores, float32 `(b, m)`.
     """
     kernel = cpu_row_kernel(rows)
-    is_chosen = implementation == "cpu" or (
-        len(x) <= MAX_MULTIPLY_REDUCE_BATCH
-        and kernel is not None
-        and not (len(x) == 1 and kernel.storage_of(rows) in FAST_FOR_ONE_QUERY)
-    )
-    cpu = kernel.scores if kernel is not None and is_chosen else None
-    return dispatch(implementation, plain_scores, x, rows, cpu=cpu)
+    if implementation == "auto" and not is_kernel_faster(rows, len(x)):
+        kernel = None
+    return dispatch(implementation, plain_scores, x, rows, cpu=kernel and kernel.scores)
+
+
+def is_kernel_faster(rows: Rows | QuantizedRows, batch: int) -> bool:
+    """Whether the CPU kernel reads all rows faster than XLA does."""
+    is_fast_in_xla = batch == 1 and storage_of(rows) in FAST_FOR_ONE_QUERY
+    return batch <= MAX_MULTIPLY_REDUCE_BATCH and not is_fast_in_xla
 
 
 def cpu_row_kernel(rows: Rows | Blocks | QuantizedRows) -> Any:
@@ -373,17 +375,35 @@ def split_chunks(values: AnyArray, size: int) -> AnyArray:
 
 
 def weighted_row_sum(
-    weights: Float[AnyArray, "*b m"], rows: Rows | QuantizedRows
+    weights: Float[AnyArray, "*b m"], rows: Rows | QuantizedRows, implementation: str = "auto"
 ) -> Float[Array, "*b d"]:
     """Return the weighted sums of all rows.
 
     Args:
         weights: Weights `(*b, m)`.
         rows: Rows `(m, d)`, or quantized rows.
+        implementation: "auto", "xla" or "cpu". "auto" runs the CPU kernel on a CPU for up to
+            `MAX_MULTIPLY_REDUCE_BATCH` sums, except where XLA is as fast.
 
     Returns:
         Sums, float32 `(*b, d)`.
     """
+    *batch, m = jnp.shape(weights)
+    num_sums = math.prod(batch)
+
+    def in_kernel(weights: Float[Array, "*b m"], rows: Rows | QuantizedRows) -> Array:
+        kernel = cpu_kernels.load("row_sums")
+        return kernel.sums(weights.reshape(num_sums, m), rows).reshape(*batch, -1)
+
+    is_chosen = implementation == "cpu" or is_kernel_faster(rows, num_sums)
+    kernel = in_kernel if is_chosen and cpu_row_kernel(rows) else None
+    return dispatch(implementation, plain_row_sum, jnp.asarray(weights), rows, cpu=kernel)
+
+
+def plain_row_sum(
+    weights: Float[Array, "*b m"], rows: Rows | QuantizedRows
+) -> Float[Array, "*b d"]:
+    """Return `weighted_row_sum` in plain JAX."""
     if isinstance(rows, QuantizedRows):
         weights = weights * jnp.expand_dims(rows.scale, range(weights.ndim - 1))
         rows = unpack_codes(rows.codes, rows.bits, rows.width)

@@ -132,8 +132,6 @@ def test_a_step_is_timed_whole_and_in_parts():
     best, logits = steps.part(decode_step.softmax)(hidden), np.asarray(subject.model.logits(hidden))
     assert best.indices.tolist() == [[logits.argmax()]]
     np.testing.assert_allclose(best.values, [[logits.max()]], rtol=1e-5)
-    durations = steps.over_batches([1, 3], [hidden, hidden], 2)
-    assert [len(seconds) for seconds in durations.values()] == [2, 2]
     top = steps.complete_step(3)(hidden)
     assert (
         top.indices.shape == (3, 1) and len(set(top.values[:, 0].tolist())) == 3

@@ -36,11 +36,12 @@ from hire.ops.cpu import (
     programs,
     queries,
     row_scores,
+    row_sums,
     selection,
 )
 from hire.ops.quantization import QuantizedRows, dequantize, quantize
 from hire.ops.row_products import row_scores as scores_of_rows
-from hire.ops.row_products import row_scores_at
+from hire.ops.row_products import row_scores_at, weighted_row_sum
 from hire.ops.top_k import exact_top_k
 
 STORAGES = st.sampled_from(["float32", "bfloat16", "int8", "int4"])
@@ -61,6 +62,17 @@ def test_scores_are_products_with_the_rows(storage, b, m, d, seed):
     expected = np.asarray(x, np.float64) @ np.asarray(dequantize(rows), np.float64).T
     close(row_scores.scores(x, rows), expected)
     close(scores_of_rows(x, rows, "cpu"), expected)
+
+
+@settings(max_examples=10)
+@given(STORAGES, BATCHES, st.integers(1, 150), st.integers(1, 600), SEEDS)
+def test_sums_are_products_with_the_columns(storage, b, m, d, seed):
+    _, rows, _ = example_arguments.of_rows(storage, b=b, c=1, m=m, d=d, seed=seed)
+    weights = jax.random.normal(jax.random.key(seed), (b, m))
+    expected = np.asarray(weights, np.float64) @ np.asarray(dequantize(rows), np.float64)
+    close(row_sums.sums(weights, rows), expected)
+    in_two = weighted_row_sum(jnp.stack([weights, -weights]), rows, "cpu")
+    close(in_two, np.stack([expected, -expected]))
 
 
 @settings(max_examples=10)
@@ -217,7 +229,7 @@ def numpy_argument(part):
 
 @settings(max_examples=30)
 @given(
-    st.sampled_from(["scores", "search", "nominate", "ffn"]),
+    st.sampled_from(["scores", "sums", "search", "nominate", "ffn"]),
     STORAGES,
     st.sampled_from([1, 2, 5, 8]),
     st.integers(1, 90),
@@ -235,6 +247,9 @@ def test_kernels_stay_within_their_buffers(what, storage, b, m, d, at_end, threa
     if what == "scores":
         kernel, arguments = row_scores.scores_kernel(storage), [padded, *matrix]
         shapes = [(b, m)]
+    elif what == "sums":
+        kernel, arguments = row_sums.kernel(storage), [np.ones((b, m), np.float32), matrix[0]]
+        shapes = [padded.shape, (3, *padded.shape)]
     elif what == "search":
         kernel, k = row_scores.search_kernel(storage), m
         arguments = [padded, *matrix, np.asarray(indices, np.int32)]
@@ -333,6 +348,26 @@ def test_kernels_run_under_vmap_and_give_derivatives_of_the_plain_form():
         for how in ("cpu", "xla")
     ]
     np.testing.assert_allclose(*slopes, rtol=1e-4)
+
+
+def test_where_the_compiler_divides_arrays_it_gathers_none_for_a_kernel():
+    x, rows = jnp.ones((8, 16)), jnp.arange(64.0)[:, None] * jnp.ones((1, 16))
+
+    def both(x, rows):
+        products = scores_of_rows(x, rows)
+        return products, weighted_row_sum(products, rows)
+
+    assert "hire_scores_float32" in jax.jit(both).lower(x, rows).as_text()
+    mesh = jax.make_mesh((4,), ("chips",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        divided = jax.device_put(
+            rows, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("chips"))
+        )
+        program = jax.jit(both).lower(x, divided).compile()
+        products, sums = program(x, divided)
+    assert "hire_" not in program.as_text() and "all-gather" not in program.as_text()
+    np.testing.assert_array_equal(products, np.broadcast_to(16.0 * np.arange(64.0), (8, 64)))
+    np.testing.assert_array_equal(sums, np.full((8, 16), 16.0 * (np.arange(64.0) ** 2).sum()))
 
 
 def test_one_program_serves_all_its_symbols_from_itself(tmp_path, monkeypatch):

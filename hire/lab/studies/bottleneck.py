@@ -147,12 +147,14 @@ class PartTimes:
         durations: Raw seconds of `step`, of each part alone and of `stream`, which reads one large
             array. They were timed in turn.
         stream_bytes: Bytes that `stream` reads.
+        sittings: Number of sittings, from each of which equally many durations are.
     """
 
     config: DecoderConfig
     cache_length: int
     durations: dict[str, list[float]]
     stream_bytes: int
+    sittings: int
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -199,12 +201,10 @@ class PartTimes:
 
     @property
     def reading_share_range(self) -> tuple[float, float]:
-        """Lowest and highest `reading_share` of the turns."""
-        by_turn = [
-            self.step_bytes / self.stream_bytes * stream / step
-            for stream, step in zip(self.durations["stream"], self.durations["step"], strict=True)
-        ]
-        return min(by_turn), max(by_turn)
+        """Lowest and highest `reading_share` of the sittings."""
+        reads = self.step_bytes / self.stream_bytes
+        low, high = timing.speedup_range(self.durations, "step", "stream", self.sittings)
+        return reads * low, reads * high
 
     def table(self) -> pandas.DataFrame:
         """Return milliseconds and shares of time and bytes, one row per part."""
@@ -225,28 +225,35 @@ def random_queries(width: int, count: int) -> list[Queries]:
     return [jnp.asarray(rng.normal(size=(1, width)), jnp.float32) for _ in range(count)]
 
 
-def time_parts(
-    steps: decode_step.StepForms,
-    config: DecoderConfig,
-    queries: Sequence[Queries],
-    *,
-    cache_length: int,
-    stream_bytes: int,
-) -> PartTimes:
-    """Time a decode step, its parts alone and a read of one large array, in turn.
+def time_step(
+    steps: decode_step.StepForms, config: DecoderConfig, settings: SimpleNamespace
+) -> tuple[PartTimes, dict[int, list[float]]]:
+    """Time a decode step, its parts alone and a read of one large array, then steps of batches.
 
     Args:
         steps: The model's step as functions to time.
         config: Shape of the model.
-        queries: Hidden states (1, d). There are as many turns.
-        cache_length: Length of the key/value cache in tokens.
-        stream_bytes: Size of the array in bytes.
+        settings: Sizes of the notebook.
+
+    Returns:
+        The step at batch 1 with its parts, in turn with the read; raw seconds of the step by batch
+        size. Equally many are from each sitting.
     """
-    stream, stream_bytes = timing.stream_form(stream_bytes)
+    queries = random_queries(config.width, settings.repeats)
+    stream, stream_bytes = timing.stream_form(settings.stream_bytes)
     parts = {name: steps.part(function) for name, function in PARTS.items()}
     functions = {"step": steps.complete_step(), **parts, "stream": stream}
-    durations = timing.interleaved(functions, queries, len(queries))
-    return PartTimes(config, cache_length, durations, stream_bytes)
+    comparisons: dict = {"parts": (functions, queries)}
+    for batch in settings.batches:
+        forms = {"step": steps.complete_step(batch)}
+        comparisons[batch] = forms, queries[: settings.batch_repeats]
+    durations = timing.in_sittings(comparisons, settings.sittings)
+    return (
+        PartTimes(
+            config, settings.cache_length, durations["parts"], stream_bytes, settings.sittings
+        ),
+        {batch: durations[batch]["step"] for batch in settings.batches},
+    )
 
 
 def byte_bound_seconds(parts: PartTimes, batches: Sequence[int]) -> list[float]:
@@ -272,7 +279,7 @@ def batch_table(
         median = float(np.median(durations))
         lines[batch] = {
             "ms, median": f"{1e3 * median:.2f}",
-            "range": f"{1e3 * min(durations):.2f} to {1e3 * max(durations):.2f}",
+            "range of the calls": f"{1e3 * min(durations):.2f} to {1e3 * max(durations):.2f}",
             "ms for its bytes": f"{1e3 * bound:.2f}",
             "step over bytes": f"{median / bound:.2f}x",
             "ms per token": f"{1e3 * median / batch:.2f}",
@@ -402,6 +409,7 @@ class BottleneckResult(Result):
                 bytes_fraction=parts.bytes_fraction,
                 time_fraction=parts.time_fraction,
                 step_seconds=self.step_seconds,
+                sittings=parts.sittings,
             ),
             durations=parts.durations | by_batch,
             claims={"memory-bound": memory_bound, "softmax-share": share},
@@ -428,12 +436,17 @@ class BottleneckResult(Result):
         measured = milliseconds(self.step_seconds)
         bounds = milliseconds(byte_bound_seconds(self.parts, batches))
         plots.draw_line(axis, batches, measured, plots.RED)
+        ranges = timing.sitting_ranges(self.durations_by_batch, self.parts.sittings)
+        low, high = np.transpose(list(ranges.values()))
+        axis.fill_between(batches, 1e3 * low, 1e3 * high, color=plots.RED, alpha=0.2, lw=0)
         plots.draw_line(axis, batches, bounds, "0.4", marker="", linestyle="--")
         plots.label(axis, batches[-2], measured[-2], "measured", plots.RED, offset=(6, -6))
         plots.label(
             axis, batches[-1], bounds[-1], "bytes / bandwidth", "0.4", offset=(0, 9), ha="right"
         )
-        axis.set(ylabel="ms a step", title="On this machine (measured)")
+        axis.set(
+            ylabel="ms a step", title="On this machine, with the range\nof the sittings' medians"
+        )
         plots.batch_axes(axis, batches)
 
     def _plot_v5e(self, axis) -> None:

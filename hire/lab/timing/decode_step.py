@@ -9,7 +9,6 @@ import numpy as np
 
 from hire.models import Cache, Decoder
 from hire.models.generation import SplitModel, step
-from hire.timing import interleaved
 
 # Lets one decode step run at a time. `interleaved` compiles two functions at a time, but decode
 # steps share a cache, and those of a large model need much memory.
@@ -111,18 +110,3 @@ class StepForms:
             return top
 
         return form
-
-    def over_batches(
-        self, batches: list[int], queries: list, repeats: int
-    ) -> dict[int, list[float]]:
-        """Time the decode step at each batch size, one batch size after the other.
-
-        Interleaved, they would need every cache at the same time.
-
-        Returns:
-            Raw durations in seconds, by batch size.
-        """
-        return {
-            batch: interleaved({"step": self.complete_step(batch)}, queries, repeats)["step"]
-            for batch in batches
-        }

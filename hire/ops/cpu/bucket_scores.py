@@ -22,8 +22,10 @@ from hire.ops.quantization import QuantizedRows, unpack_codes
 from hire.ops.sortable import EMPTY
 from hire.types import Array, Float, Indices, Queries
 
-# Buckets whose rows are scored together. Their rows of one position are one long read.
-BUCKETS_PER_TILE = 512
+# Buckets whose rows are scored together. Their rows of one position are one long read: each start
+# of another one costs about a microsecond.
+MIN_BUCKETS_PER_TILE, MAX_BUCKETS_PER_TILE = 256, 2048
+TILES_PER_THREAD = 2
 # Buffers of the kernel. SCORES and COUNTS are scratch.
 QUERIES, CODES, SCALE = range(3)
 INDICES, MAXIMA, SCORES, COUNTS = range(4)
@@ -112,9 +114,17 @@ def position_bits(frame):
 
 
 @function
+def buckets_per_tile(frame):
+    """Return the number of buckets of a tile."""
+    buckets = ffi.size(ffi.result(frame, MAXIMA), 2)
+    even_share = -(-buckets // (TILES_PER_THREAD * ffi.num_threads(frame)))
+    return min(max(even_share, MIN_BUCKETS_PER_TILE), MAX_BUCKETS_PER_TILE)
+
+
+@function
 def num_tiles(frame):
     """Return the number of tiles of buckets."""
-    return -(-ffi.size(ffi.result(frame, MAXIMA), 2) // BUCKETS_PER_TILE)
+    return -(-ffi.size(ffi.result(frame, MAXIMA), 2) // buckets_per_tile(frame))
 
 
 def score_loop(storage: str) -> Callable:
@@ -128,10 +138,10 @@ def score_loop(storage: str) -> Callable:
         scores_address = ffi.data(ffi.result(frame, SCORES))
         b, per_bucket, buckets = maxima.shape
         m, items = ffi.size(codes, 0), ffi.size(codes, 1)
-        mask = position_bits(frame)
+        mask, tile_size = position_bits(frame), buckets_per_tile(frame)
         for tile in range(start, stop):
-            first = tile * BUCKETS_PER_TILE
-            last = min(first + BUCKETS_PER_TILE, buckets)
+            first = tile * tile_size
+            last = min(first + tile_size, buckets)
             for query in range(b):
                 for rank in range(per_bucket):
                     for bucket in range(first, last):

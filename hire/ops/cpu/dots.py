@@ -25,13 +25,15 @@ from hire.ops.cpu.numba_functions import function
 INT8, INT16, INT32, INT64, FLOAT = *map(ir.IntType, (8, 16, 32, 64)), ir.FloatType()
 # Floats are added in any order. NaN and infinity keep their meaning.
 ANY_ORDER = ("reassoc", "contract", "nsz")
-# Entries of a vector register: of 32-bit numbers, and of 16-bit integers.
-LANES, LANES_16 = 8, 16
+FEATURES = {name for name, has in llvmlite.binding.get_host_cpu_features().items() if has}
+HAS_AVX2, HAS_AVX512 = "avx2" in FEATURES, "avx512f" in FEATURES
+HAS_VNNI = {"avx512vl", "avx512vnni"} <= FEATURES
+# Entries of a vector of floats, of 16-bit integers, and of sums of these.
+LANES, LANES_16, SUM_LANES = 16 if HAS_AVX512 else 8, 16, 8
 # Bytes of a cache line.
 LINE = 64
-# Bytes between a row that is read and the one that is fetched meanwhile.
+# Bytes between a row that is read and the one that is fetched meanwhile, at least.
 AHEAD = 4096
-HAS_AVX2 = bool(llvmlite.binding.get_host_cpu_features().get("avx2"))
 
 STORAGES = ("float32", "bfloat16", "int8", "int4", "int8_by_int16", "int4_by_int16")
 # Bytes of an entry of a row; of a pair of entries for codes of 4 bits.
@@ -60,9 +62,23 @@ def vector(element: ir.Type, lanes: int) -> ir.VectorType:
     return ir.VectorType(element, lanes)
 
 
-def load(builder: ir.IRBuilder, address: ir.Value, type: ir.Type) -> ir.Value:
-    """Load a vector or a number from any address."""
-    return builder.load(builder.inttoptr(address, type.as_pointer()), align=1)
+def load(
+    builder: ir.IRBuilder, address: ir.Value, type: ir.Type, mask: ir.Value | None = None
+) -> ir.Value:
+    """Load a vector or a number from any address. Lanes outside the mask are 0 and not read."""
+    pointer = builder.inttoptr(address, type.as_pointer())
+    if mask is None:
+        return builder.load(pointer, align=1)
+    name = f"llvm.masked.load.v{type.count}{type.element.intrinsic_name}.p0"
+    signature = ir.FunctionType(type, [pointer.type, INT32, mask.type, type])
+    function = cgutils.get_or_insert_function(builder.module, signature, name)
+    return builder.call(function, [pointer, INT32(1), mask, splat(type, 0)])
+
+
+def first_lanes(builder: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
+    """Return the mask of the first `count` lanes of a vector."""
+    numbers = ir.Constant(vector(INT64, lanes), list(range(lanes)))
+    return builder.icmp_signed("<", numbers, in_all_lanes(builder, count, lanes))
 
 
 def to_floats(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
@@ -71,18 +87,23 @@ def to_floats(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
 
 
 def load_row(
-    builder: ir.IRBuilder, storage: str, address: ir.Value, lanes: int = LANES
+    builder: ir.IRBuilder,
+    storage: str,
+    address: ir.Value,
+    mask: ir.Value | None = None,
+    lanes: int = LANES,
 ) -> list[ir.Value]:
     """Load the next entries of a row, as the vectors that meet the vectors of a query.
 
-    Codes of 4 bits give two vectors of floats (the first and the second half of the row), or four
-    of integers in the order of `round_queries`.
+    Only those that meet floats may be masked, see `load`. Codes of 4 bits give two vectors of
+    floats (the first and the second half of the row), or four of integers in the order of
+    `round_queries`.
     """
     if storage == "float32":
-        return [load(builder, address, vector(FLOAT, lanes))]
+        return [load(builder, address, vector(FLOAT, lanes), mask)]
     if storage == "bfloat16":
         wide = vector(INT32, lanes)
-        bits = builder.zext(load(builder, address, vector(INT16, lanes)), wide)
+        bits = builder.zext(load(builder, address, vector(INT16, lanes), mask), wide)
         return [builder.bitcast(builder.shl(bits, splat(wide, 16)), vector(FLOAT, lanes))]
     if storage == "int8_by_int16":
         codes = load(builder, address, vector(INT8, LANES_16))
@@ -93,7 +114,7 @@ def load_row(
         down = splat(codes.type, 12)
         return [builder.ashr(builder.shl(codes, up), down) for up in ups]
     wide = vector(INT32, lanes)
-    codes = builder.sext(load(builder, address, vector(INT8, lanes)), wide)
+    codes = builder.sext(load(builder, address, vector(INT8, lanes), mask), wide)
     if storage == "int8":
         return [to_floats(builder, codes)]
     low = builder.ashr(builder.shl(codes, splat(wide, 28)), splat(wide, 28))
@@ -107,6 +128,12 @@ def multiply_add(builder: ir.IRBuilder, row: ir.Value, query: ir.Value, total: i
         fma = ir.FunctionType(total.type, [total.type] * 3)
         function = cgutils.get_or_insert_function(builder.module, fma, name)
         return builder.call(function, [row, query, total])
+    if HAS_VNNI:
+        sums = ir.FunctionType(total.type, [total.type] * 3)
+        name = "llvm.x86.avx512.vpdpwssd.256"
+        function = cgutils.get_or_insert_function(builder.module, sums, name)
+        pairs = [builder.bitcast(part, total.type) for part in (row, query)]
+        return builder.call(function, [total, *pairs])
     if HAS_AVX2:
         pairs = ir.FunctionType(total.type, [row.type, query.type])
         name = "llvm.x86.avx2.pmadd.wd"
@@ -114,7 +141,7 @@ def multiply_add(builder: ir.IRBuilder, row: ir.Value, query: ir.Value, total: i
         return builder.add(total, builder.call(function, [row, query]))
     wide = vector(INT32, LANES_16)
     products = builder.mul(builder.sext(row, wide), builder.sext(query, wide))
-    return builder.add(total, sum_of_pairs(builder, products, products, LANES))
+    return builder.add(total, sum_of_pairs(builder, products, products, SUM_LANES))
 
 
 def add(builder: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
@@ -134,18 +161,21 @@ def sum_of_pairs(builder: ir.IRBuilder, one: ir.Value, other: ir.Value, lanes: i
 
 
 def sums_of_lanes(builder: ir.IRBuilder, totals: list[ir.Value]) -> list[ir.Value]:
-    """Return the sum of the lanes of each vector; several vectors share the additions."""
-    count = max(size for size in (1, 2, 4, 8) if size <= len(totals))
+    """Return the sums of the lanes of some vectors, in order, as vectors of up to as many lanes.
+
+    Several vectors share the additions.
+    """
+    lanes = totals[0].type.count
+    count = max(size for size in (1, 2, 4, 8, 16) if size <= min(len(totals), lanes))
     part, others = totals[:count], totals[count:]
     while len(part) > 1:
         pairs = zip(part[::2], part[1::2], strict=True)
-        part = [sum_of_pairs(builder, one, other, LANES) for one, other in pairs]
-    sums, lanes = part[0], LANES
+        part = [sum_of_pairs(builder, one, other, lanes) for one, other in pairs]
+    [sums] = part
     while lanes > count:
         lanes //= 2
         sums = sum_of_pairs(builder, sums, sums, lanes)
-    scalars = [builder.extract_element(sums, INT32(lane)) for lane in range(count)]
-    return scalars + (sums_of_lanes(builder, others) if others else [])
+    return [sums] + (sums_of_lanes(builder, others) if others else [])
 
 
 def prefetch_line(builder: ir.IRBuilder, address: ir.Value) -> None:
@@ -180,26 +210,29 @@ class Tile:
     ):
         self.builder, self.storage = builder, storage
         self.rows, self.later, self.queries, self.items = rows, later, queries, items
-        element = INT32 if is_integer(storage) else FLOAT
+        total = vector(INT32, SUM_LANES) if is_integer(storage) else vector(FLOAT, LANES)
         self.totals = [
-            cgutils.alloca_once_value(builder, splat(vector(element, LANES), 0))
+            cgutils.alloca_once_value(builder, splat(total, 0))
             for _ in range(len(rows) * len(queries))
         ]
 
-    def step(self, item: ir.Value, query_offsets: Sequence[ir.Value]) -> None:
+    def step(
+        self, item: ir.Value, query_offsets: Sequence[ir.Value], mask: ir.Value | None = None
+    ) -> None:
         """Add the products of the entries from `item` on.
 
         Args:
             item: First entry of the row.
             query_offsets: Bytes from a query's address to each vector that the row's ones meet.
+            mask: Lanes that take part; all without it.
         """
         builder = self.builder
         at = builder.mul(item, INT64(ITEM_BYTES[self.storage]))
-        rows = [load_row(builder, self.storage, builder.add(row, at)) for row in self.rows]
+        rows = [load_row(builder, self.storage, builder.add(row, at), mask) for row in self.rows]
         element = vector(INT16, LANES_16) if is_integer(self.storage) else vector(FLOAT, LANES)
         totals = iter(self.totals)
         for query in self.queries:
-            parts = [load(builder, builder.add(query, at), element) for at in query_offsets]
+            parts = [load(builder, builder.add(query, at), element, mask) for at in query_offsets]
             for row in rows:
                 total = next(totals)
                 value = builder.load(total)
@@ -241,8 +274,8 @@ class Tile:
             self.step(item, offsets(item))
         return complete
 
-    def integer_sums(self) -> list[ir.Value]:
-        """Return the products with queries of `round_queries`, query by query.
+    def add_integers(self) -> None:
+        """Add the products with queries of `round_queries`.
 
         The last step ends with the row. It meets a part of the query that is 0 where the step
         before has been.
@@ -258,10 +291,9 @@ class Tile:
         complete = self.steps(step_items, offsets)
         with builder.if_then(builder.icmp_signed("!=", complete, self.items)):
             self.step(builder.sub(self.items, INT64(step_items)), offsets(complete))
-        return sums_of_lanes(builder, [builder.load(total) for total in self.totals])
 
-    def float_sums(self) -> list[ir.Value]:
-        """Return the products with float queries, query by query."""
+    def add_floats(self) -> None:
+        """Add the products with float queries."""
         builder = self.builder
         planes = 2 if self.storage == "int4" else 1
 
@@ -270,30 +302,19 @@ class Tile:
             return [builder.mul(first, INT64(4)) for first in (item, second)][:planes]
 
         complete = self.steps(LANES, offsets)
-        sums = sums_of_lanes(builder, [builder.load(total) for total in self.totals])
-        totals = [cgutils.alloca_once_value(builder, value) for value in sums]
-        rest = (complete, self.items, INT64(1))
-        with cgutils.for_range_slice(builder, *rest, inc=True) as (item, _):
-            self.single_step(item, offsets(item), totals)
-        return [builder.load(total) for total in totals]
+        with builder.if_then(builder.icmp_signed("!=", complete, self.items)):
+            mask = first_lanes(builder, builder.sub(self.items, complete), LANES)
+            self.step(complete, offsets(complete), mask)
 
-    def single_step(
-        self, item: ir.Value, query_offsets: Sequence[ir.Value], totals: Sequence[ir.Value]
-    ) -> None:
-        """Add the products of one entry."""
-        builder, lane = self.builder, INT32(0)
-        at = builder.mul(item, INT64(ITEM_BYTES[self.storage]))
-        rows = [load_row(builder, self.storage, builder.add(row, at), 1) for row in self.rows]
-        remaining = iter(totals)
-        for query in self.queries:
-            parts = [load(builder, builder.add(query, at), FLOAT) for at in query_offsets]
-            for row in rows:
-                total = next(remaining)
-                value = builder.load(total)
-                for row_part, query_part in zip(row, parts, strict=True):
-                    entry = builder.extract_element(row_part, lane)
-                    value = add(builder, value, builder.fmul(entry, query_part))
-                builder.store(value, total)
+    def products(self) -> list[ir.Value]:
+        """Return the products as float32, query by query, in vectors."""
+        builder = self.builder
+        if is_integer(self.storage):
+            self.add_integers()
+        else:
+            self.add_floats()
+        sums = sums_of_lanes(builder, [builder.load(total) for total in self.totals])
+        return [to_floats(builder, part) for part in sums] if is_integer(self.storage) else sums
 
 
 def dot_tile(storage: str, num_rows: int, num_queries: int) -> Callable:
@@ -314,16 +335,16 @@ def dot_tile(storage: str, num_rows: int, num_queries: int) -> Callable:
                 for first, stride in ((query, query_stride), (out, out_stride))
             )
             addresses, later = (cgutils.unpack_tuple(builder, part) for part in (rows, later))
-            products = Tile(builder, storage, addresses, later, queries, items)
-            if is_integer(storage):
-                sums = [builder.sitofp(value, FLOAT) for value in products.integer_sums()]
-            else:
-                sums = products.float_sums()
-            values = iter(sums)
-            for address in outs:
-                pointer = builder.inttoptr(address, FLOAT.as_pointer())
-                for row in range(num_rows):
-                    builder.store(next(values), builder.gep(pointer, [INT64(row)]), align=1)
+            tile = Tile(builder, storage, addresses, later, queries, items)
+            remaining = iter(outs)
+            for products in tile.products():
+                for first in range(0, products.type.count, num_rows):
+                    lanes = ir.Constant(
+                        vector(INT32, num_rows), list(range(first, first + num_rows))
+                    )
+                    part = builder.shuffle_vector(products, products, lanes)
+                    pointer = builder.inttoptr(next(remaining), part.type.as_pointer())
+                    builder.store(part, pointer, align=1)
             return context.get_dummy_value()
 
         addresses = types.UniTuple(types.int64, num_rows)
@@ -332,8 +353,13 @@ def dot_tile(storage: str, num_rows: int, num_queries: int) -> Callable:
     return tile
 
 
-# Rows of a tile for one query, and for several. Their sums fill the vector registers of AVX2.
-ROWS_FOR_ONE, QUERIES, ROWS_FOR_SEVERAL = 4, 4, 2
+# Rows of a tile for one query. Wide rows are read one after the other, as one stream; narrow ones
+# share the sums of their lanes.
+NARROW_ROWS, MAX_NARROW = 2, 512
+# Queries and rows of a tile for several queries. Their sums fill half of the vector registers.
+QUERIES, ROWS_FOR_SEVERAL = 4, 4 if HAS_AVX512 else 2
+# Rows that are gathered at once, and rows from one that is gathered to one that is fetched.
+GATHERED_ROWS, GATHERED_AHEAD = 4, 8
 
 
 def score_rows(storage: str) -> Callable:
@@ -343,22 +369,21 @@ def score_rows(storage: str) -> Callable:
     entries of a row (its bytes for codes of 4 bits), the address of the first query, the bytes of a
     query, the number of queries, and where to write as in `dot_tile`.
     """
-    four_rows = dot_tile(storage, ROWS_FOR_ONE, 1)
-    one_row = dot_tile(storage, 1, 1)
-    two_by_four = dot_tile(storage, ROWS_FOR_SEVERAL, QUERIES)
+    narrow_rows, one_row = dot_tile(storage, NARROW_ROWS, 1), dot_tile(storage, 1, 1)
+    rows_by_four = dot_tile(storage, ROWS_FOR_SEVERAL, QUERIES)
     one_by_four = dot_tile(storage, 1, QUERIES)
 
     @function
     def for_one(first, stride, count, items, query, out):
-        done = 0
-        while done + ROWS_FOR_ONE <= count:
+        done, ahead = 0, bytes_ahead(stride)
+        while stride <= MAX_NARROW and done + NARROW_ROWS <= count:
             at = first + done * stride
-            rows = four_from(at, stride)
-            four_rows(rows, four_from(at + AHEAD, stride), query, 0, items, out + 4 * done, 0)
-            done += ROWS_FOR_ONE
+            rows, later = two_from(at, stride), two_from(at + ahead, stride)
+            narrow_rows(rows, later, query, 0, items, out + 4 * done, 0)
+            done += NARROW_ROWS
         while done < count:
             at = first + done * stride
-            one_row((at,), (at + AHEAD,), query, 0, items, out + 4 * done, 0)
+            one_row((at,), (at + ahead,), query, 0, items, out + 4 * done, 0)
             done += 1
 
     @function
@@ -372,17 +397,29 @@ def score_rows(storage: str) -> Callable:
                 place = out + q * out_stride + 4 * row
                 x = query + q * query_stride
                 # Once fetched is enough: later queries ask for the row that they read.
-                ahead = at + AHEAD if q == 0 else at
+                ahead = at + bytes_ahead(stride) if q == 0 else at
                 if complete:
-                    rows, later = (at, at + stride), (ahead, ahead + stride)
-                    two_by_four(rows, later, x, query_stride, items, place, out_stride)
+                    rows, later = several_from(at, stride), several_from(ahead, stride)
+                    rows_by_four(rows, later, x, query_stride, items, place, out_stride)
                 else:
                     one_by_four((at,), (ahead,), x, query_stride, items, place, out_stride)
-            row += ROWS_FOR_SEVERAL
+            row += ROWS_FOR_SEVERAL if complete else 1
         for q in range(several, queries):
             for_one(first, stride, count, items, query + q * query_stride, out + q * out_stride)
 
     return score
+
+
+@function
+def bytes_ahead(stride):
+    """Return the bytes between a row that is read and the one that is fetched meanwhile."""
+    return max(AHEAD, 4 * stride)
+
+
+@function
+def two_from(first, stride):
+    """Return the addresses of two consecutive rows."""
+    return first, first + stride
 
 
 @function
@@ -391,14 +428,18 @@ def four_from(first, stride):
     return first, first + stride, first + 2 * stride, first + 3 * stride
 
 
+several_from = {2: two_from, 4: four_from}[ROWS_FOR_SEVERAL]
+
+
 def score_rows_at(storage: str) -> Callable:
     """Return a numba function that writes the products of rows at given indices with one query.
 
     Its arguments are the address of the first row, the bytes of a row, the number of all rows, the
-    entries of a row, the indices, the address of the query, and where to write. An index beyond the
-    rows stands for the nearest row; a negative one counts from the end, as in `jnp.take`.
+    entries of a row, all indices, the range of the places among them that it takes, the address of
+    the query, and the address of the product of the first index. An index beyond the rows stands
+    for the nearest row; a negative one counts from the end, as in `jnp.take`.
     """
-    four_rows, one_row = dot_tile(storage, ROWS_FOR_ONE, 1), dot_tile(storage, 1, 1)
+    four_rows, one_row = dot_tile(storage, GATHERED_ROWS, 1), dot_tile(storage, 1, 1)
 
     @function
     def address(first, stride, num_rows, indices, place):
@@ -407,28 +448,26 @@ def score_rows_at(storage: str) -> Callable:
         return first + min(max(wrapped, 0), num_rows - 1) * stride
 
     @function
-    def score(first, stride, num_rows, items, indices, query, out):
-        count, done = len(indices), 0
-        later = (
-            address(first, stride, num_rows, indices, 0),
-            address(first, stride, num_rows, indices, 1),
-            address(first, stride, num_rows, indices, 2),
-            address(first, stride, num_rows, indices, 3),
+    def four_addresses(first, stride, num_rows, indices, place):
+        return (
+            address(first, stride, num_rows, indices, place),
+            address(first, stride, num_rows, indices, place + 1),
+            address(first, stride, num_rows, indices, place + 2),
+            address(first, stride, num_rows, indices, place + 3),
         )
-        while done + ROWS_FOR_ONE <= count:
-            rows = later
-            later = (
-                address(first, stride, num_rows, indices, done + 4),
-                address(first, stride, num_rows, indices, done + 5),
-                address(first, stride, num_rows, indices, done + 6),
-                address(first, stride, num_rows, indices, done + 7),
-            )
-            four_rows(rows, later, query, 0, items, out + 4 * done, 0)
-            done += ROWS_FOR_ONE
-        while done < count:
-            row = address(first, stride, num_rows, indices, done)
-            one_row((row,), (row,), query, 0, items, out + 4 * done, 0)
-            done += 1
+
+    @function
+    def score(first, stride, num_rows, items, indices, start, stop, query, out):
+        place = start
+        while place + GATHERED_ROWS <= stop:
+            rows = four_addresses(first, stride, num_rows, indices, place)
+            later = four_addresses(first, stride, num_rows, indices, place + GATHERED_AHEAD)
+            four_rows(rows, later, query, 0, items, out + 4 * place, 0)
+            place += GATHERED_ROWS
+        while place < stop:
+            row = address(first, stride, num_rows, indices, place)
+            one_row((row,), (row,), query, 0, items, out + 4 * place, 0)
+            place += 1
 
     return score
 
@@ -466,7 +505,9 @@ def sum_tile(storage: str, num_rows: int) -> Callable:
 
             def add_columns(item: ir.Value, lanes: int) -> None:
                 at = builder.mul(item, INT64(ITEM_BYTES[storage]))
-                parts = [load_row(builder, storage, builder.add(row, at), lanes) for row in rows]
+                parts = [
+                    load_row(builder, storage, builder.add(row, at), lanes=lanes) for row in rows
+                ]
                 place = builder.add(out, builder.mul(item, INT64(4)))
                 for half, address in enumerate((place, builder.add(place, second_half))):
                     if half == len(parts[0]):

@@ -15,22 +15,12 @@ import numpy as np
 from hire.ops.cpu import ffi
 from hire.ops.cpu.dots import ITEM_BYTES, add_rows, fetch, score_rows
 from hire.ops.cpu.numba_functions import function
-from hire.ops.cpu.row_scores import (
-    TYPE_OF_CODES,
-    TYPE_OF_ROWS,
-    kernel_operands,
-    pad_query,
-    storage_of,
-)
+from hire.ops.cpu.row_scores import TYPE_OF_CODES, TYPE_OF_ROWS, kernel_operands, pad_query
+from hire.ops.cpu.row_sums import COLUMNS_PER_TILE, num_parts, parts_loop
 from hire.ops.cpu.selection import DIGITS, kth_largest
-from hire.ops.quantization import QuantizedRows
+from hire.ops.quantization import QuantizedRows, storage_of
 from hire.types import Array, Float, Indices, Queries, Rows
 
-# Threads add rows to sums of their own. So many sums share the work of a call; fewer if they hold
-# many queries, since all sums are written and read once more.
-PARTS, MIN_PARTS = 8, 4
-# Columns of the rows of a group that are added to the sums of all queries while they are in cache.
-COLUMNS_PER_TILE = 512
 # Key of a group that a query does not keep. Keys are the bits of scores, which are not negative.
 DROPPED = -1
 ALWAYS_KEPT = 2**31 - 1
@@ -79,7 +69,6 @@ def ffn(
         if matrix is not None
         for part in kernel_operands(matrix)
     ]
-    parts = max(MIN_PARTS, PARTS // b)
     keeps_ties = calls == 1 and b > 1
     out, *_ = kernel(storage_of(up), gate is not None)(
         padded,
@@ -92,7 +81,7 @@ def ffn(
             (b, c, group) if gate is not None else (0, 0, 0),
             (b, c),
             (b, DIGITS),
-            (parts, b, width),
+            (num_parts(b), b, width),
         ],
     )
     return out[:, :d]
@@ -159,7 +148,7 @@ def kernel(storage: str, is_gated: bool) -> ffi.Kernel:
             activation_loop(storage, is_gated),
             ffi.parallel_loop(num_queries, keep),
             sum_loop(storage),
-            ffi.parallel_loop(num_tiles, add_sums),
+            parts_loop(OUT, SUMS),
         ],
     )
 
@@ -394,22 +383,3 @@ def sum_loop(storage: str) -> Callable:
                 add_group(frame, part, place, row, first_query, last_query)
 
     return ffi.parallel_loop(num_sums, add_parts)
-
-
-@function
-def num_tiles(frame):
-    """Return the number of tiles of columns."""
-    return -(-ffi.size(ffi.result(frame, OUT), 1) // COLUMNS_PER_TILE)
-
-
-@function
-def add_sums(frame, start, stop):
-    """Add the sums of all parts, for some tiles of columns."""
-    out, sums = ffi.floats_2d(ffi.result(frame, OUT)), ffi.floats_3d(ffi.result(frame, SUMS))
-    first, last = start * COLUMNS_PER_TILE, min(stop * COLUMNS_PER_TILE, out.shape[1])
-    for query in range(out.shape[0]):
-        for column in range(first, last):
-            out[query, column] = sums[0, query, column]
-        for part in range(1, sums.shape[0]):
-            for column in range(first, last):
-                out[query, column] += sums[part, query, column]

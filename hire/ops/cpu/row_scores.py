@@ -13,7 +13,7 @@ from hire.ops.cpu.dots import ITEM_BYTES, is_integer, score_rows, score_rows_at
 from hire.ops.cpu.numba_functions import function
 from hire.ops.cpu.queries import round_queries
 from hire.ops.cpu.selection import sort_best
-from hire.ops.quantization import QuantizedRows
+from hire.ops.quantization import QuantizedRows, storage_of
 from hire.ops.top_k import TopK
 from hire.types import Array, Float, Indices, Queries, Rows
 
@@ -22,11 +22,6 @@ ROWS_PER_TILE = 64
 # Candidates that a thread scores before it looks for more work.
 CANDIDATES_PER_TILE = 32
 TYPE_OF_CODES = {"int8": "int8", "int4": "uint8"}
-
-
-def storage_of(rows: Rows | QuantizedRows) -> str:
-    """Return the storage of rows, see `hire.ops.cpu.dots`."""
-    return f"int{rows.bits}" if isinstance(rows, QuantizedRows) else str(rows.dtype)
 
 
 def is_supported(rows: Rows | QuantizedRows) -> bool:
@@ -228,9 +223,11 @@ def search_kernel(storage: str) -> ffi.Kernel:
                 items * item_bytes,
                 m,
                 items,
-                indices[query, first:last],
+                indices[query],
+                first,
+                last,
                 ffi.data(x) + 4 * query * columns,
-                ffi.data(ffi.result(frame, 0)) + 4 * (query * c + first),
+                ffi.data(ffi.result(frame, 0)) + 4 * query * c,
             )
             if is_scaled:
                 for place in range(first, last):
