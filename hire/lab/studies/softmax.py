@@ -1,6 +1,7 @@
 """Figure 03: how much faster HiRE-Softmax is, and at which quality."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import ClassVar
@@ -30,11 +31,10 @@ from hire.timing import in_sittings, interleaved, medians, speedup_range
 from hire.types import AnyArray, Array, Float, Int, Rows
 from hire.types import Queries as HiddenStates
 
-# Name of the chosen setting in times. Other settings are named by rank and k'.
+# Name of the chosen setting in times. Other settings are named by `setting_name`.
 HIRE = "HiRE"
 # The same search with exact rows of 8 bits, and with XLA's operations instead of the CPU kernels.
 HIRE_INT8, HIRE_XLA = "HiRE, int8 rows", "HiRE, XLA"
-BITS = 8
 # The beginnings of two documents are continued.
 PROMPTS, PROMPT_TOKENS = 2, 24
 # Losses need a sum over the vocabulary, so they are computed at every third position.
@@ -86,20 +86,20 @@ def load_queries(subject: TextModel, settings: SimpleNamespace) -> Queries:
     )
 
 
-def setting_name(rank: int, candidates: int) -> str:
-    """Return the name of a setting, such as "LR 128 k'=2048"."""
-    return f"LR {rank} k'={candidates}"
+def setting_name(rank: int, bits: int, candidates: int) -> str:
+    """Return the name of a setting, such as "LR 128 int8 k'=2048"."""
+    return f"LR {rank} int{bits} k'={candidates}"
 
 
 def chosen_name(settings: SimpleNamespace) -> str:
     """Return the name of the chosen setting."""
-    return setting_name(settings.chosen_rank, settings.chosen_candidates)
+    return setting_name(settings.chosen_rank, settings.chosen_bits, settings.chosen_candidates)
 
 
 def fit_variants(
     rows: Rows, chosen: hire.HireSoftmax, calibration: np.ndarray, settings: SimpleNamespace
 ) -> dict[str, hire.HireSoftmax]:
-    """Build the softmax of every rank and number of candidates that is compared.
+    """Build the softmax of every rank, precision and number of candidates that is compared.
 
     Args:
         rows: Rows (v, d) of the LM head.
@@ -114,17 +114,18 @@ def fit_variants(
         ValueError: The chosen setting is not among those that are compared.
     """
     estimators = {
-        rank: chosen.estimator
-        if rank == settings.chosen_rank
-        else hire.LowRank.fit(rows, rank, calibration=calibration, bits=BITS)
+        (rank, bits): chosen.estimator
+        if (rank, bits) == (settings.chosen_rank, settings.chosen_bits)
+        else hire.LowRank.fit(rows, rank, calibration=calibration, bits=bits)
+        for bits in settings.bits
         for rank in settings.ranks
     }
     variants = {
-        setting_name(rank, candidates): hire.HireSoftmax(
-            rows, estimators[rank], settings.k, candidates
+        setting_name(rank, bits, candidates): hire.HireSoftmax(
+            rows, estimator, settings.k, candidates
         )
         for candidates in settings.candidates
-        for rank in settings.ranks
+        for (rank, bits), estimator in estimators.items()
     }
     if chosen_name(settings) not in variants:
         raise ValueError(
@@ -422,7 +423,7 @@ class Times:
 
 def int8_search(rows: Rows, chosen: hire.HireSoftmax) -> hire.HireSoftmax:
     """Return the chosen search with exact rows of 8 bits, of which it returns the scores."""
-    return dataclasses.replace(chosen, rows=hire.Quantized.fit(rows, BITS))
+    return dataclasses.replace(chosen, rows=hire.Quantized.fit(rows, bits=8))
 
 
 def time_all(
@@ -564,7 +565,7 @@ class SoftmaxResult(Result):
         first, last = self.settings.batches[0], self.settings.batches[-1]
         softmax_speedups, step_speedups = times.softmax_speedups, times.step_speedups
         return (
-            f"HiRE-Softmax ({self.chosen}, int8) takes {times.softmax_medians[HIRE] * 1e3:.1f} ms, "
+            f"HiRE-Softmax ({self.chosen}) takes {times.softmax_medians[HIRE] * 1e3:.1f} ms, "
             f"the fastest dense form {times.dense_median * 1e3:.1f}: "
             f"{softmax_speedups[first]:.1f}x at batch {first}, "
             f"{softmax_speedups[last]:.1f}x at {last}; the whole step {step_speedups[first]:.2f}x. "
@@ -606,7 +607,7 @@ class SoftmaxResult(Result):
                 k=settings.k,
                 rank=settings.chosen_rank,
                 candidates=settings.chosen_candidates,
-                bits=BITS,
+                bits=settings.chosen_bits,
                 cache_length=settings.cache_length,
                 calibration_queries=self.calibration_queries,
             ),
@@ -651,10 +652,10 @@ class SoftmaxResult(Result):
     def _plot_recall_and_speed(self, axis) -> None:
         settings = self.settings
         lines: dict[str, dict[str, tuple[float, float]]] = {}
-        for candidates in settings.candidates:
-            names = {f"LR {rank}": setting_name(rank, candidates) for rank in settings.ranks}
-            lines[f"k' = {candidates}, int8"] = {
-                label: self._speed_and_recall(name) for label, name in names.items()
+        for candidates, bits in itertools.product(settings.candidates, settings.bits):
+            lines[f"k' = {candidates}, int{bits}"] = {
+                f"LR {rank}": self._speed_and_recall(setting_name(rank, bits, candidates))
+                for rank in settings.ranks
             }
         lines[INT8] = {"": self._speed_and_recall(INT8)}
         recalls = [recall for line in lines.values() for _, recall in line.values()]
@@ -662,7 +663,10 @@ class SoftmaxResult(Result):
             axis,
             lines,
             lowest=0.95 if min(recalls) >= 0.95 else 0.2,
-            star=(f"k' = {settings.chosen_candidates}, int8", f"LR {settings.chosen_rank}"),
+            star=(
+                f"k' = {settings.chosen_candidates}, int{settings.chosen_bits}",
+                f"LR {settings.chosen_rank}",
+            ),
         )
         axis.set_title(f"Recall@{settings.k} against speed, batch {self.times.first_batch}")
 
