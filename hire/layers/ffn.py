@@ -441,14 +441,18 @@ class HireFFN:
 
     def _forward_cpu(self, x: Queries) -> Float[Array, "b d"]:
         """Compute the output `(b, d)` with the CPU kernel, with shared or separate candidates."""
-        candidates = self.nominate_groups(x)
-        static = jnp.arange(self.static_groups, dtype=candidates.dtype)
-        static = jnp.broadcast_to(static, (len(candidates), self.static_groups))
+        groups = cpu_kernels.load("group_nomination").nominate(
+            self.estimated_group_scores(x),
+            self.candidates,
+            k=self.k - self.static_groups,
+            share=self.share_selection,
+            num_static=self.static_groups,
+        )
         return cpu_kernels.load("group_ffn").ffn(
             x,
             self.up,
             self.down,
-            jnp.concatenate([static, candidates], axis=1),
+            groups,
             group=self.group_size,
             k=self.k,
             gate=self.gate,

@@ -47,8 +47,9 @@ MAX_BLOCKED_BATCH = 64
 GATHER_CHUNK_ROWS = 512
 
 
-# Storages of rows for which XLA's product with one query is as fast as the CPU kernel.
-FAST_FOR_ONE_QUERY = ("float32", "bfloat16", "int8")
+# Storages of rows for which XLA's product with one query is as fast as the CPU kernel, if there are
+# more rows than so many.
+FAST_FOR_ONE_QUERY, MAX_SLOW_ROWS = ("float32", "bfloat16"), 1024
 
 
 def row_scores(
@@ -76,8 +77,8 @@ def row_scores(
 
 def is_kernel_faster(rows: Rows | QuantizedRows, batch: int) -> bool:
     """Whether the CPU kernel reads all rows faster than XLA does."""
-    is_fast_in_xla = batch == 1 and storage_of(rows) in FAST_FOR_ONE_QUERY
-    return batch <= MAX_MULTIPLY_REDUCE_BATCH and not is_fast_in_xla
+    is_fast_in_xla = storage_of(rows) in FAST_FOR_ONE_QUERY and rows.shape[0] > MAX_SLOW_ROWS
+    return 0 < batch <= MAX_MULTIPLY_REDUCE_BATCH and not (batch == 1 and is_fast_in_xla)
 
 
 def cpu_row_kernel(rows: Rows | Blocks | QuantizedRows) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 from numba import carray
 
 from hire.ops.cpu import ffi
-from hire.ops.cpu.dots import ITEM_BYTES, score_rows
+from hire.ops.cpu.dots import ITEM_BYTES, bytes_ahead, score_rows
 from hire.ops.cpu.numba_functions import function
 from hire.ops.cpu.queries import round_queries
 from hire.ops.cpu.selection import DIGITS, keep_maxima, kth_largest
@@ -160,6 +160,7 @@ def score_loop(storage: str) -> Callable:
                     b,
                     scores_address + 4 * first,
                     4 * buckets,
+                    bytes_ahead(items * item_bytes),
                 )
                 for query in range(b):
                     keep_maxima(

@@ -367,15 +367,16 @@ def score_rows(storage: str) -> Callable:
 
     Its arguments are the address of the first row, the bytes of a row, the number of rows, the
     entries of a row (its bytes for codes of 4 bits), the address of the first query, the bytes of a
-    query, the number of queries, and where to write as in `dot_tile`.
+    query, the number of queries, where to write as in `dot_tile`, and the bytes from a row that is
+    read to the one that is fetched meanwhile.
     """
     narrow_rows, one_row = dot_tile(storage, NARROW_ROWS, 1), dot_tile(storage, 1, 1)
     rows_by_four = dot_tile(storage, ROWS_FOR_SEVERAL, QUERIES)
     one_by_four = dot_tile(storage, 1, QUERIES)
 
     @function
-    def for_one(first, stride, count, items, query, out):
-        done, ahead = 0, bytes_ahead(stride)
+    def for_one(first, stride, count, items, query, out, ahead):
+        done = 0
         while stride <= MAX_NARROW and done + NARROW_ROWS <= count:
             at = first + done * stride
             rows, later = two_from(at, stride), two_from(at + ahead, stride)
@@ -387,7 +388,7 @@ def score_rows(storage: str) -> Callable:
             done += 1
 
     @function
-    def score(first, stride, count, items, query, query_stride, queries, out, out_stride):
+    def score(first, stride, count, items, query, query_stride, queries, out, out_stride, ahead):
         several = queries // QUERIES * QUERIES if queries > 1 else 0
         row = 0
         while several and row < count:
@@ -397,22 +398,23 @@ def score_rows(storage: str) -> Callable:
                 place = out + q * out_stride + 4 * row
                 x = query + q * query_stride
                 # Once fetched is enough: later queries ask for the row that they read.
-                ahead = at + bytes_ahead(stride) if q == 0 else at
+                next = at + ahead if q == 0 else at
                 if complete:
-                    rows, later = several_from(at, stride), several_from(ahead, stride)
+                    rows, later = several_from(at, stride), several_from(next, stride)
                     rows_by_four(rows, later, x, query_stride, items, place, out_stride)
                 else:
-                    one_by_four((at,), (ahead,), x, query_stride, items, place, out_stride)
+                    one_by_four((at,), (next,), x, query_stride, items, place, out_stride)
             row += ROWS_FOR_SEVERAL if complete else 1
         for q in range(several, queries):
-            for_one(first, stride, count, items, query + q * query_stride, out + q * out_stride)
+            x, place = query + q * query_stride, out + q * out_stride
+            for_one(first, stride, count, items, x, place, ahead if q == 0 else 0)
 
     return score
 
 
 @function
 def bytes_ahead(stride):
-    """Return the bytes between a row that is read and the one that is fetched meanwhile."""
+    """Return the bytes from a row that is read to the one that is fetched, in a long read."""
     return max(AHEAD, 4 * stride)
 
 

@@ -245,6 +245,7 @@ def activation_loop(storage: str, is_gated: bool) -> Callable:
         items, columns, queries = ffi.size(rows, 1), ffi.size(x, 1), queries_per_call(frame)
         c, group = ffi.size(out, 1), ffi.size(out, 2)
         stride, first = items * item_bytes, call * queries
+        next_row = first_row(frame, call, min(place + 1, c - 1))
         score(
             ffi.data(rows) + row * stride,
             stride,
@@ -255,6 +256,7 @@ def activation_loop(storage: str, is_gated: bool) -> Callable:
             queries,
             ffi.data(out) + 4 * (first * c + place) * group,
             4 * c * group,
+            (next_row - row) * stride,
         )
         if is_scaled:
             products, factors = ffi.floats_3d(out), ffi.floats_1d(scale)
@@ -351,6 +353,19 @@ def sum_loop(storage: str) -> Callable:
         b, c, group = ffi.size(active, 0), ffi.size(active, 1), ffi.size(active, 2)
         items, columns = ffi.size(down, 1), ffi.size(sums, 2)
         stride = items * item_bytes
+        if last_query - first_query == 1:
+            # One query reads each row as one stream.
+            for i in range(group if keys[first_query, place] != DROPPED else 0):
+                add(
+                    ffi.data(down) + (row + i) * stride,
+                    stride,
+                    1,
+                    items,
+                    ffi.data(active) + 4 * ((first_query * c + place) * group + i),
+                    ffi.data(sums) + 4 * (part * b + first_query) * columns,
+                    4 * items,
+                )
+            return
         for first in range(0, items, COLUMNS_PER_TILE):
             count = min(COLUMNS_PER_TILE, items - first)
             for i in range(group if first + count < items else 0):

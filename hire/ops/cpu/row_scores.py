@@ -9,7 +9,7 @@ from functools import cache
 import jax.numpy as jnp
 
 from hire.ops.cpu import ffi
-from hire.ops.cpu.dots import ITEM_BYTES, is_integer, score_rows, score_rows_at
+from hire.ops.cpu.dots import ITEM_BYTES, bytes_ahead, is_integer, score_rows, score_rows_at
 from hire.ops.cpu.numba_functions import function
 from hire.ops.cpu.queries import round_queries
 from hire.ops.cpu.selection import sort_best
@@ -116,6 +116,7 @@ def scores_kernel(storage: str) -> ffi.Kernel:
                 b,
                 out_address + 4 * first,
                 4 * m,
+                bytes_ahead(row_bytes),
             )
             if is_scaled:
                 for query in range(b):
