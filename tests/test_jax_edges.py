@@ -15,7 +15,7 @@ import hire
 from hire.estimators.exact_rows import ExactRowsEstimator
 from hire.estimators.fingerprints import cached_fingerprint, fingerprint, same_rows
 from hire.lab.studies.adversary import with_64_bits
-from hire.ops.row_products import row_scores
+from hire.ops.row_products import row_scores, weighted_row_sum
 from hire.ops.tpu.row_scores import blocks
 
 ROWS, WIDTH, K, CANDIDATES = 9000, 128, 4, 64  # so many rows that a TPU's kernels would take them
@@ -236,6 +236,10 @@ def test_queries_and_rows_meet_in_their_common_type(unchecked):
     whole = jnp.asarray([[112, 0], [0, 7]], jnp.int8)
     x = jnp.asarray([[0.4, 0.4]])
     assert row_scores(x, whole).tolist() == [[pytest.approx(44.8), pytest.approx(2.8)]]
+    several = row_scores(jnp.concatenate([x, 2 * x]), whole)
+    np.testing.assert_allclose(several, [[44.8, 2.8], [89.6, 5.6]], rtol=1e-6)
+    sums = weighted_row_sum(jnp.asarray([[0.5, 1.0], [1.0, 0.0]]), whole)
+    assert sums.tolist() == [[56.0, 7.0], [112.0, 0.0]]
     half = jnp.asarray([[2.0, 0.5]], jnp.float16)
     assert row_scores(jnp.asarray([[1e5, 2.0]]), half).tolist() == [[200001.0]]  # 1e5 is no float16
     fine = jnp.asarray([[1 + 2.0**-10, 1.0]])  # which bfloat16 rounds to 1

@@ -9,6 +9,8 @@ from flax import nnx
 
 from hire.models.config import DecoderConfig
 from hire.models.modules import RMSNorm, linear, matrix, mix
+from hire.ops import cpu as cpu_kernels
+from hire.ops.implementation import dispatch
 from hire.ops.matmul import matmul_f32
 from hire.types import Array, Bool, Float, Hidden, Int
 
@@ -78,6 +80,43 @@ def attend(queries: Float[Array, "b t h e"], *parts: Part) -> Float[Array, "b t 
         ],
     )
     return output.astype(queries.dtype).reshape(b, t, heads, e)
+
+
+def attend_to_cache(
+    queries: Float[Array, "b 1 h e"],
+    keys: KeysOrValues,
+    values: KeysOrValues,
+    mask: Bool[Array, "1 s"],
+    key: Float[Array, "b 1 n e"],
+    value: Float[Array, "b 1 n e"],
+) -> Float[Array, "b 1 h e"]:
+    """Computes softmax attention of one token of each text to the cached tokens and to itself.
+
+    Args:
+        queries: Queries, `(b, 1, h, e)`.
+        keys: Cached keys, `(b, s, n, e)`.
+        values: Cached values, `(b, s, n, e)`.
+        mask: True where the tokens attend to the cache, `(1, s)`.
+        key: Keys of the tokens themselves, `(b, 1, n, e)`.
+        value: Values of the tokens themselves, `(b, 1, n, e)`.
+
+    Returns:
+        The attention output, `(b, 1, h, e)`, in the type of `queries`.
+    """
+
+    def plain(queries, keys, values, mask, key, value):
+        return attend(queries, (keys, values, mask), (key, value, jnp.ones((1, 1), bool)))
+
+    def in_kernel(queries, keys, values, mask, key, value):
+        attend_once = cpu_kernels.load("attention").attend
+        output = attend_once(queries[:, 0], keys, values, mask[0], key[:, 0], value[:, 0])
+        return output[:, None].astype(queries.dtype)
+
+    is_supported = cpu_kernels.is_available() and cpu_kernels.load("attention").is_supported(
+        keys, values
+    )
+    arguments = queries, keys, values, mask, key, value
+    return dispatch("auto", plain, *arguments, cpu=in_kernel if is_supported else None)
 
 
 def attention_scores(
@@ -283,11 +322,8 @@ class Attention(nnx.Module):
             The output `(b, d)`, and the updated keys and values.
         """
         queries, key, value = self.project(x[:, None], length[None])
-        output = attend(
-            queries,
-            (keys, values, self.attention_mask(keys.shape[1], length)),
-            (key, value, jnp.ones((1, 1), bool)),
-        )
+        mask = self.attention_mask(keys.shape[1], length)
+        output = attend_to_cache(queries, keys, values, mask, key, value)
         key, value = ordered_after(output, key), ordered_after(output, value)
         return (
             mix(output.reshape(x.shape[0], -1), self.output),

@@ -28,11 +28,14 @@ if not cpu.is_available():
 
 from guarded_calls import guarded_call
 
+from hire.models.attention import attend
 from hire.ops.cpu import (
+    attention,
     bucket_scores,
     example_arguments,
     ffi,
     group_ffn,
+    group_nomination,
     programs,
     queries,
     row_scores,
@@ -229,7 +232,7 @@ def numpy_argument(part):
 
 @settings(max_examples=30)
 @given(
-    st.sampled_from(["scores", "sums", "search", "nominate", "ffn"]),
+    st.sampled_from(["scores", "sums", "search", "nominate", "ffn", "groups", "attention"]),
     STORAGES,
     st.sampled_from([1, 2, 5, 8]),
     st.integers(1, 90),
@@ -261,6 +264,18 @@ def test_kernels_stay_within_their_buffers(what, storage, b, m, d, at_end, threa
         kernel, buckets = bucket_scores.kernel(rounded.storage), -(-m // 3)
         arguments = [np.asarray(part) for part in (rounded.planes, rows.codes, rows.scale)]
         shapes = [(b, buckets), (b, 2, buckets), (b, buckets), (b, selection.DIGITS)]
+    elif what == "groups":
+        kernel, calls = group_nomination.kernel(), b if at_end else 1
+        arguments = [np.abs(padded), np.asarray([1, 2], np.int32)]
+        shapes = [(calls, 3), (calls, padded.shape[1]), (calls, selection.DIGITS)]
+    elif what == "attention":
+        storage = "float32" if storage.startswith("int") else storage
+        cache = example_arguments.of_attention(storage, b=b, h=6, n=2, s=m, e=d, seed=seed)
+        queries_, keys, values, new_keys, new_values, mask = map(numpy_argument, cache)
+        kernel, flat = attention.kernel(storage), (b, m, 2 * d)
+        arguments = [queries_, keys.reshape(flat), values.reshape(flat), mask.astype(np.int32)]
+        arguments += [new_keys, new_values]
+        shapes = [(b, 6, d), (b, 6, m + 1), (2 * b, 6, d), (b, 2, 6), (b, 2, 6)]
     else:
         kernel = group_ffn.kernel(storage, True)
         options = np.asarray([m, 1, 0], np.int32)
@@ -385,6 +400,66 @@ def test_one_program_serves_all_its_symbols_from_itself(tmp_path, monkeypatch):
     again = programs.load_program("hire_test_1", pytest.fail)
     assert again.was_on_disk
     assert ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(again.address)(1) == 2
+
+
+@settings(max_examples=20)
+@given(st.data(), st.booleans(), SEEDS)
+def test_nominated_groups_are_those_of_the_reference(data, share, seed):
+    b, m = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 200))
+    k, c, num_static = (data.draw(st.integers(low, m)) for low in (1, 1, 0))
+    # Powers of two: divided by one another they are exact, and many of them are equal.
+    scores = jnp.exp2(jax.random.randint(jax.random.key(seed), (b, m), -9, 9).astype(jnp.float32))
+    scores = jnp.where(jax.random.uniform(jax.random.key(seed + 1), (b, m)) < 0.3, 0.0, scores)
+    nominated = np.asarray(
+        group_nomination.nominate(scores, c, k=k, share=share, num_static=num_static)
+    )
+    if share:
+        kth = jnp.sort(scores, axis=1)[:, m - k, None]
+        scores = jnp.max(scores / jnp.where(kth > 0, kth, 1.0), axis=0)[None]
+    expected = np.sort(np.asarray(exact_top_k(scores, c).indices), axis=1)
+    np.testing.assert_array_equal(nominated[:, num_static:] - num_static, expected)
+    assert nominated[:, :num_static].tolist() == [list(range(num_static))] * len(nominated)
+
+
+def test_a_query_that_is_not_finite_does_not_choose_for_others():
+    scores = jnp.asarray([[1.0, 2.0, 8.0, 4.0], [jnp.inf, 0.0, 0.0, 0.0], [9.0, jnp.nan, 0.0, 0.0]])
+    shared = group_nomination.nominate(scores, 2, k=1, share=True, num_static=1)
+    assert shared.tolist() == [[0, 3, 4]]
+    alone = group_nomination.nominate(scores, 2, k=1, share=False)
+    assert alone.tolist() == [[2, 3], [0, 1], [0, 1]]
+
+
+@settings(max_examples=20)
+@given(st.sampled_from([jnp.float32, jnp.bfloat16]), st.data(), SEEDS)
+def test_attention_to_a_cache_is_its_reference(dtype, data, seed):
+    b, n, group = (data.draw(st.integers(1, most)) for most in (3, 3, 6))
+    s, e = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 40))
+    queries, *others, mask = example_arguments.of_attention(
+        str(jnp.dtype(dtype)), b=b, h=n * group, n=n, s=s, e=e, seed=seed
+    )
+    keys, values, new_keys, new_values = (part.astype(jnp.float32) for part in others)
+    expected = attend(
+        queries[:, None],
+        (keys, values, mask[None]),
+        (new_keys[:, None], new_values[:, None], jnp.ones((1, 1), bool)),
+    )[:, 0]
+    keys, values, new_keys, new_values = others
+    result = attention.attend(queries, keys, values, mask, new_keys, new_values)
+    np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+def test_attention_by_hand():
+    queries, keys = jnp.ones((1, 1, 1)), jnp.log(jnp.asarray([1.0, 3.0])).reshape(1, 2, 1, 1)
+    values, new_value = jnp.asarray([1.0, 5.0]).reshape(1, 2, 1, 1), jnp.full((1, 1, 1), 2.0)
+    arguments = queries, keys, values
+    new = jnp.zeros((1, 1, 1)), new_value
+    for mask, expected in (([1, 1], 18 / 5), ([1, 0], 3 / 2), ([0, 0], 2.0)):
+        result = attention.attend(*arguments, jnp.asarray(mask, bool), *new)
+        np.testing.assert_allclose(result, [[[expected]]], rtol=1e-6)
+    overflow = attention.attend(queries * 1e30, keys, values, jnp.ones(2, bool), *new)
+    assert overflow.tolist() == [[[5.0]]]
+    nothing = attention.attend(queries * jnp.nan, keys, values, jnp.ones(2, bool), *new)
+    assert np.isnan(nothing).all()
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text"])

@@ -44,3 +44,16 @@ def of_groups(
     ]
     up, down, gate = matrices
     return jax.random.normal(keys[0], (b, d), jnp.float32), up, down, gate, jnp.stack(chosen)
+
+
+def of_attention(
+    storage: str, *, b: int, h: int, n: int, s: int, e: int, seed: int = 0
+) -> tuple[Array, ...]:
+    """Return queries, keys, values, new keys and values, and the mask, for `attention.attend`."""
+    shapes = [(b, h, e), (b, s, n, e), (b, s, n, e), (b, n, e), (b, n, e)]
+    keys = jax.random.split(jax.random.key(seed), 6)
+    queries, *cache, new_keys, new_values = (
+        jax.random.normal(key, shape) for key, shape in zip(keys[:5], shapes, strict=True)
+    )
+    mask = jax.random.uniform(keys[5], (s,)) < 0.7
+    return queries, *(part.astype(storage) for part in cache), new_keys, new_values, mask

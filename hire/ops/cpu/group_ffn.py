@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hire.ops.cpu import ffi
+from hire.ops.cpu import ffi, row_scores
 from hire.ops.cpu.dots import ITEM_BYTES, add_rows, fetch, score_rows
 from hire.ops.cpu.numba_functions import function
 from hire.ops.cpu.row_scores import TYPE_OF_CODES, TYPE_OF_ROWS, kernel_operands, pad_query
@@ -29,7 +29,7 @@ ALWAYS_KEPT = 2**31 - 1
 def is_supported(*matrices: Rows | QuantizedRows) -> bool:
     """Whether the kernel supports a layer with these matrices: all are stored alike."""
     storages = {storage_of(matrix) for matrix in matrices}
-    return len(storages) == 1 and storages <= set(TYPE_OF_ROWS)
+    return len(storages) == 1 and all(map(row_scores.is_supported, matrices))
 
 
 def ffn(

@@ -26,7 +26,8 @@ TYPE_OF_CODES = {"int8": "int8", "int4": "uint8"}
 
 def is_supported(rows: Rows | QuantizedRows) -> bool:
     """Whether the kernels support rows of this type, for float32 queries."""
-    return len(rows.shape) == 2 and min(rows.shape) > 0 and storage_of(rows) in TYPE_OF_ROWS
+    is_known = isinstance(rows, QuantizedRows) or storage_of(rows) in ("float32", "bfloat16")
+    return len(rows.shape) == 2 and min(rows.shape) > 0 and is_known
 
 
 TYPE_OF_ROWS = TYPE_OF_CODES | {"float32": "float32", "bfloat16": "bfloat16"}
