@@ -29,7 +29,6 @@ from hire.lab.studies.ablation_timing import (
     Durations,
     LargeRun,
     setting_name,
-    speedup_range,
     speedup_text,
     step_bytes,
     time_variants,
@@ -51,7 +50,7 @@ from hire.lab.studies.tables import percent
 from hire.lab.training import trainer
 from hire.models import Decoder, TextModel
 from hire.ops.top_k import TopK
-from hire.timing import speedups
+from hire.timing import speedup_range, speedups
 from hire.tuning import true_top_k
 from hire.types import Rows
 
@@ -260,6 +259,7 @@ class TrainedRun:
         judged: From `judge`.
         durations: Batch size -> variant -> seconds of each step.
         megabytes: Bytes that a step at batch 1 reads, in MB, by variant.
+        sittings: Number of sittings, from each of which equally many durations are.
     """
 
     sizes: VariantSizes
@@ -267,6 +267,7 @@ class TrainedRun:
     judged: dict[str, dict]
     durations: dict[int, Durations]
     megabytes: dict[str, float]
+    sittings: int
 
     @property
     def speedups(self) -> dict[int, dict[str, float]]:
@@ -283,7 +284,7 @@ class TrainedRun:
                 "bits per byte": f"{judged['bits_per_byte']:.4f}",
                 "next tokens": f"{judged['accuracy']:.1%}",
                 "MB per step": f"{self.megabytes[name]:.1f}",
-                "speed-up": speedup_text(self.durations[1], name),
+                "speed-up": speedup_text(self.durations[1], name, self.sittings),
             }
         return pandas.DataFrame.from_dict(lines, orient="index")
 
@@ -303,9 +304,8 @@ def measure_trained(
     judged = judge(trained.subject, variants, *trained.evaluation, settings.k)
     timed = {**variants, DENSE: without_selection(variants[DENSE])}
     batched = {name: timed[name] for name in (DENSE, BOTH, SHARED)}
-    sizes = settings.cache_length, settings.k, settings.repeats
-    durations = {1: time_variants(timed, 1, *sizes)}
-    durations[settings.shared_batch] = time_variants(batched, settings.shared_batch, *sizes)
+    sizes = settings.cache_length, settings.k, settings.repeats, settings.sittings
+    durations = time_variants({1: timed, settings.shared_batch: batched}, *sizes)
     context = settings.cache_length // 2
     return TrainedRun(
         sizes=trained.sizes,
@@ -316,6 +316,7 @@ def measure_trained(
             name: sum(step_bytes(variant, 1, context).values()) / 1e6
             for name, variant in variants.items()
         },
+        sittings=settings.sittings,
     )
 
 
@@ -416,9 +417,9 @@ class AblationResult(Result):
             f"{single[FFN_ALONE]:.2f}x (loss {ffn_loss:+.2%}), both "
             f"{single[BOTH]:.2f}x ({self.quality_text(BOTH)}); "
             f"{self.expected:.2f}x is expected if the savings add. Batch {batch} with one shared "
-            f"selection: {shared_speedup:.2f}x ({self.quality_text(SHARED)}), against a dense step "
-            "of XLA's products, not of the CPU kernels. The weights are random; recall and loss "
-            "are those of trained models. The model trained here, with both: "
+            f"selection: {shared_speedup:.2f}x ({self.quality_text(SHARED)}). The weights are "
+            "random; recall and loss are those of trained models. Int8 rows everywhere: HiRE is "
+            f"{self.alternatives.int8_speedup:.2f}x dense. The model trained here, with both: "
             f"{self.trained.speedups[1][BOTH]:.2f}x at batch 1, "
             f"{self.trained.speedups[batch][BOTH]:.2f}x at {batch} ({self.quality_text(BOTH)})."
         )
@@ -448,6 +449,12 @@ class AblationResult(Result):
             bytes_fraction=self.large.bytes_fraction,
             bandwidth=self.large.bandwidth,
             alternatives=self.alternatives.speedups,
+            int8_speedup=self.alternatives.int8_speedup,
+            sittings=self.settings.sittings,
+            speedup_ranges={
+                setting_name(*setting): ranges
+                for setting, ranges in self.large.speedup_ranges().items()
+            },
         )
         large_durations = {
             setting_name(*setting): durations for setting, durations in self.large.durations.items()
@@ -471,7 +478,7 @@ class AblationResult(Result):
 
     def _claims(self) -> dict[str, Claim]:
         measured, expected = self.single[BOTH], self.expected
-        low, high = speedup_range(self.single_durations, BOTH)
+        low, high = speedup_range(self.single_durations, BOTH, DENSE, self.settings.sittings)
         loss = self.trained.judged[BOTH]["relative_loss"]["mean"]
         quality = (
             f"loss {loss:+.2%} in the trained model, transferred; recall of tokens transferred "

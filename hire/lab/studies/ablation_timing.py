@@ -32,12 +32,15 @@ from hire.lab.studies.ablation_variants import (
 from hire.lab.timing import decode_step
 from hire.lab.timing.roofline import step_work
 from hire.models import Decoder
-from hire.timing import interleaved, medians, speedups, stream_form
+from hire.timing import in_sittings, interleaved, medians, speedup_range, speedups, stream_form
 
 # Bytes of the array that is read to measure the memory bandwidth.
 STREAM_BYTES = 2**28
 # Layers in which the parts of a step are timed alone; all layers are alike.
 TIMED_LAYERS = 5
+# What a user could take instead of HiRE, and HiRE with the exact rows of one of them.
+BFLOAT16_ROWS, INT8_ROWS = "dense bfloat16 rows", "dense int8 rows"
+HIRE_INT8_ROWS = "HiRE on int8 rows"
 PARTS = {"softmax": decode_step.softmax, "ffn": decode_step.ffn, "attention": decode_step.attention}
 # Seconds of each step or function, by name.
 Durations = dict[str, list[float]]
@@ -69,45 +72,48 @@ def random_queries(width: int, count: int, seed: int) -> list[np.ndarray]:
 
 
 def time_variants(
-    variants: Mapping[str, Decoder],
-    batch: int,
+    variants: Mapping[int, Mapping[str, Decoder]],
     cache_length: int,
     k: int,
     repeats: int,
+    sittings: int,
     *,
     keep_programs: bool = False,
     **functions: Callable,
-) -> Durations:
-    """Time a decode step of each variant, interleaved, on a cache that is half full at first.
+) -> dict[int, Durations]:
+    """Time a decode step of each variant at several batches, on a cache that is half full at first.
 
-    Variants of one float type write into one cache.
+    The variants of one batch take turns; those of one float type write into one cache.
 
     Args:
-        variants: Variants by name.
-        batch: Number of texts.
+        variants: Number of texts -> variants by name, DENSE among them.
         cache_length: Length of the key/value cache, in tokens.
         k: Number of top tokens.
         repeats: Number of timed steps of each variant.
+        sittings: Number of sittings, over which the steps are split.
         keep_programs: Keep the compiled programs because the caller times some variants again.
-        functions: Other functions to time next to the variants.
+        functions: Other functions to time next to the variants of the first batch.
 
     Returns:
-        Seconds of each step, by name.
+        Number of texts -> seconds of each step by name.
 
     Raises:
         ValueError: If the cache is too short for all steps.
     """
-    width = next(iter(variants.values())).config.width
-    queries = random_queries(width, repeats, seed=0)
-    text_caches, caches, steps = {}, {}, {}
-    for name, model in variants.items():
-        dtype = model.embedding[...].dtype
-        step_forms = decode_step.StepForms(model, cache_length, k, text_caches.get(dtype))
-        text_caches[dtype] = step_forms.text_cache
-        if dtype not in caches:
-            caches[dtype] = step_forms.batch_cache(batch)
-        steps[name] = step_forms.complete_step(batch, caches[dtype])
-    durations = interleaved(steps | functions, queries, repeats)
+    text_caches, comparisons = {}, {}
+    for batch, models in variants.items():
+        caches, steps = {}, {}
+        for name, model in models.items():
+            dtype = model.embedding[...].dtype
+            step_forms = decode_step.StepForms(model, cache_length, k, text_caches.get(dtype))
+            text_caches[dtype] = step_forms.text_cache
+            if dtype not in caches:
+                caches[dtype] = step_forms.batch_cache(batch)
+            steps[name] = step_forms.complete_step(batch, caches[dtype])
+        others = {} if comparisons else functions
+        queries = random_queries(models[DENSE].config.width, repeats, seed=0)
+        comparisons[batch] = steps | others, queries
+    durations = in_sittings(comparisons, sittings)
     release_memory(programs=not keep_programs)
     return durations
 
@@ -125,21 +131,15 @@ def release_memory(programs: bool) -> None:
     getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
 
 
-def speedup_range(durations: Durations, name: str) -> tuple[float, float]:
-    """Return the lowest and the highest speed-up over dense of the turns.
+def speedup_text(durations: Durations, name: str, sittings: int) -> str:
+    """Format the speed-up over dense with the range of the sittings, such as "1.41x (1.3 to 1.6)".
 
     Args:
-        durations: Seconds by variant, one per turn.
+        durations: Seconds by variant, equally many from each sitting.
         name: The variant.
+        sittings: Number of sittings.
     """
-    pairs = zip(durations[DENSE], durations[name], strict=True)
-    by_turn = [dense / searched for dense, searched in pairs]
-    return min(by_turn), max(by_turn)
-
-
-def speedup_text(durations: Durations, name: str) -> str:
-    """Format the speed-up over dense with the range of the turns, such as "1.41x (1.3 to 1.6)"."""
-    low, high = speedup_range(durations, name)
+    low, high = speedup_range(durations, name, DENSE, sittings)
     return f"{speedups(durations)[name]:.2f}x ({low:.2f} to {high:.2f})"
 
 
@@ -187,6 +187,7 @@ class LargeRun:
         bandwidth: Memory bandwidth of this machine in bytes/s.
         points: From `points`.
         part_bytes: Bytes that a step of DENSE and of BOTH reads at batch 1, by part.
+        sittings: Number of sittings, from each of which equally many durations are.
     """
 
     name: str
@@ -196,6 +197,7 @@ class LargeRun:
     bandwidth: float
     points: dict[str, dict[str, dict[str, float]]]
     part_bytes: dict[str, dict[str, float]]
+    sittings: int
 
     @property
     def weight_count(self) -> int:
@@ -223,6 +225,15 @@ class LargeRun:
         """Speed-up over dense by (batch, cache length) and variant."""
         return {setting: speedups(durations) for setting, durations in self.durations.items()}
 
+    def speedup_ranges(self) -> dict[tuple[int, int], dict[str, tuple[float, float]]]:
+        """Return the lowest and the highest speed-up of the sittings, as in `speedups`."""
+        return {
+            setting: {
+                name: speedup_range(durations, name, DENSE, self.sittings) for name in durations
+            }
+            for setting, durations in self.durations.items()
+        }
+
     def table(self) -> pandas.DataFrame:
         """Return time, speed-up with its range and time over the floor, by setting and variant."""
         lines = []
@@ -233,7 +244,7 @@ class LargeRun:
                     "cache": cache_length,
                     "variant": name,
                     "ms, median": f"{1e3 * point['seconds']:.1f}",
-                    "speed-up": speedup_text(durations, name),
+                    "speed-up": speedup_text(durations, name, self.sittings),
                     "time over floor": f"{point['time_over_floor']:.2f}",
                 }
                 lines.append(line)
@@ -273,6 +284,7 @@ def measure_large(settings: SimpleNamespace) -> LargeRun:
         bandwidth=bandwidth,
         points=points(variants, durations, bandwidth),
         part_bytes={name: step_bytes(variant, 1, context) for name, variant in pair.items()},
+        sittings=settings.sittings,
     )
 
 
@@ -288,20 +300,18 @@ def time_large(
     Returns:
         A tuple: (batch, cache length) -> variant -> seconds of each step; the bandwidth in bytes/s.
     """
-    cache_length, k, repeats = settings.cache_length, settings.k, settings.repeats
+    sizes = settings.k, settings.repeats, settings.sittings
     # One text has nothing to share.
     single = {name: variant for name, variant in variants.items() if name != SHARED}
     batched = {name: variants[name] for name in (DENSE, BOTH, SHARED)}
     pair = {name: variants[name] for name in (DENSE, BOTH)}
     stream, stream_bytes = stream_form(STREAM_BYTES)
-    durations = {
-        (1, cache_length): time_variants(single, 1, cache_length, k, repeats, stream=stream)
-    }
-    bandwidth = float(stream_bytes / np.median(durations[1, cache_length].pop("stream")))
-    for batch in settings.batches[1:]:
-        durations[batch, cache_length] = time_variants(batched, batch, cache_length, k, repeats)
+    compared = {batch: batched if batch > 1 else single for batch in settings.batches}
+    by_batch = time_variants(compared, settings.cache_length, *sizes, stream=stream)
+    bandwidth = float(stream_bytes / np.median(by_batch[settings.batches[0]].pop("stream")))
+    durations = {(batch, settings.cache_length): timed for batch, timed in by_batch.items()}
     for long_length in settings.long_cache_lengths:
-        durations[1, long_length] = time_variants(pair, 1, long_length, k, repeats)
+        durations[1, long_length] = time_variants({1: pair}, long_length, *sizes)[1]
     return durations, bandwidth
 
 
@@ -311,9 +321,16 @@ class Alternatives:
 
     Attributes:
         durations: Alternative -> (DENSE and the alternative) -> seconds of each step.
+        sittings: Number of sittings, from each of which equally many durations are.
     """
 
     durations: dict[str, Durations]
+    sittings: int
+
+    @property
+    def int8_speedup(self) -> float:
+        """Speed-up of HiRE on int8 rows over dense int8 rows."""
+        return self.speedups[HIRE_INT8_ROWS] / self.speedups[INT8_ROWS]
 
     @property
     def speedups(self) -> dict[str, float]:
@@ -323,7 +340,7 @@ class Alternatives:
     def table(self) -> pandas.DataFrame:
         """Return the speed-up of each alternative with its range."""
         lines = {
-            name: {"speed-up": speedup_text(durations, name)}
+            name: {"speed-up": speedup_text(durations, name, self.sittings)}
             for name, durations in self.durations.items()
         }
         return pandas.DataFrame.from_dict(lines, orient="index")
@@ -332,25 +349,26 @@ class Alternatives:
 def time_alternatives(variants: Mapping[str, Decoder], settings: SimpleNamespace) -> Alternatives:
     """Time a step with rows of fewer bytes, dense and searched, beside the dense step.
 
-    One alternative is in memory at a time.
+    The two of int8 rows take turns.
 
     Args:
         variants: The variants DENSE and BOTH.
         settings: Sizes of the notebook.
     """
     dense, searched, k = variants[DENSE], variants[BOTH], settings.k
-    makers = {
-        "dense bfloat16 rows": lambda: with_small_rows(dense, k, to_bfloat16),
-        "dense int8 rows": lambda: with_small_rows(dense, k, to_int8),
-        "HiRE on int8 rows": lambda: with_int8_rows(searched),
-    }
-    sizes = settings.cache_length, k, settings.repeats
-    return Alternatives(
-        {
-            name: time_variants({DENSE: dense, name: make()}, 1, *sizes, keep_programs=True)
-            for name, make in makers.items()
-        }
+    sizes = settings.cache_length, k, settings.repeats, settings.sittings
+
+    def time_beside_dense(**models: Decoder) -> Durations:
+        return time_variants({1: {DENSE: dense, **models}}, *sizes, keep_programs=True)[1]
+
+    in_bfloat16 = time_beside_dense(**{BFLOAT16_ROWS: with_small_rows(dense, k, to_bfloat16)})
+    in_int8 = time_beside_dense(
+        **{INT8_ROWS: with_small_rows(dense, k, to_int8), HIRE_INT8_ROWS: with_int8_rows(searched)}
     )
+    durations = {BFLOAT16_ROWS: in_bfloat16} | {
+        name: {DENSE: in_int8[DENSE], name: in_int8[name]} for name in (INT8_ROWS, HIRE_INT8_ROWS)
+    }
+    return Alternatives(durations, settings.sittings)
 
 
 def part_shares(

@@ -675,6 +675,12 @@ class SoftmaxResult(Result):
         return self.times.variant_speedup(name), recall
 
     def _plot_softmax_latency(self, axis) -> None:
+        recalls = {
+            HIRE: self.quality.recall["mean"],
+            HIRE_XLA: self.quality.recall["mean"],
+            HIRE_INT8: self.variant_quality[HIRE_INT8]["recall"]["mean"],
+            INT8: self.int8_recall,
+        }
         colors = {
             INT8: plots.GREEN,
             HIRE_XLA: plots.ORANGE,
@@ -682,21 +688,16 @@ class SoftmaxResult(Result):
             HIRE: plots.BLUE,
             "fastest dense": plots.GRAY,
         }
-        names = (INT8, HIRE_XLA, HIRE_INT8, HIRE)
-        recalls = (
-            self.quality.recall["mean"],
-            self.variant_quality[HIRE_INT8]["recall"]["mean"],
-            self.int8_recall,
-        )
+        labels = {name: f"{name}: {recall:.3f}" for name, recall in recalls.items()}
+        lines = layer_timing.over_batches(self.times.softmax, (INT8, HIRE_XLA, HIRE_INT8, HIRE))
         plots.latency_lines(
             axis,
             self.settings.batches,
-            layer_timing.over_batches(self.times.softmax, names),
-            colors,
-            hollow=(HIRE_INT8,),
-            floors={HIRE: list(self.times.floors(HIRE).values())},
-            title="Softmax (dotted: HiRE's bytes); recall: HiRE {:.3f},\n"
-            "its int8 rows {:.3f}, dense int8 rows {:.3f}".format(*recalls),
+            {labels.get(name, name): seconds for name, seconds in lines.items()},
+            {labels.get(name, name): color for name, color in colors.items()},
+            hollow=(labels[HIRE_INT8],),
+            floors={labels[HIRE]: list(self.times.floors(HIRE).values())},
+            title="Softmax, with recall (dotted: HiRE's bytes)",
         )
         # Room for the legend.
         axis.set_ylim(top=6 * axis.get_ylim()[1])

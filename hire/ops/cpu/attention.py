@@ -203,6 +203,7 @@ def part_loop(storage: str) -> Callable:
                         ffi.data(scores) + 4 * ((text * h + query) * (s + 1) + start),
                         ffi.data(ffi.result(frame, PART_SUMS)) + 4 * (unit * h + query) * e,
                         0,
+                        POSITIONS_PER_BLOCK * stride if query == head * group else 0,
                     )
 
     @function

@@ -75,6 +75,15 @@ def load(
     return builder.call(function, [pointer, INT32(1), mask, splat(type, 0)])
 
 
+def for_vectors(builder: ir.IRBuilder, count: ir.Value, body: Callable) -> None:
+    """Build `body(item, lanes)` for the items of each vector, then for those that are left."""
+    complete = builder.and_(count, INT64(-LANES))
+    vectors, rest = (INT64(0), complete, INT64(LANES)), (complete, count, INT64(1))
+    for lanes, steps in ((LANES, vectors), (1, rest)):
+        with cgutils.for_range_slice(builder, *steps, inc=True) as (item, _):
+            body(item, lanes)
+
+
 def first_lanes(builder: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
     """Return the mask of the first `count` lanes of a vector."""
     numbers = ir.Constant(vector(INT64, lanes), list(range(lanes)))
@@ -184,7 +193,7 @@ def prefetch_line(builder: ir.IRBuilder, address: ir.Value) -> None:
     signature = ir.FunctionType(ir.VoidType(), [pointer_type, INT32, INT32, INT32])
     prefetch = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
     pointer = builder.inttoptr(address, pointer_type)
-    builder.call(prefetch, [pointer, INT32(0), INT32(3), INT32(1)])
+    builder.call(prefetch, [pointer, INT32(0), INT32(2), INT32(1)])
 
 
 class Tile:
@@ -475,31 +484,40 @@ def score_rows_at(storage: str) -> Callable:
 
 
 @intrinsic
-def fetch(typing_context, address, count):
-    """Ask for the cache lines of some bytes that are read soon."""
+def add_floats(typing_context, source, target, count):
+    """Add floats to others."""
 
     def generate(context, builder, signature, arguments):
-        address, count = arguments
-        steps = (INT64(0), count, INT64(LINE))
-        with cgutils.for_range_slice(builder, *steps, inc=True) as (offset, _):
-            prefetch_line(builder, builder.add(address, offset))
+        source, target, count = arguments
+
+        def add_vector(item: ir.Value, lanes: int) -> None:
+            at = builder.mul(item, INT64(4))
+            parts = [
+                load(builder, builder.add(address, at), vector(FLOAT, lanes))
+                for address in (source, target)
+            ]
+            pointer = builder.inttoptr(builder.add(target, at), parts[0].type.as_pointer())
+            builder.store(builder.fadd(*parts), pointer, align=4)
+
+        for_vectors(builder, count, add_vector)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64), generate
+    return types.void(*[types.int64] * 3), generate
 
 
 def sum_tile(storage: str, num_rows: int) -> Callable:
     """Return an intrinsic that adds a few weighted rows to a sum.
 
     Its arguments are the address of the first row, the bytes of a row, the number of columns to add
-    (bytes for codes of 4 bits), the address of the weights, the address of the sum, and the bytes
-    from the sum of the first half of a row to that of the second, for codes of 4 bits.
+    (bytes for codes of 4 bits), the address of the weights, the address of the sum, the bytes from
+    the sum of the first half of a row to that of the second, for codes of 4 bits, and the bytes
+    from a row that is read to the one that is fetched meanwhile.
     """
 
     @intrinsic
-    def tile(typing_context, first, stride, items, weights, out, second_half):
+    def tile(typing_context, first, stride, items, weights, out, second_half, ahead):
         def generate(context, builder, signature, arguments):
-            first, stride, items, weights, out, second_half = arguments
+            first, stride, items, weights, out, second_half, ahead = arguments
             rows = [builder.add(first, builder.mul(stride, INT64(r))) for r in range(num_rows)]
             factors = [
                 load(builder, builder.add(weights, INT64(4 * r)), FLOAT) for r in range(num_rows)
@@ -521,14 +539,10 @@ def sum_tile(storage: str, num_rows: int) -> Callable:
                         value = multiply_add(builder, part[half], factor_lanes, value)
                     builder.store(value, pointer, align=4)
 
-            complete = builder.and_(items, INT64(-LANES))
-            vectors, rest = (INT64(0), complete, INT64(LANES)), (complete, items, INT64(1))
-            for lanes, steps in ((LANES, vectors), (1, rest)):
-                with cgutils.for_range_slice(builder, *steps, inc=True) as (item, _):
-                    add_columns(item, lanes)
+            for_vectors(builder, items, add_columns)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 6), generate
+        return types.void(*[types.int64] * 7), generate
 
     return tile
 
@@ -545,15 +559,15 @@ def add_rows(storage: str) -> Callable:
     eight_rows, one_row = sum_tile(storage, ROWS_OF_SUM), sum_tile(storage, 1)
 
     @function
-    def add(first, stride, count, items, weights, out, second_half):
+    def add(first, stride, count, items, weights, out, second_half, ahead):
         done = 0
         while done + ROWS_OF_SUM <= count:
             at = first + done * stride
-            eight_rows(at, stride, items, weights + 4 * done, out, second_half)
+            eight_rows(at, stride, items, weights + 4 * done, out, second_half, ahead)
             done += ROWS_OF_SUM
         while done < count:
             at = first + done * stride
-            one_row(at, stride, items, weights + 4 * done, out, second_half)
+            one_row(at, stride, items, weights + 4 * done, out, second_half, ahead)
             done += 1
 
     return add

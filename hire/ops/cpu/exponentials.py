@@ -5,7 +5,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from hire.ops.cpu.dots import FLOAT, INT32, INT64, LANES, in_all_lanes, load, splat, vector
+from hire.ops.cpu.dots import FLOAT, INT32, INT64, for_vectors, in_all_lanes, load, splat, vector
 
 # exp(x) = 2^n exp(r) with x = n ln 2 + r and |r| at most half of ln 2. The terms of the series of
 # exp(r) beyond the seventh power are less than 1e-8.
@@ -63,11 +63,7 @@ def exponentials(typing_context, address, count, shift):
                 value = builder.fadd(value, builder.extract_element(result, INT32(lane)))
             builder.store(value, total)
 
-        complete = builder.and_(count, INT64(-LANES))
-        vectors, rest = (INT64(0), complete, INT64(LANES)), (complete, count, INT64(1))
-        for lanes, steps in ((LANES, vectors), (1, rest)):
-            with cgutils.for_range_slice(builder, *steps, inc=True) as (item, _):
-                replace(item, lanes)
+        for_vectors(builder, count, replace)
         return builder.load(total)
 
     return types.float32(types.int64, types.int64, types.float32), generate

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hire.ops.cpu import ffi, row_scores
-from hire.ops.cpu.dots import ITEM_BYTES, add_rows, fetch, score_rows
+from hire.ops.cpu.dots import ITEM_BYTES, add_rows, score_rows
 from hire.ops.cpu.numba_functions import function
 from hire.ops.cpu.row_scores import TYPE_OF_CODES, TYPE_OF_ROWS, kernel_operands, pad_query
 from hire.ops.cpu.row_sums import COLUMNS_PER_TILE, num_parts, parts_loop
@@ -342,46 +342,50 @@ def scale_activations(frame, place, row, first_query, last_query):
             active[query, place, i] *= scale[row + i]
 
 
+@function
+def next_kept(frame, place, last, first_query, last_query):
+    """Return the first place from one on whose group some query keeps, or the last one."""
+    keys = ffi.ints_2d(ffi.result(frame, KEYS))
+    while place < last:
+        for query in range(first_query, last_query):
+            if keys[query, place] != DROPPED:
+                return place
+        place += 1
+    return last
+
+
 def sum_loop(storage: str) -> Callable:
     """Return the loop that adds the rows of `down`, each part of the groups to sums of its own."""
     add, item_bytes, is_scaled = add_rows(storage), ITEM_BYTES[storage], storage in TYPE_OF_CODES
 
     @function
-    def add_group(frame, part, place, row, first_query, last_query):
+    def add_group(frame, part, place, row, next_row, first_query, last_query):
         down, active = ffi.argument(frame, DOWN), ffi.result(frame, ACTIVE)
         keys, sums = ffi.ints_2d(ffi.result(frame, KEYS)), ffi.result(frame, SUMS)
         b, c, group = ffi.size(active, 0), ffi.size(active, 1), ffi.size(active, 2)
         items, columns = ffi.size(down, 1), ffi.size(sums, 2)
         stride = items * item_bytes
-        if last_query - first_query == 1:
-            # One query reads each row as one stream.
-            for i in range(group if keys[first_query, place] != DROPPED else 0):
-                add(
-                    ffi.data(down) + (row + i) * stride,
-                    stride,
-                    1,
-                    items,
-                    ffi.data(active) + 4 * ((first_query * c + place) * group + i),
-                    ffi.data(sums) + 4 * (part * b + first_query) * columns,
-                    4 * items,
-                )
-            return
-        for first in range(0, items, COLUMNS_PER_TILE):
-            count = min(COLUMNS_PER_TILE, items - first)
-            for i in range(group if first + count < items else 0):
-                later = ffi.data(down) + (row + i) * stride + (first + count) * item_bytes
-                fetch(later, min(COLUMNS_PER_TILE, items - first - count) * item_bytes)
-            for query in range(first_query, last_query):
-                if keys[query, place] != DROPPED:
-                    add(
-                        ffi.data(down) + row * stride + first * item_bytes,
-                        stride,
-                        group,
-                        count,
-                        ffi.data(active) + 4 * (query * c + place) * group,
-                        ffi.data(sums) + 4 * ((part * b + query) * columns + first),
-                        4 * items,
-                    )
+        # One query reads each row as one stream. Several read a tile of all rows while in cache.
+        is_alone = last_query - first_query == 1
+        rows, tile_items = (1, items) if is_alone else (group, COLUMNS_PER_TILE)
+        for first_of_rows in range(0, group, rows):
+            for first in range(0, items, tile_items):
+                count, at = min(tile_items, items - first), first * item_bytes
+                ahead = (next_row - row) * stride
+                for query in range(first_query, last_query):
+                    if keys[query, place] != DROPPED:
+                        weights = (query * c + place) * group + first_of_rows
+                        add(
+                            ffi.data(down) + (row + first_of_rows) * stride + at,
+                            stride,
+                            rows,
+                            count,
+                            ffi.data(active) + 4 * weights,
+                            ffi.data(sums) + 4 * ((part * b + query) * columns + first),
+                            4 * items,
+                            ahead,
+                        )
+                        ahead = 0
 
     @function
     def add_parts(frame, start, stop):
@@ -391,10 +395,15 @@ def sum_loop(storage: str) -> Callable:
             call, part = unit // parts, unit % parts
             first_query, last_query = call * queries, (call + 1) * queries
             clear(sums, part, first_query, last_query)
-            for place in range(c * part // parts, c * (part + 1) // parts):
+            last = c * (part + 1) // parts
+            place = next_kept(frame, c * part // parts, last, first_query, last_query)
+            while place < last:
                 row = first_row(frame, call, place)
+                next_place = next_kept(frame, place + 1, last, first_query, last_query)
+                next_row = first_row(frame, call, min(next_place, last - 1))
                 if is_scaled:
                     scale_activations(frame, place, row, first_query, last_query)
-                add_group(frame, part, place, row, first_query, last_query)
+                add_group(frame, part, place, row, next_row, first_query, last_query)
+                place = next_place
 
     return ffi.parallel_loop(num_sums, add_parts)

@@ -83,7 +83,7 @@ def num_calls(frame):
 
 
 @function
-def pool(frame, call, queries):
+def pool_scores(frame, call, queries):
     """Write the largest relative score of each group over the queries of a call."""
     scores, bits = (
         ffi.floats_2d(ffi.argument(frame, SCORES)),
@@ -102,12 +102,12 @@ def pool(frame, call, queries):
         if not is_finite:
             continue
         threshold, _ = kth_largest(bits[query], k, counts)
-        kth_score = np.float32(1)
+        kth_value = np.float32(1)
         for group in range(len(pooled)):
             if bits[query, group] == threshold and threshold > 0:
-                kth_score = scores[query, group]
+                kth_value = scores[query, group]
         for group in range(len(pooled)):
-            pooled[group] = max(pooled[group], scores[query, group] / kth_score)
+            pooled[group] = max(pooled[group], scores[query, group] / kth_value)
 
 
 @function
@@ -122,7 +122,7 @@ def select(frame, start, stop):
     for call in range(start, stop):
         keys, indices = ffi.ints_2d(ffi.result(frame, POOLED))[call], all_indices[call]
         if queries > 1:
-            pool(frame, call, queries)
+            pool_scores(frame, call, queries)
         else:
             for group in range(len(keys)):
                 keys[group] = bits[call, group] & MAGNITUDE

@@ -10,7 +10,7 @@ from functools import cache
 import jax.numpy as jnp
 
 from hire.ops.cpu import ffi
-from hire.ops.cpu.dots import ITEM_BYTES, ROWS_OF_SUM, add_rows
+from hire.ops.cpu.dots import ITEM_BYTES, ROWS_OF_SUM, add_floats, add_rows
 from hire.ops.cpu.numba_functions import function
 from hire.ops.cpu.row_scores import TYPE_OF_CODES, TYPE_OF_ROWS, kernel_operands
 from hire.ops.quantization import QuantizedRows, storage_of
@@ -88,6 +88,7 @@ def kernel(storage: str) -> ffi.Kernel:
                 ffi.data(weights) + 4 * (query * m + row),
                 ffi.data(ffi.result(frame, PART_SUMS)) + 4 * ((part * b + query) * columns + first),
                 4 * ffi.size(rows, 1),
+                ROWS_OF_SUM * stride if query == 0 else 0,
             )
 
     @function
@@ -132,13 +133,15 @@ def parts_loop(out: int, part_sums: int) -> Callable:
     @function
     def add_parts(frame, start, stop):
         total = ffi.floats_2d(ffi.result(frame, out))
-        sums = ffi.floats_3d(ffi.result(frame, part_sums))
-        first, last = start * COLUMNS_PER_TILE, min(stop * COLUMNS_PER_TILE, total.shape[1])
-        for query in range(total.shape[0]):
-            for column in range(first, last):
-                total[query, column] = sums[0, query, column]
-            for part in range(1, sums.shape[0]):
-                for column in range(first, last):
-                    total[query, column] += sums[part, query, column]
+        b, columns = total.shape
+        sums, parts = ffi.result(frame, part_sums), ffi.size(ffi.result(frame, part_sums), 0)
+        first = start * COLUMNS_PER_TILE
+        count = min(stop * COLUMNS_PER_TILE, columns) - first
+        for query in range(b):
+            total[query, first : first + count] = 0
+            target = ffi.data(ffi.result(frame, out)) + 4 * (query * columns + first)
+            for part in range(parts):
+                source = ffi.data(sums) + 4 * ((part * b + query) * columns + first)
+                add_floats(source, target, count)
 
     return ffi.parallel_loop(num_tiles, add_parts)

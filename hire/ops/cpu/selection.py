@@ -6,11 +6,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from hire.ops.cpu.dots import FLOAT, INT32, INT64, LANES, in_all_lanes, load, splat, vector
+from hire.ops.cpu.dots import FLOAT, INT32, INT64, for_vectors, in_all_lanes, load, splat, vector
 from hire.ops.cpu.numba_functions import function
 
-# Values of the digits that `kth_largest` counts: 11 bits at a time.
-DIGIT_BITS = 11
+# Bits of the digits that `kth_largest` counts, of many and of few integers.
+DIGIT_BITS, SHORT_DIGIT_BITS = 11, 8
 DIGITS = 2**DIGIT_BITS
 
 
@@ -60,11 +60,7 @@ def keep_maxima(
                 builder.store(builder.select(is_better, challenger, leader), pointer, align=4)
                 builder.store(builder.select(is_better, leader, challenger), key)
 
-        complete = builder.and_(count, INT64(-LANES))
-        vectors, rest = (INT64(0), complete, INT64(LANES)), (complete, count, INT64(1))
-        for lanes, steps in ((LANES, vectors), (1, rest)):
-            with cgutils.for_range_slice(builder, *steps, inc=True) as (bucket, _):
-                compete(bucket, lanes)
+        for_vectors(builder, count, compete)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6, types.int32, types.int32), generate
@@ -74,8 +70,8 @@ def keep_maxima(
 def kth_largest(keys, k, counts):
     """Return the k-th largest of some integers, and how many are larger.
 
-    It counts the integers by their first 11 bits, those of the right ones by the next 11 bits, and
-    so on: three passes instead of a sort.
+    It counts the integers by their first bits, those of the right ones by the next bits, and so on:
+    a few passes instead of a sort. Few integers are counted by fewer bits at a time.
 
     Args:
         keys: Integers, int32 `(m,)`.
@@ -86,19 +82,24 @@ def kth_largest(keys, k, counts):
         The k-th largest integer, and the number of larger ones.
     """
     prefix, known, above = np.uint32(0), np.uint32(0), 0
-    for shift in (32 - DIGIT_BITS, 32 - 2 * DIGIT_BITS, 0):
-        width = DIGIT_BITS if shift else 32 - 2 * DIGIT_BITS
-        counts[:] = 0
+    digit_bits = DIGIT_BITS if len(keys) > DIGITS else SHORT_DIGIT_BITS
+    shift = 32
+    while shift > 0:
+        width = min(digit_bits, shift)
+        shift -= width
+        largest_digit = (1 << width) - 1
+        for digit in range(largest_digit + 1):
+            counts[digit] = 0
         for i in range(len(keys)):
             key = np.uint32(keys[i]) ^ np.uint32(0x80000000)
             if (key & known) == prefix:
-                counts[(key >> np.uint32(shift)) & np.uint32((1 << width) - 1)] += 1
-        digit = (1 << width) - 1
+                counts[(key >> np.uint32(shift)) & np.uint32(largest_digit)] += 1
+        digit = largest_digit
         while above + counts[digit] < k:
             above += counts[digit]
             digit -= 1
         prefix |= np.uint32(digit) << np.uint32(shift)
-        known |= np.uint32((1 << width) - 1) << np.uint32(shift)
+        known |= np.uint32(largest_digit) << np.uint32(shift)
     return np.int32(prefix ^ np.uint32(0x80000000)), above
 
 
