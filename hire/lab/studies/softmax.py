@@ -1,7 +1,6 @@
 """Figure 03: how much faster HiRE-Softmax is, and at which quality."""
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import ClassVar
@@ -652,11 +651,12 @@ class SoftmaxResult(Result):
     def _plot_recall_and_speed(self, axis) -> None:
         settings = self.settings
         lines: dict[str, dict[str, tuple[float, float]]] = {}
-        for candidates, bits in itertools.product(settings.candidates, settings.bits):
-            lines[f"k' = {candidates}, int{bits}"] = {
-                f"LR {rank}": self._speed_and_recall(setting_name(rank, bits, candidates))
-                for rank in settings.ranks
-            }
+        for candidates in settings.candidates:
+            for bits in settings.bits:
+                lines[f"k' = {candidates}, int{bits}"] = {
+                    f"LR {rank}": self._speed_and_recall(setting_name(rank, bits, candidates))
+                    for rank in settings.ranks
+                }
         lines[INT8] = {"": self._speed_and_recall(INT8)}
         recalls = [recall for line in lines.values() for _, recall in line.values()]
         plots.quality_speed(

@@ -262,9 +262,9 @@ def add_parts(frame, start, stop):
     for unit in range(start, stop):
         text, head = unit // n, unit % n
         for query in range(head * group, (head + 1) * group):
-            own = score_new_token(frame, text, query, head)
-            maximum = max(own, largest(maxima[text, :, query]))
-            factor = np.float32(math.exp(own - maximum))
+            new_score = score_new_token(frame, text, query, head)
+            maximum = max(new_score, largest(maxima[text, :, query]))
+            factor = np.float32(math.exp(new_score - maximum))
             total = factor
             for i in range(out.shape[2]):
                 out[text, query, i] = factor * new_values[text, head, i]

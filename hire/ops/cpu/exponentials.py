@@ -26,14 +26,14 @@ def exponential(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
         for value in (LOG2_E, LN2_HIGH, LN2_LOW, ROUNDER, LOWEST, *COEFFICIENTS)
     }
     is_zero = builder.fcmp_ordered("<", x, constant[LOWEST])
-    rounded = builder.fadd(builder.fmul(x, constant[LOG2_E]), constant[ROUNDER])
-    n = builder.fsub(rounded, constant[ROUNDER])
+    shifted = builder.fadd(builder.fmul(x, constant[LOG2_E]), constant[ROUNDER])
+    n = builder.fsub(shifted, constant[ROUNDER])
     rest = builder.fsub(x, builder.fmul(n, constant[LN2_HIGH]))
     rest = builder.fsub(rest, builder.fmul(n, constant[LN2_LOW]))
     polynomial = constant[COEFFICIENTS[0]]
     for coefficient in COEFFICIENTS[1:]:
         polynomial = builder.fadd(builder.fmul(polynomial, rest), constant[coefficient])
-    exponent = builder.sub(builder.bitcast(rounded, ints), splat(ints, ROUNDER_BITS - 127))
+    exponent = builder.sub(builder.bitcast(shifted, ints), splat(ints, ROUNDER_BITS - 127))
     power = builder.bitcast(builder.shl(exponent, splat(ints, 23)), floats)
     return builder.select(is_zero, splat(floats, 0), builder.fmul(polynomial, power))
 
