@@ -4,6 +4,7 @@ import gc
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import jax
@@ -15,8 +16,21 @@ ComparisonKey = TypeVar("ComparisonKey", bound=Hashable)
 # Seconds from the start of a sitting to the start of the next, at least.
 SITTING_GAP = 60.0
 
-# Bytes that are read before a timed call: several times the last-level cache of a CPU.
-COLD = 2**28
+
+def bytes_for_cold_caches(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Return how many bytes to read before a timed call: twice the last-level caches' size.
+
+    Args:
+        cpus: Folder in which Linux describes the processors.
+
+    Returns:
+        256 MiB at least, and where no cache is described.
+    """
+    sizes = {}
+    for cache in cpus.glob("cpu[0-9]*/cache/index3"):
+        kibibytes = (cache / "size").read_text().strip().removesuffix("K")
+        sizes[(cache / "shared_cpu_list").read_text()] = int(kibibytes) * 1024
+    return max(2**28, 2 * sum(sizes.values()))
 
 
 def interleaved(
@@ -48,7 +62,8 @@ def interleaved(
     durations = {name: [] for name in forms}
     # Several processes call a function together: one would wait for this read of another, and the
     # wait would be timed.
-    read_memory = stream_form(COLD)[0] if jax.process_count() == 1 else lambda _: None
+    alone = jax.process_count() == 1
+    read_memory = stream_form(bytes_for_cold_caches())[0] if alone else lambda _: None
     # XLA compiles a program on one core.
     with ThreadPoolExecutor(2 if jax.device_count() == 1 else 1) as pool:
         list(pool.map(lambda form: jax.block_until_ready(form(queries[0])), forms.values()))

@@ -147,9 +147,20 @@ def test_functions_are_timed_in_turn_each_with_a_new_query_and_cold_caches(monke
     durations = timing.interleaved(functions, [1, 2, 3], 3)
     # A first call of each. Then turns: no two functions take the same query, and other memory is
     # read before each call.
-    assert calls[:2] == [("a", 1), ("b", 1)] and calls[2::2] == [timing.COLD] * 6
+    assert calls[:2] == [("a", 1), ("b", 1)] and calls[2::2] == [timing.bytes_for_cold_caches()] * 6
     assert calls[3::2] == [("a", 1), ("b", 2), ("a", 2), ("b", 3), ("a", 3), ("b", 1)]
     assert all(len(seconds) == 3 for seconds in durations.values())
+
+
+def test_more_is_read_than_the_last_level_caches_hold(tmp_path):
+    assert timing.bytes_for_cold_caches(tmp_path / "none") == 2**28
+    # Two processors share one cache of 200 MiB, a third has its own.
+    for cpu, shared in enumerate(["0-1", "0-1", "2"]):
+        cache = tmp_path / f"cpu{cpu}" / "cache" / "index3"
+        cache.mkdir(parents=True)
+        (cache / "size").write_text("204800K\n")
+        (cache / "shared_cpu_list").write_text(f"{shared}\n")
+    assert timing.bytes_for_cold_caches(tmp_path) == 2 * 2 * 200 * 2**20
 
 
 def test_the_range_is_that_of_the_sittings_by_hand(monkeypatch):
