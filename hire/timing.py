@@ -178,6 +178,17 @@ def stream_form(nbytes: int = 2**30) -> tuple[Callable, int]:
     Returns:
         The function, which sums the array, and the bytes that it reads.
     """
-    array = jax.jit(lambda: jnp.ones((nbytes // 4,), jnp.float32))()
+    return read_form(jax.jit(lambda: jnp.ones((nbytes // 4,), jnp.float32))())
+
+
+def read_form(array: jax.Array) -> tuple[Callable, int]:
+    """Return a function that reads an array once, as `stream_form` does.
+
+    Args:
+        array: The array, much larger than the caches.
+
+    Returns:
+        The function, which sums the array, and the bytes that it reads.
+    """
     add = jax.jit(jnp.sum)
     return lambda _: add(array), array.nbytes

@@ -59,7 +59,7 @@ def test_with_everything_a_candidate_every_variant_is_the_model(model, rng):
     hidden = hidden_states(model)(tokens)
     top = model.top_tokens(hidden[:, -1], 4)
     assert list(variants) == [
-        "dense", "LR softmax", "Q softmax", "LR fitted int8",
+        "dense", "LR softmax", "Q softmax", "LR fitted",
         "+ sparse FFN", "+ static groups", "+ shared selection",
     ]  # fmt: skip
     for name, variant in variants.items():

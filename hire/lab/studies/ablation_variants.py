@@ -28,7 +28,7 @@ from hire.types import Array, Float, Queries, Rows
 DENSE = "dense"
 LR_SOFTMAX = "LR softmax"
 Q_SOFTMAX = "Q softmax"
-SOFTMAX = "LR fitted int8"
+SOFTMAX = "LR fitted"
 BOTH = "+ sparse FFN"
 STATIC = "+ static groups"
 SHARED = "+ shared selection"
@@ -54,6 +54,7 @@ class VariantSizes:
         k: Size of the top-k of the softmax.
         candidates: Candidates (k') of the softmax.
         softmax_rank: Rank of the softmax estimators.
+        softmax_bits: Bits of the fitted factors of the softmax.
         ffn_rank: Rank of the FFN estimators.
         ffn_k_fraction: Fraction of the groups in the top-k of an FFN, static groups included.
         ffn_candidates_fraction: Fraction of the groups that are candidates, static groups included.
@@ -66,6 +67,7 @@ class VariantSizes:
     k: int = 32
     candidates: int = 2048
     softmax_rank: int = 128
+    softmax_bits: int = 8
     ffn_rank: int = 384
     ffn_k_fraction: float = 0.05
     ffn_candidates_fraction: float = 0.1
@@ -110,7 +112,7 @@ def build(
     Args:
         model: Dense model. Its first groups become the static groups (see
             `group_sparsity.most_used_first`).
-        softmax: Search of the softmax, with fitted int8 factors.
+        softmax: Search of the softmax, with fitted factors of few bits.
         ffns: Search of each FFN, without static groups.
         sizes: Sizes of the variants.
         directions: Directions of the plain low-rank estimator, see `LowRank.fit`.
@@ -151,13 +153,14 @@ def build_untrained(model: Decoder, sizes: VariantSizes) -> dict[str, Decoder]:
         model: Dense model.
         sizes: Sizes of the variants.
     """
-    fit = functools.partial(hire.LowRank.fit, bits=8, directions="random")
+    fit = functools.partial(hire.LowRank.fit, directions="random")
     rows = model.token_embeddings()
-    softmax = hire.HireSoftmax(rows, fit(rows, sizes.softmax_rank), sizes.k, sizes.candidates)
+    estimator = fit(rows, sizes.softmax_rank, bits=sizes.softmax_bits)
+    softmax = hire.HireSoftmax(rows, estimator, sizes.k, sizes.candidates)
     ffns = []
     for layer in layers_of(model):
         up, down = layer.up[...], layer.down[...]
-        estimator = fit(up, sizes.ffn_rank)
+        estimator = fit(up, sizes.ffn_rank, bits=8)
         ffns.append(hire.HireFFN(up, down, estimator, **sizes.ffn_counts(model.config)))
     return build(model, softmax, ffns, sizes, directions="random")
 

@@ -440,10 +440,10 @@ class BottleneckResult(Result):
         low, high = np.transpose(list(ranges.values()))
         axis.fill_between(batches, 1e3 * low, 1e3 * high, color=plots.RED, alpha=0.2, lw=0)
         plots.draw_line(axis, batches, bounds, "0.4", marker="", linestyle="--")
-        plots.label(axis, batches[-2], measured[-2], "measured", plots.RED, offset=(6, -6))
-        plots.label(
-            axis, batches[-1], bounds[-1], "bytes / bandwidth", "0.4", offset=(0, 9), ha="right"
-        )
+        # Left of its line at the top, and below its line: apart for any heights of the two.
+        last = batches[-1]
+        plots.label(axis, last, measured[-1], "measured", plots.RED, offset=(-12, 0), ha="right")
+        plots.label(axis, last, bounds[-1], "bytes / bandwidth", "0.4", offset=(0, -16), ha="right")
         axis.set(
             ylabel="ms a step", title="On this machine, with the range\nof the sittings' medians"
         )

@@ -8,8 +8,8 @@ A storage is how rows lie in memory and what they meet:
 
     float32, bfloat16    float32 queries
     int8, int4           codes, float32 queries: as exact as `hire.ops.row_products`
-    int8_by_int16,       codes, queries in 16 bits from `round_queries`: integer sums, which are
-    int4_by_int16        exact
+    int8_by_16_int16 …   codes, 16 or 32 queries' entries of 16 bits from `round_queries` at a time:
+    int4_by_32_int16     integer sums, which are exact
 """
 
 from collections.abc import Callable, Sequence
@@ -28,21 +28,30 @@ ANY_ORDER = ("reassoc", "contract", "nsz")
 FEATURES = {name for name, has in llvmlite.binding.get_host_cpu_features().items() if has}
 HAS_AVX2, HAS_AVX512 = "avx2" in FEATURES, "avx512f" in FEATURES
 HAS_VNNI = {"avx512vl", "avx512vnni"} <= FEATURES
-# Entries of a vector of floats, of 16-bit integers, and of sums of these.
-LANES, LANES_16, SUM_LANES = 16 if HAS_AVX512 else 8, 16, 8
+# Entries of a vector of floats.
+LANES = 16 if HAS_AVX512 else 8
+# Entries of a vector of 16-bit integers: a row's width decides which one is used.
+LANES_16 = (16, 32) if HAS_VNNI else (16,)
 # Bytes of a cache line.
 LINE = 64
 # Bytes between a row that is read and the one that is fetched meanwhile, at least.
 AHEAD = 4096
 
-STORAGES = ("float32", "bfloat16", "int8", "int4", "int8_by_int16", "int4_by_int16")
+STORAGES = ("float32", "bfloat16", "int8", "int4") + tuple(
+    f"int{bits}_by_{lanes}_int16" for bits in (8, 4) for lanes in LANES_16
+)
 # Bytes of an entry of a row; of a pair of entries for codes of 4 bits.
 ITEM_BYTES = dict.fromkeys(STORAGES, 1) | {"float32": 4, "bfloat16": 2}
 
 
 def is_integer(storage: str) -> bool:
     """Whether a storage sums integers."""
-    return storage.endswith("by_int16")
+    return storage.endswith("int16")
+
+
+def integer_lanes(storage: str) -> int:
+    """Return the entries of a vector of 16-bit integers that meets a storage."""
+    return int(storage.split("_")[2])
 
 
 def splat(type: ir.VectorType, value: int | float) -> ir.Constant:
@@ -114,11 +123,11 @@ def load_row(
         wide = vector(INT32, lanes)
         bits = builder.zext(load(builder, address, vector(INT16, lanes), mask), wide)
         return [builder.bitcast(builder.shl(bits, splat(wide, 16)), vector(FLOAT, lanes))]
-    if storage == "int8_by_int16":
-        codes = load(builder, address, vector(INT8, LANES_16))
-        return [builder.sext(codes, vector(INT16, LANES_16))]
-    if storage == "int4_by_int16":
-        codes = load(builder, address, vector(INT16, LANES_16))
+    if is_integer(storage) and storage.startswith("int8"):
+        codes = load(builder, address, vector(INT8, integer_lanes(storage)))
+        return [builder.sext(codes, vector(INT16, integer_lanes(storage)))]
+    if is_integer(storage):
+        codes = load(builder, address, vector(INT16, integer_lanes(storage)))
         ups = (splat(codes.type, 16 - 4 * digit - 4) for digit in range(4))
         down = splat(codes.type, 12)
         return [builder.ashr(builder.shl(codes, up), down) for up in ups]
@@ -139,7 +148,7 @@ def multiply_add(builder: ir.IRBuilder, row: ir.Value, query: ir.Value, total: i
         return builder.call(function, [row, query, total])
     if HAS_VNNI:
         sums = ir.FunctionType(total.type, [total.type] * 3)
-        name = "llvm.x86.avx512.vpdpwssd.256"
+        name = f"llvm.x86.avx512.vpdpwssd.{32 * total.type.count}"
         function = cgutils.get_or_insert_function(builder.module, sums, name)
         pairs = [builder.bitcast(part, total.type) for part in (row, query)]
         return builder.call(function, [total, *pairs])
@@ -148,9 +157,9 @@ def multiply_add(builder: ir.IRBuilder, row: ir.Value, query: ir.Value, total: i
         name = "llvm.x86.avx2.pmadd.wd"
         function = cgutils.get_or_insert_function(builder.module, pairs, name)
         return builder.add(total, builder.call(function, [row, query]))
-    wide = vector(INT32, LANES_16)
+    wide = vector(INT32, row.type.count)
     products = builder.mul(builder.sext(row, wide), builder.sext(query, wide))
-    return builder.add(total, sum_of_pairs(builder, products, products, SUM_LANES))
+    return builder.add(total, sum_of_pairs(builder, products, products, total.type.count))
 
 
 def add(builder: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
@@ -204,6 +213,7 @@ class Tile:
         storage: Storage of the rows.
         rows: Addresses of the rows.
         later: Addresses of rows that are read soon, which are fetched into the cache meanwhile.
+        share: Bytes of a later row that are fetched, in 65536ths of those that are read.
         queries: Addresses of the queries.
         items: Entries of a row; bytes of a row for codes of 4 bits.
     """
@@ -214,12 +224,15 @@ class Tile:
         storage: str,
         rows: Sequence[ir.Value],
         later: Sequence[ir.Value],
+        share: ir.Value,
         queries: Sequence[ir.Value],
         items: ir.Value,
     ):
-        self.builder, self.storage = builder, storage
+        self.builder, self.storage, self.share = builder, storage, share
         self.rows, self.later, self.queries, self.items = rows, later, queries, items
-        total = vector(INT32, SUM_LANES) if is_integer(storage) else vector(FLOAT, LANES)
+        total = vector(FLOAT, LANES)
+        if is_integer(storage):  # two neighbouring products go to one lane
+            total = vector(INT32, integer_lanes(storage) // 2)
         self.totals = [
             cgutils.alloca_once_value(builder, splat(total, 0))
             for _ in range(len(rows) * len(queries))
@@ -238,7 +251,9 @@ class Tile:
         builder = self.builder
         at = builder.mul(item, INT64(ITEM_BYTES[self.storage]))
         rows = [load_row(builder, self.storage, builder.add(row, at), mask) for row in self.rows]
-        element = vector(INT16, LANES_16) if is_integer(self.storage) else vector(FLOAT, LANES)
+        element = vector(FLOAT, LANES)
+        if is_integer(self.storage):
+            element = vector(INT16, integer_lanes(self.storage))
         totals = iter(self.totals)
         for query in self.queries:
             parts = [load(builder, builder.add(query, at), element, mask) for at in query_offsets]
@@ -250,9 +265,13 @@ class Tile:
                 builder.store(value, total)
 
     def fetch(self, item: ir.Value) -> None:
-        """Ask for the cache line of a later row that is as far from its start as an item."""
+        """Ask for the cache line of a later row that is as far from its start as an item.
+
+        With a share of less than 1 it is as much less far.
+        """
         builder = self.builder
         at = builder.mul(item, INT64(ITEM_BYTES[self.storage]))
+        at = builder.lshr(builder.mul(at, self.share), INT64(16))
         for row in self.later:
             prefetch_line(builder, builder.add(row, at))
 
@@ -291,11 +310,12 @@ class Tile:
         """
         builder = self.builder
         planes = 4 if self.storage.startswith("int4") else 1
-        step_items = 2 * LANES_16 if planes == 4 else LANES_16
+        lanes = integer_lanes(self.storage)
+        step_items = 2 * lanes if planes == 4 else lanes
 
         def offsets(item: ir.Value) -> list[ir.Value]:
-            first = builder.mul(item, INT64(2 * planes * LANES_16 // step_items))
-            return [builder.add(first, INT64(2 * LANES_16 * plane)) for plane in range(planes)]
+            first = builder.mul(item, INT64(2 * planes * lanes // step_items))
+            return [builder.add(first, INT64(2 * lanes * plane)) for plane in range(planes)]
 
         complete = self.steps(step_items, offsets)
         with builder.if_then(builder.icmp_signed("!=", complete, self.items)):
@@ -330,21 +350,22 @@ def dot_tile(storage: str, num_rows: int, num_queries: int) -> Callable:
     """Return an intrinsic that writes the products of a few rows with a few queries as float32.
 
     Its arguments are the addresses of the rows and of rows that are read soon (two tuples), the
-    address of the first query, the bytes from one query to the next, the entries of a row (its
-    bytes for codes of 4 bits), the address of the first product, and the bytes from one query's
-    products to the next one's. The products of consecutive rows lie side by side.
+    share of the latter that is fetched as in `Tile`, the address of the first query, the bytes from
+    one query to the next, the entries of a row (its bytes for codes of 4 bits), the address of the
+    first product, and the bytes from one query's products to the next one's. The products of
+    consecutive rows lie side by side.
     """
 
     @intrinsic
-    def tile(typing_context, rows, later, query, query_stride, items, out, out_stride):
+    def tile(typing_context, rows, later, share, query, query_stride, items, out, out_stride):
         def generate(context, builder, signature, arguments):
-            rows, later, query, query_stride, items, out, out_stride = arguments
+            rows, later, share, query, query_stride, items, out, out_stride = arguments
             queries, outs = (
                 [builder.add(first, builder.mul(stride, INT64(i))) for i in range(num_queries)]
                 for first, stride in ((query, query_stride), (out, out_stride))
             )
             addresses, later = (cgutils.unpack_tuple(builder, part) for part in (rows, later))
-            tile = Tile(builder, storage, addresses, later, queries, items)
+            tile = Tile(builder, storage, addresses, later, share, queries, items)
             remaining = iter(outs)
             for products in tile.products():
                 for first in range(0, products.type.count, num_rows):
@@ -357,7 +378,7 @@ def dot_tile(storage: str, num_rows: int, num_queries: int) -> Callable:
             return context.get_dummy_value()
 
         addresses = types.UniTuple(types.int64, num_rows)
-        return types.void(addresses, addresses, *[types.int64] * 5), generate
+        return types.void(addresses, addresses, *[types.int64] * 6), generate
 
     return tile
 
@@ -367,6 +388,8 @@ def dot_tile(storage: str, num_rows: int, num_queries: int) -> Callable:
 NARROW_ROWS, MAX_NARROW = 2, 512
 # Queries and rows of a tile for several queries. Their sums fill half of the vector registers.
 QUERIES, ROWS_FOR_SEVERAL = 4, 4 if HAS_AVX512 else 2
+# All of a later row, see `Tile`.
+WHOLE = 2**16
 # Rows that are gathered at once, and rows from one that is gathered to one that is fetched.
 GATHERED_ROWS, GATHERED_AHEAD = 4, 8
 
@@ -389,33 +412,35 @@ def score_rows(storage: str) -> Callable:
         while stride <= MAX_NARROW and done + NARROW_ROWS <= count:
             at = first + done * stride
             rows, later = two_from(at, stride), two_from(at + ahead, stride)
-            narrow_rows(rows, later, query, 0, items, out + 4 * done, 0)
+            narrow_rows(rows, later, WHOLE, query, 0, items, out + 4 * done, 0)
             done += NARROW_ROWS
         while done < count:
             at = first + done * stride
-            one_row((at,), (at + ahead,), query, 0, items, out + 4 * done, 0)
+            one_row((at,), (at + ahead,), WHOLE, query, 0, items, out + 4 * done, 0)
             done += 1
 
     @function
     def score(first, stride, count, items, query, query_stride, queries, out, out_stride, ahead):
         several = queries // QUERIES * QUERIES if queries > 1 else 0
-        row = 0
+        # Each pass over a row fetches its share of a later one, so that memory is never idle.
+        passes = max(several // QUERIES, 1)
+        share, row = WHOLE // passes, 0
         while several and row < count:
             at = first + row * stride
             complete = row + ROWS_FOR_SEVERAL <= count
             for q in range(0, several, QUERIES):
                 place = out + q * out_stride + 4 * row
                 x = query + q * query_stride
-                # Once fetched is enough: later queries ask for the row that they read.
-                next = at + ahead if q == 0 else at
+                next = at + ahead + stride * (q // QUERIES) // passes
                 if complete:
                     rows, later = several_from(at, stride), several_from(next, stride)
-                    rows_by_four(rows, later, x, query_stride, items, place, out_stride)
+                    rows_by_four(rows, later, share, x, query_stride, items, place, out_stride)
                 else:
-                    one_by_four((at,), (next,), x, query_stride, items, place, out_stride)
+                    one_by_four((at,), (next,), share, x, query_stride, items, place, out_stride)
             row += ROWS_FOR_SEVERAL if complete else 1
         for q in range(several, queries):
             x, place = query + q * query_stride, out + q * out_stride
+            # Once fetched is enough: later queries ask for the row that they read.
             for_one(first, stride, count, items, x, place, ahead if q == 0 else 0)
 
     return score
@@ -473,11 +498,11 @@ def score_rows_at(storage: str) -> Callable:
         while place + GATHERED_ROWS <= stop:
             rows = four_addresses(first, stride, num_rows, indices, place)
             later = four_addresses(first, stride, num_rows, indices, place + GATHERED_AHEAD)
-            four_rows(rows, later, query, 0, items, out + 4 * place, 0)
+            four_rows(rows, later, WHOLE, query, 0, items, out + 4 * place, 0)
             place += GATHERED_ROWS
         while place < stop:
             row = address(first, stride, num_rows, indices, place)
-            one_row((row,), (row,), query, 0, items, out + 4 * place, 0)
+            one_row((row,), (row,), WHOLE, query, 0, items, out + 4 * place, 0)
             place += 1
 
     return score

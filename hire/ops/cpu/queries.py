@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from hire.ops.cpu.dots import LANES_16
+from hire.ops.cpu.dots import LANES_16, integer_lanes
 from hire.ops.quantization import QuantizedRows
 from hire.types import Array, Float, Int, Queries
 
-# Columns that one step of a kernel reads at 8 and at 4 bits.
-COLUMNS_PER_STEP = {8: LANES_16, 4: 4 * LANES_16}
+# Columns that one step of a kernel reads at 8 and at 4 bits, at least.
+COLUMNS_PER_STEP = {8: LANES_16[0], 4: 4 * LANES_16[0]}
 # A wider row would leave a query fewer than 11 bits.
 MAX_WIDTH = 8192
 
@@ -35,6 +35,16 @@ def is_supported(rows: QuantizedRows) -> bool:
     return COLUMNS_PER_STEP[rows.bits] <= rows.width <= MAX_WIDTH
 
 
+def lanes_for(rows: QuantizedRows) -> int:
+    """Return the entries of the widest vectors that read no more of a row twice than others do."""
+    items, items_per_lane = rows.codes.shape[1], 1 if rows.bits == 8 else 2
+
+    def items_read(lanes: int) -> int:
+        return -(-items // (lanes * items_per_lane)) * lanes * items_per_lane
+
+    return max(lanes for lanes in LANES_16 if items_read(lanes) == items_read(LANES_16[0]))
+
+
 def round_queries(x: Queries, rows: QuantizedRows) -> RoundedQueries:
     """Round queries to integers of up to 16 bits.
 
@@ -57,8 +67,9 @@ def round_queries(x: Queries, rows: QuantizedRows) -> RoundedQueries:
     step = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0) / most
     integers = jnp.clip(jnp.round(x / step[:, None]), -most, most).astype(jnp.int32)
     order = order_8_bits if rows.bits == 8 else order_4_bits
-    storage = f"int{rows.bits}_by_int16"
-    return RoundedQueries(integers, step, order(integers).astype(jnp.int16), storage)
+    storage = f"int{rows.bits}_by_{lanes_for(rows)}_int16"
+    planes = order(integers, integer_lanes(storage)).astype(jnp.int16)
+    return RoundedQueries(integers, step, planes, storage)
 
 
 def steps_of(halves: Int[Array, "b h"], size: int) -> Int[Array, "b _ size"]:
@@ -70,22 +81,21 @@ def steps_of(halves: Int[Array, "b h"], size: int) -> Int[Array, "b _ size"]:
     return jnp.concatenate([complete, last], axis=1).reshape(len(halves), -1, size)
 
 
-def order_8_bits(integers: Int[Array, "b d"]) -> Int[Array, "b _"]:
+def order_8_bits(integers: Int[Array, "b d"], lanes: int) -> Int[Array, "b _"]:
     """Order queries for codes of 8 bits: the columns, and those of the last step again."""
-    return steps_of(integers, LANES_16).reshape(len(integers), -1)
+    return steps_of(integers, lanes).reshape(len(integers), -1)
 
 
-def order_4_bits(integers: Int[Array, "b d"]) -> Int[Array, "b _"]:
+def order_4_bits(integers: Int[Array, "b d"], lanes: int) -> Int[Array, "b _"]:
     """Order queries for codes of 4 bits.
 
-    A step reads 16 pairs of bytes, that is four columns each: of the lower byte the first and the
-    second half's, then of the upper byte.
+    A step reads as many pairs of bytes as there are lanes, that is four columns each: of the lower
+    byte the first and the second half's, then of the upper byte.
     """
     b, d = integers.shape
     padded = jnp.pad(integers, ((0, 0), (0, d % 2)))
     halves = jnp.split(padded, 2, axis=1)
-    bytes_per_step = 2 * LANES_16
-    pairs = [steps_of(half, bytes_per_step).reshape(b, -1, LANES_16, 2) for half in halves]
-    # (b, steps, 16, 2 bytes, 2 halves) -> a plane of 16 for each byte and half
+    pairs = [steps_of(half, 2 * lanes).reshape(b, -1, lanes, 2) for half in halves]
+    # (b, steps, lanes, 2 bytes, 2 halves) -> a plane of lanes for each byte and half
     stacked = jnp.stack(pairs, axis=-1)
     return stacked.transpose(0, 1, 3, 4, 2).reshape(b, -1)

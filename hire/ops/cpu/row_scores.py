@@ -76,7 +76,7 @@ def scores(
 @cache
 def scores_kernel(storage: str) -> ffi.Kernel:
     """Return the kernel of `scores` for a storage."""
-    name, query_type = storage.removesuffix("_by_int16"), "float32"
+    name, query_type = storage.partition("_by_")[0], "float32"
     if is_integer(storage):
         query_type = "int16"
     query_bytes = 2 if is_integer(storage) else 4
