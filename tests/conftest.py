@@ -83,4 +83,4 @@ def gemma():
         warnings.simplefilter("ignore")
         import hire.models
 
-    return hire.models.load_gemma()
+    return hire.models.load("gemma3_270m")

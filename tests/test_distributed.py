@@ -219,7 +219,11 @@ def test_a_layer_is_the_sum_of_its_shards(shape, common, gated, shared):
     )
     estimator = hire.LowRank.fit((gate if gated else up)[group * common :], 8, bits=8)
     more = dict(
-        gate=gate if gated else None, group_size=group, static_groups=common, share_selection=shared
+        gate=gate if gated else None,
+        activation="silu" if gated else None,
+        group_size=group,
+        static_groups=common,
+        share_selection=shared,
     )
     layer = HireFFN(up, down, estimator, k=12, candidates=groups - common, **more)
     x = jnp.asarray(rng.normal(size=(3, 16)), jnp.float32)
@@ -236,7 +240,7 @@ def test_a_layer_is_the_sum_of_its_shards(shape, common, gated, shared):
             ]
             first = common // 4
             exact = hire.Quantized.fit((parts[2] if gated else parts[0])[first * group :], 8)
-            how = dict(gate=parts[2], group_size=group, static_groups=first, share_selection=shared)
+            how = more | dict(gate=parts[2], static_groups=first)
             shares += HireFFN(
                 parts[0], parts[1], exact, k=3, candidates=groups // 4 - first, **how
             )(x)

@@ -43,7 +43,7 @@ def layers():
     return {
         "plain": hire.HireFFN(up, down, estimator, **how),
         "shared": hire.HireFFN(up, down, estimator, **how, share_selection=True),
-        "gated": hire.HireFFN(up, down, estimator, gate=up, **how),
+        "gated": hire.HireFFN(up, down, estimator, gate=up, activation="silu", **how),
     }
 
 
@@ -406,8 +406,9 @@ def test_one_query_that_is_not_finite_leaves_the_others_of_a_shared_selection_al
 
 def test_an_activation_that_is_not_supported_is_refused(layers):
     gated = layers["gated"]
-    with pytest.raises(ValueError, match="'silu'"):
-        dataclasses.replace(gated, activation="silu")
+    for activation in (None, "relu", "gelu"):
+        with pytest.raises(ValueError, match="'gelu_tanh' or 'silu'"):
+            dataclasses.replace(gated, activation=activation)
     with pytest.raises(ValueError, match="'gelu_tanh'"):
         dataclasses.replace(layers["plain"], activation="gelu_tanh")
     assert dataclasses.replace(gated, activation="gelu_tanh").activation == "gelu_tanh"

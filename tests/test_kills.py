@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from model_files import gemma3_metadata, write_gguf
 
 from hire.lab import records
+from hire.models.weights import gguf_names
 
 KILLS = int(os.environ.get("HIRE_KILLS", 3))
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the work is forked")
@@ -78,9 +80,7 @@ def folders(tmp_path):
 
 
 def test_kills_while_weights_are_unpacked(server, kill_at_random, folders, tmp_path, tiny):
-    from test_damage import write_gguf
-
-    write_gguf(tmp_path / "source.gguf", tiny)
+    write_gguf(tmp_path / "source.gguf", gguf_names(tiny), gemma3_metadata(tiny.config))
     expected, result = folders
     assert server("unpack", expected) == 0
     kill_at_random("unpack", result, 2.0, rounds=10**6)

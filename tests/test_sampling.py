@@ -27,6 +27,14 @@ def top_of(*probabilities):
         (dict(top_p=0.81), [0.5, 0.3, 0.2]),
         (dict(top_p=1e-9), [1, 0, 0]),
         (dict(top_k=2, top_p=0.6), [1, 0, 0]),  # of the two best, 5/8 is enough
+        (dict(min_p=0.5), [5 / 8, 3 / 8, 0]),  # half of 0.5 is more than 0.2
+        (dict(min_p=0.39), [0.5, 0.3, 0.2]),
+        (dict(min_p=1.0), [1, 0, 0]),
+        # The square roots of the probabilities: all are at least half of the largest.
+        (
+            dict(min_p=0.5, temperature=2.0),
+            np.sqrt([0.5, 0.3, 0.2]) / np.sqrt([0.5, 0.3, 0.2]).sum(),
+        ),
     ],
 )
 def test_probabilities_by_hand(settings, expected):
@@ -52,7 +60,10 @@ def test_tokens_are_drawn_as_often_as_their_probability_says():
         (dict(top_p=0.0), "top_p.*0.0"),
         (dict(top_p=1.1), "top_p.*1.1"),
         (dict(top_p=float("nan")), "top_p.*nan"),
+        (dict(min_p=-0.1), "min_p.*-0.1"),
+        (dict(min_p=1.5), "min_p.*1.5"),
         (dict(top_k=0), "top_k.*0"),
+        (dict(top_k=np.asarray([1, 4])), "top_k.*4"),
         (dict(top_k=4), "top_k.*4"),
     ],
 )
@@ -88,6 +99,12 @@ def test_settings_may_be_traced_or_each_query_its_own():
     np.testing.assert_allclose(
         result, [[1, 0, 0], [25 / 38, 9 / 38, 4 / 38], [5 / 8, 3 / 8, 0]], atol=1e-6
     )
+    result = hire.sampling_probabilities(
+        top, top_k=jnp.asarray([1, 2, 3]), min_p=jnp.asarray([0.0, 0.0, 0.5])
+    )
+    np.testing.assert_allclose(result, [[1, 0, 0], [5 / 8, 3 / 8, 0], [5 / 8, 3 / 8, 0]], atol=1e-6)
+    traced = jax.jit(lambda top_k: hire.sampling_probabilities(top, top_k=top_k))(2)
+    np.testing.assert_allclose(traced[0], [5 / 8, 3 / 8, 0], atol=1e-6)
     traced = jax.jit(lambda temperature: hire.sampling_probabilities(top, temperature=temperature))(
         0.5
     )

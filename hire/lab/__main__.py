@@ -149,9 +149,10 @@ def run(chosen: argparse.Namespace) -> int:
             print(f"{len(failed)} of the notebooks failed: {', '.join(failed)}", file=sys.stderr)
         return 1 if failed else 0
     elif chosen.command == "weights":
-        from hire.models import load_gemma
+        from hire.models import load
 
-        print(f"Gemma 3 270M: {load_gemma().weights_precision}, ready")
+        for name in ("gemma3_270m", "smollm2_135m"):
+            print(f"{name}: {load(name).weights_precision}, ready")
         from hire.lab.data.questions import evals_wheel
 
         print(f"multiple-choice sets: {evals_wheel().name}, ready")

@@ -20,8 +20,8 @@ from typing import Any
 
 import jax
 
+from hire import storage
 from hire.lab.paths import NOTEBOOKS, RECORDS, ROOT
-from hire.models import storage
 
 KINDS = ("measured", "compiler-estimate", "simulated", "published")
 # Fields that a record may have. They are checked because a checksum alone would not reveal damage

@@ -22,6 +22,7 @@ from hire.estimators.base import (
 )
 from hire.estimators.quantized import Quantized
 from hire.ops import cpu as cpu_kernels
+from hire.ops.activations import activate, check_activation
 from hire.ops.checks import check_range
 from hire.ops.implementation import check_implementation, dispatch
 from hire.ops.nomination import nominate_from_scores
@@ -39,24 +40,6 @@ from hire.ops.top_k import exact_top_k, group_scores, kth_largest, mask_top_grou
 from hire.ops.tpu import group_ffn as group_kernel
 from hire.pytrees import pytree
 from hire.types import AnyArray, Array, Float, Indices, Int, Queries, Rows, States
-
-
-def activate(
-    up: Float[Array, "*b f"], gate: Float[Array, "*b f"] | None = None
-) -> Float[Array, "*b f"]:
-    """Return the activations of neurons: ReLU, or gated tanh GELU.
-
-    Args:
-        up: Products of queries and `up` rows `(*b, f)`.
-        gate: Products of queries and `gate` rows `(*b, f)`. None for a layer without gate.
-
-    Returns:
-        ReLU of `up`, or tanh GELU of `gate` times `up`: `(*b, f)`.
-    """
-    return jax.nn.relu(up) if gate is None else jax.nn.gelu(gate, approximate=True) * up
-
-
-ACTIVATIONS = ("auto", "relu", "gelu_tanh")
 
 
 @pytree
@@ -96,15 +79,14 @@ class HireFFN:
             supports matrices that are all float32, all bfloat16, or all quantized to the same bits.
             "auto" uses the kernel of the platform if it supports the layer.
         axis: Mesh axis over which the groups are sharded. None for one device.
-        activation: "relu" (without gate), "gelu_tanh" (of the gate) or "auto", which chooses
-            between them. Pass the name of your model's activation: an unsupported one, such as
-            "silu" of SwiGLU, then raises an error and no wrong result is computed.
+        activation: "relu" without a gate. A gated layer must name the activation of its gate:
+            "gelu_tanh" as in Gemma, or "silu" as in Llama and Qwen.
 
     Raises:
         ValueError: If group_size does not divide f, if `0 <= static_groups < k <= static_groups +
             candidates <= groups` does not hold, if shapes do not fit, if an estimator was fitted to
-            other rows, if a layer without gate has an up_estimator, if the activation is not
-            supported, or if "pallas" is forced on a layer that the kernel does not support.
+            other rows, if a layer without gate has an up_estimator, if the activation is missing or
+            not supported, or if "pallas" is forced on a layer that the kernel does not support.
     """
 
     up: Rows | Quantized
@@ -119,7 +101,7 @@ class HireFFN:
     share_selection: bool = field(metadata=dict(static=True), default=False)
     implementation: str = field(metadata=dict(static=True), default="auto")
     axis: str | RowSharding | None = field(metadata=dict(static=True), default=None)
-    activation: str = field(metadata=dict(static=True), default="auto")
+    activation: str | None = field(metadata=dict(static=True), default=None)
 
     def __post_init__(self):
         num_neurons, width = self.up.shape
@@ -130,12 +112,8 @@ class HireFFN:
                 check_range(name, getattr(self, name), 0, num_neurons, "the number of neurons"),
             )
         check_range("group_size", self.group_size, 1, num_neurons, "the number of neurons")
-        supported = "relu" if self.gate is None else "gelu_tanh"
-        if self.activation not in ("auto", supported):
-            raise ValueError(
-                f"activation = {self.activation!r}: expected {supported!r}, all that a layer "
-                f"{'without' if self.gate is None else 'with'} a gate is supported with so far"
-            )
+        activation = check_activation(self.activation, self.gate is not None)
+        object.__setattr__(self, "activation", activation)
         if num_neurons % self.group_size:
             raise ValueError(
                 f"group_size = {self.group_size}: expected a divisor of the {num_neurons} neurons"
@@ -273,6 +251,7 @@ class HireFFN:
                 group_size=self.group_size,
                 share_selection=self.share_selection,
                 implementation=self.implementation,
+                activation=self.activation,
             )
             layer = HireFFN(
                 **parts,
@@ -349,14 +328,14 @@ class HireFFN:
         """
         estimated = nomination_scores(self.estimator, x)
         if self.gate is None:
-            active = activate(estimated)
+            active = activate(estimated, None, "relu")
         else:
-            active = activate(
+            up = (
                 jnp.ones_like(estimated)
                 if self.up_estimator is None
-                else nomination_scores(self.up_estimator, x),
-                estimated,
+                else nomination_scores(self.up_estimator, x)
             )
+            active = activate(up, estimated, self.activation or "")
         return group_scores(active, self.group_size)
 
     def nominate_groups(self, x: Queries) -> Indices:
@@ -403,7 +382,8 @@ class HireFFN:
         Returns:
             The activations `(*b, f)`.
         """
-        return activate(scores(self.up), None if self.gate is None else scores(self.gate))
+        gate = None if self.gate is None else scores(self.gate)
+        return activate(scores(self.up), gate, self.activation or "")
 
     def _forward_per_query(self, x: Queries) -> Float[Array, "b d"]:
         """Compute the output `(b, d)` with separate candidates for each query."""
@@ -457,6 +437,7 @@ class HireFFN:
             k=self.k,
             gate=self.gate,
             num_static=self.static_groups,
+            activation=self.activation,
         )
 
     def static_path(self, x: Queries) -> Float[Array, "b d"]:

@@ -1,11 +1,11 @@
-"""The decoder to which HiRE is applied: configurations, Gemma 3 weights and text generation."""
+"""The decoder to which HiRE is applied: configurations, trained weights and text generation."""
 
 from hire.models.cache import Cache
 from hire.models.config import DecoderConfig, preset
 from hire.models.conversion import convert
 from hire.models.decoder import Decoder
 from hire.models.generation import generate
-from hire.models.weights import TextModel, load_gemma, load_text_model
+from hire.models.loading import TextModel, load
 
 __all__ = [
     "Cache",
@@ -14,7 +14,6 @@ __all__ = [
     "TextModel",
     "convert",
     "generate",
-    "load_gemma",
-    "load_text_model",
+    "load",
     "preset",
 ]

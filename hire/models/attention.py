@@ -1,6 +1,7 @@
 """Attention in prefill, and in decode steps over a key/value cache."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from hire.models.modules import RMSNorm, linear, matrix, mix
 from hire.ops import cpu as cpu_kernels
 from hire.ops.implementation import dispatch
 from hire.ops.matmul import matmul_f32
+from hire.ops.soft_cap import cap_softly
 from hire.types import Array, Bool, Float, Hidden, Int
 
 KeysOrValues = Float[Array, "b s n e"]
@@ -21,7 +23,10 @@ QUERY_BLOCK = 512  # queries per block in the prefill of a long text
 
 
 def rotate(
-    x: Float[Array, "b t h e"], positions: Int[Array, " t"], base: float
+    x: Float[Array, "b t h e"],
+    positions: Int[Array, " t"],
+    base: float,
+    factors: Sequence[float] = (),
 ) -> Float[Array, "b t h e"]:
     """Applies rotary position embeddings (arXiv 2104.09864).
 
@@ -31,12 +36,16 @@ def rotate(
         x: Queries or keys, `(b, t, h, e)`.
         positions: Token positions, `(t,)`.
         base: Base of the rotary frequencies.
+        factors: Divisors of the frequencies, `(e / 2,)`, from the highest frequency to the lowest.
+            Empty means that none is scaled.
 
     Returns:
         The rotated vectors, `(b, t, h, e)`, in the type of `x`.
     """
     half = x.shape[-1] // 2
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if factors:
+        frequencies = frequencies / jnp.asarray(factors, jnp.float32)
     angles = jnp.outer(positions.astype(jnp.float32), frequencies)
     cos, sin = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -49,7 +58,9 @@ def rotate(
 Part = tuple[Float[Array, "b _ n e"], Float[Array, "b _ n e"], Bool[Array, "t _"]]
 
 
-def attend(queries: Float[Array, "b t h e"], *parts: Part) -> Float[Array, "b t h e"]:
+def attend(
+    queries: Float[Array, "b t h e"], *parts: Part, soft_cap: float = 0.0
+) -> Float[Array, "b t h e"]:
     """Computes softmax attention over several parts of keys, values and masks.
 
     One softmax covers all parts, but keys and values are not concatenated into one array.
@@ -59,6 +70,7 @@ def attend(queries: Float[Array, "b t h e"], *parts: Part) -> Float[Array, "b t 
         queries: Queries, `(b, t, h, e)`.
         *parts: Keys `(b, s, n, e)`, values `(b, s, n, e)` and a mask `(t, s)`. The parts may differ
             in `s`.
+        soft_cap: Scores s become `soft_cap * tanh(s / soft_cap)`. 0 means none.
 
     Returns:
         The attention output, `(b, t, h, e)`, in the type of `queries`.
@@ -66,7 +78,11 @@ def attend(queries: Float[Array, "b t h e"], *parts: Part) -> Float[Array, "b t 
     b, t, heads, e = queries.shape
     grouped = queries.reshape(b, t, parts[0][0].shape[2], -1, e)
     scores = [
-        jnp.where(mask[None, None, None], attention_scores(grouped, keys) * e**-0.5, -jnp.inf)
+        jnp.where(
+            mask[None, None, None],
+            cap_softly(attention_scores(grouped, keys) * e**-0.5, soft_cap),
+            -jnp.inf,
+        )
         for keys, _, mask in parts
     ]
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(parts[0][1].dtype)
@@ -89,6 +105,7 @@ def attend_to_cache(
     mask: Bool[Array, "1 s"],
     key: Float[Array, "b 1 n e"],
     value: Float[Array, "b 1 n e"],
+    soft_cap: float = 0.0,
 ) -> Float[Array, "b 1 h e"]:
     """Computes softmax attention of one token of each text to the cached tokens and to itself.
 
@@ -99,21 +116,25 @@ def attend_to_cache(
         mask: True where the tokens attend to the cache, `(1, s)`.
         key: Keys of the tokens themselves, `(b, 1, n, e)`.
         value: Values of the tokens themselves, `(b, 1, n, e)`.
+        soft_cap: As in `attend`.
 
     Returns:
         The attention output, `(b, 1, h, e)`, in the type of `queries`.
     """
 
     def plain(queries, keys, values, mask, key, value):
-        return attend(queries, (keys, values, mask), (key, value, jnp.ones((1, 1), bool)))
+        own_part = key, value, jnp.ones((1, 1), bool)
+        return attend(queries, (keys, values, mask), own_part, soft_cap=soft_cap)
 
     def in_kernel(queries, keys, values, mask, key, value):
         attend_once = cpu_kernels.load("attention").attend
         output = attend_once(queries[:, 0], keys, values, mask[0], key[:, 0], value[:, 0])
         return output[:, None].astype(queries.dtype)
 
-    is_supported = cpu_kernels.is_available() and cpu_kernels.load("attention").is_supported(
-        keys, values
+    is_supported = (
+        not soft_cap
+        and cpu_kernels.is_available()
+        and cpu_kernels.load("attention").is_supported(keys, values)
     )
     arguments = queries, keys, values, mask, key, value
     return dispatch("auto", plain, *arguments, cpu=in_kernel if is_supported else None)
@@ -165,7 +186,7 @@ def weighted_values(
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with normalized queries and keys.
+    """Grouped-query attention.
 
     A global layer attends to the whole context, a local layer to a window of it.
 
@@ -176,12 +197,18 @@ class Attention(nnx.Module):
         window: Number of positions to which a token attends, in tokens. In a global layer this is
             the context.
         base: Base of the rotary frequencies.
+        rope_factors: Divisors of the rotary frequencies.
+        query_factor: Factor of the queries: the scale of the scores over `head_width ** -0.5`.
+        soft_cap: Soft cap of the scores. 0 means none.
         query: Weight `(heads * head_width, width)`.
         key: Weight `(kv_heads * head_width, width)`.
         value: Weight `(kv_heads * head_width, width)`.
         output: Weight `(heads * head_width, width)`.
-        query_norm: Norm of each query head.
-        key_norm: Norm of each key head.
+        query_bias: Bias `(heads * head_width,)`, or None.
+        key_bias: Bias `(kv_heads * head_width,)`, or None.
+        value_bias: Bias `(kv_heads * head_width,)`, or None.
+        query_norm: Norm of each query head, or None.
+        key_norm: Norm of each key head, or None.
     """
 
     def __init__(self, config: DecoderConfig, layer: int, dtype, rngs: nnx.Rngs):
@@ -189,12 +216,21 @@ class Attention(nnx.Module):
         self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, e
         self.window = config.context if config.is_global(layer) else config.window
         self.base = config.rope_base if config.is_global(layer) else config.local_rope_base
+        self.rope_factors = config.rope_factors if config.is_global(layer) else ()
+        self.query_factor = config.score_scale * e**0.5
+        self.soft_cap = config.attention_soft_cap
         self.query = matrix(rngs, config.heads * e, d, d, dtype)
         self.key = matrix(rngs, config.kv_heads * e, d, d, dtype)
         self.value = matrix(rngs, config.kv_heads * e, d, d, dtype)
         self.output = matrix(rngs, config.heads * e, d, config.heads * e, dtype)
-        self.query_norm = RMSNorm(e, dtype)
-        self.key_norm = RMSNorm(e, dtype)
+
+        def bias(heads: int) -> nnx.Param | None:
+            return nnx.Param(jnp.zeros((heads * e,), dtype)) if config.qkv_bias else None
+
+        self.query_bias, self.key_bias = bias(config.heads), bias(config.kv_heads)
+        self.value_bias = bias(config.kv_heads)
+        self.query_norm = RMSNorm(e, dtype, config.norm_epsilon) if config.qk_norm else None
+        self.key_norm = RMSNorm(e, dtype, config.norm_epsilon) if config.qk_norm else None
 
     def project(self, x: Hidden, positions: Int[Array, " t"]):
         """Projects hidden states to queries, keys and values.
@@ -208,11 +244,21 @@ class Attention(nnx.Module):
         """
         b, t, _ = x.shape
         queries, keys, values = (
-            linear(x, weight).reshape(b, t, -1, self.head_width)
-            for weight in (self.query, self.key, self.value)
+            linear(x, weight, bias).reshape(b, t, -1, self.head_width)
+            for weight, bias in (
+                (self.query, self.query_bias),
+                (self.key, self.key_bias),
+                (self.value, self.value_bias),
+            )
         )
-        queries = rotate(self.query_norm(queries), positions, self.base)
-        return queries, rotate(self.key_norm(keys), positions, self.base), values
+        if self.query_norm is not None and self.key_norm is not None:
+            queries, keys = self.query_norm(queries), self.key_norm(keys)
+        if self.query_factor != 1:
+            queries = queries * jnp.asarray(self.query_factor, queries.dtype)
+        queries, keys = (
+            rotate(part, positions, self.base, self.rope_factors) for part in (queries, keys)
+        )
+        return queries, keys, values
 
     def prefill(self, x: Hidden, cache_length: int):
         """Computes attention within texts that start at position 0.
@@ -269,7 +315,8 @@ class Attention(nnx.Module):
             # Padding in the last block sees the same keys as the last token.
             positions = jnp.minimum(start + jnp.arange(size, dtype=jnp.int32), t - 1)
             distance = positions[:, None] - (span_start + jnp.arange(span, dtype=jnp.int32))[None]
-            return attend(queries, (kv[0], kv[1], (distance >= 0) & (distance < self.window)))
+            is_visible = (distance >= 0) & (distance < self.window)
+            return attend(queries, (kv[0], kv[1], is_visible), soft_cap=self.soft_cap)
 
         if size == t:
             return block(jnp.int32(0), queries)
@@ -323,7 +370,7 @@ class Attention(nnx.Module):
         """
         queries, key, value = self.project(x[:, None], length[None])
         mask = self.attention_mask(keys.shape[1], length)
-        output = attend_to_cache(queries, keys, values, mask, key, value)
+        output = attend_to_cache(queries, keys, values, mask, key, value, self.soft_cap)
         key, value = ordered_after(output, key), ordered_after(output, value)
         return (
             mix(output.reshape(x.shape[0], -1), self.output),

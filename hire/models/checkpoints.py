@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from hire.models import storage
+from hire import storage
 from hire.models.config import DecoderConfig
 from hire.models.decoder import Decoder
+from hire.models.loading import TextModel, check_dtype
 from hire.models.sharding import partition_spec
 from hire.models.tokenizer import whole_texts
-from hire.models.weights import TextModel, check_dtype, expected_shapes, fill, named_arrays
+from hire.models.weights import expected_shapes, fill, named_arrays
 
 CHECKSUMS = "seal.json"  # the checksum file in the folder of a sharded model
 
@@ -121,12 +122,8 @@ def configured(path: Path, metadata: Any, config: DecoderConfig | None) -> Decod
         ValueError: When the checkpoint states no valid configuration, or another one than `config`.
     """
     try:
-        layers = metadata["sparse_layers"]
-        fields: dict[str, Any] = metadata | dict(
-            sparse_layers=None if layers is None else tuple(layers)
-        )
-        file_config = DecoderConfig(**fields)
-    except (TypeError, KeyError, ValueError) as error:
+        file_config = DecoderConfig.from_json(metadata)
+    except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path}: its configuration is none of this package ({storage.reason_of(error)})"
         ) from None

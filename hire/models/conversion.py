@@ -60,10 +60,10 @@ def convert(
 ) -> Decoder:
     """Returns a model that searches its softmax, its FFNs or its attention keys.
 
-    If the rows of `softmax` are stored in blocks or sharded over devices, they become the embedding
-    of the new model. With any other softmax, and with None, the new embedding has one row per
-    token, in the order of the tokens. The new model shares all other weights with `model`; they are
-    not duplicated.
+    If the rows of `softmax` are stored in blocks or sharded over devices, they become the LM head
+    of the new model, and its embedding if that is tied. With any other softmax, and with None, the
+    new LM head has one row per token, in the order of the tokens. The new model shares all other
+    weights with `model`; they are not duplicated.
 
     Args:
         model: The model to convert.
@@ -80,22 +80,22 @@ def convert(
         multiple of `tokens_per_selection`.
 
     Raises:
-        ValueError: When `softmax` was fitted to other rows than the embedding of the model, or is
-            sharded over an axis that the mesh of jax.set_mesh does not have.
+        ValueError: When `softmax` was fitted to other rows than the LM head of the model, has
+            another soft cap, or is sharded over an axis that the mesh of jax.set_mesh does not
+            have.
         ValueError: When `ffn` does not have one FFN per layer, an FFN has another width than the
             model, only one of the two has a gate, or the model has a router.
         ValueError: When `tokens_per_selection` is less than 1, or more than 1 without a searched
             FFN.
-        ValueError: When `kv_search` names a layer that does not attend to the whole context, or a
-            search was fitted to keys of another width.
+        ValueError: When `kv_search` names a layer that does not attend to the whole context, a
+            search was fitted to keys of another width, or the attention has a soft cap.
     """
     converted = nnx.merge(*nnx.split(model))
-    embedding = model.embedding[...]
     converted.softmax = None
     if softmax is None:
-        rows = model.token_embeddings()
+        rows = model.head_rows()
     else:
-        rows = embedding_for(model, softmax)
+        rows = head_for(model, softmax)
         converted.softmax = nnx.data(
             TiedSoftmax(
                 softmax.estimator,
@@ -104,10 +104,11 @@ def convert(
                 softmax.candidates,
                 implementation=softmax.implementation,
                 axis=softmax.axis,
+                soft_cap=softmax.soft_cap,
             )
         )
-    if rows is not embedding:
-        converted.embedding = nnx.Param(rows)
+    if rows is not model.head[...]:
+        setattr(converted, "embedding" if model.config.tied else "untied_head", nnx.Param(rows))
     if ffn is not None:
         check_ffns(model, ffn)
     search_ffns(converted, ffn, tokens_per_selection)
@@ -116,6 +117,11 @@ def convert(
             raise ValueError(
                 f"keys of layer {layer}: expected one of {model.config.global_layers}, the layers "
                 "that attend to the whole context"
+            )
+        if model.config.attention_soft_cap:
+            raise ValueError(
+                f"attention_soft_cap = {model.config.attention_soft_cap}: expected attention "
+                "without a soft cap, which the search of keys does not support"
             )
         if key_search.width != model.config.head_width:
             raise ValueError(
@@ -132,50 +138,55 @@ def convert(
     return converted
 
 
-def embedding_for(model: Decoder, softmax: HireSoftmax) -> Rows | Blocks:
-    """Returns the embedding that a model needs for a softmax.
+def head_for(model: Decoder, softmax: HireSoftmax) -> Rows | Blocks:
+    """Returns the LM head that a model needs for a softmax.
 
     Args:
         model: The model.
-        softmax: The softmax that will search the embedding.
+        softmax: The softmax that will search the rows.
 
     Returns:
-        The embedding, with one row per token or with the layout of the softmax rows.
+        The rows, one per token or in the layout of the softmax.
 
     Raises:
-        ValueError: When the softmax has other rows than the embedding of the model.
+        ValueError: When the softmax has other rows or another soft cap than the model.
     """
     rows, layout = softmax.rows, None if softmax.axis is None else RowSharding.of(softmax.axis)
+    if softmax.soft_cap != model.config.logit_soft_cap:
+        raise ValueError(
+            f"a softmax with soft_cap = {softmax.soft_cap}: expected "
+            f"{model.config.logit_soft_cap}, that of the model's logits"
+        )
     if isinstance(rows, Quantized):
-        embedding = model.token_embeddings()
-        check_fitted(embedding, rows)
-        return embedding
-    if rows is model.embedding[...] and layout == model.row_sharding:
+        head_rows = model.head_rows()
+        check_fitted(head_rows, rows)
+        return head_rows
+    if rows is model.head[...] and layout == model.row_sharding:
         return rows  # the model already stores these rows
-    embedding = model.token_embeddings()
+    head_rows = model.head_rows()
     if rows.ndim == 2 and layout is None:
-        check_search(embedding, softmax.estimator, softmax.k, softmax.candidates)
-        check_fitted(embedding, softmax.estimator)
-        return embedding
-    check_same(rows, layout, embedding)
+        check_search(head_rows, softmax.estimator, softmax.k, softmax.candidates)
+        check_fitted(head_rows, softmax.estimator)
+        return head_rows
+    check_same(rows, layout, head_rows)
     return jnp.asarray(rows)
 
 
 def check_same(rows: Rows | Blocks, layout: RowSharding | None, plain: Float[Array, "v _"]) -> None:
-    """Checks that softmax rows in blocks or over devices equal the embedding.
+    """Checks that softmax rows in blocks or over devices equal the LM head.
 
     Inside jit the check compares only shapes and types.
 
     Args:
         rows: The rows of the softmax.
         layout: Their sharding, or None on a single device.
-        plain: The embedding, `(v, d)`, in the order of the tokens.
+        plain: The LM head, `(v, d)`, in the order of the tokens.
 
     Raises:
         ValueError: When the rows differ.
     """
     (vocabulary, width), description = plain.shape, f"rows {tuple(rows.shape)} of {rows.dtype}"
-    expected = f"expected those of the model's embedding {plain.shape} of {plain.dtype}"
+    expected = f"expected those of the model's LM head {plain.shape} of {plain.dtype}"
     num_rows = len(rows) if layout is None else layout.total_rows(len(rows) // layout.size)
     fits = rows.size // len(rows) >= width if rows.ndim == 3 else rows.shape[1] == width
     if num_rows != vocabulary or not fits or rows.dtype != plain.dtype:
@@ -213,6 +224,12 @@ def check_ffns(model: Decoder, ffn: Sequence[HireFFN]) -> None:
     if gated != [config.gated] * config.layers:
         raise ValueError(
             f"FFNs with gates {gated}: expected {config.gated} for each layer, as in the model"
+        )
+    activations = {str(part.activation) for part in ffn}
+    if activations != {config.ffn_activation}:
+        raise ValueError(
+            f"FFNs with activation {', '.join(sorted(activations))}: expected "
+            f"{config.ffn_activation}, as in the model"
         )
     if config.routed:
         raise ValueError(

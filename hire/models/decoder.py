@@ -13,15 +13,16 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from hire.distributed import RowSharding
-from hire.layers.ffn import activate
 from hire.models.attention import Attention
 from hire.models.cache import Cache
 from hire.models.config import DecoderConfig
 from hire.models.lm_head import TiedSoftmax, plain_rows, top_tokens
 from hire.models.modules import RMSNorm, linear, matrix, mix, module_list
 from hire.models.sharding import has_explicit_axes, partition_spec, with_auto_axes
+from hire.ops.activations import activate
 from hire.ops.checks import check_range
 from hire.ops.row_products import row_scores
+from hire.ops.soft_cap import cap_softly
 from hire.ops.top_k import TopK, group_scores, mask_top_groups
 from hire.types import AnyArray, Array, Float, Hidden, Int, Tokens
 
@@ -49,7 +50,7 @@ def check_tokens(tokens: Any, vocabulary: int) -> None:
 
 
 class FFN(nnx.Module):
-    """Feed-forward layer: GELU(gate x) * up x, or ReLU(up x), times down.
+    """Feed-forward layer: activation(gate x) * up x, or ReLU(up x), times down.
 
     A sparse FFN keeps the groups of neurons with the best scores. A router scores the groups as
     experts; the sigmoid of its score multiplies the output of the group.
@@ -59,6 +60,7 @@ class FFN(nnx.Module):
         up: Weight `(neurons, width)`.
         down: Weight `(neurons, width)`.
         router: Weight `(groups, width)`, or None.
+        activation: "relu", or "gelu_tanh" or "silu" of the gate.
         group_size: Number of neurons in a group.
         kept: Number of groups that the FFN keeps.
     """
@@ -66,6 +68,7 @@ class FFN(nnx.Module):
     def __init__(self, config: DecoderConfig, layer: int, dtype, rngs: nnx.Rngs):
         shape = config.ffn_width, config.width
         self.group_size, self.kept = config.group_size, config.groups_kept(layer)
+        self.activation = config.ffn_activation
         self.gate = matrix(rngs, *shape, config.width, dtype) if config.gated else None
         self.up = matrix(rngs, *shape, config.width, dtype)
         self.down = matrix(rngs, *shape, config.ffn_width, dtype)
@@ -84,7 +87,8 @@ class FFN(nnx.Module):
         Returns:
             The activations, `(*b, f)`.
         """
-        return activate(linear(x, self.up), None if self.gate is None else linear(x, self.gate))
+        gate = None if self.gate is None else linear(x, self.gate)
+        return activate(linear(x, self.up), gate, self.activation)
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         active = self.activations(x)
@@ -103,15 +107,16 @@ class FFN(nnx.Module):
 class Block(nnx.Module):
     """A layer of the decoder: attention, then an FFN.
 
-    Each of the two runs between two norms, and its output is added to its input.
+    A norm precedes each of the two, and the output of each is added to its input. In Gemma a second
+    norm follows each of the two, before that sum.
 
     Attributes:
         attention: The attention, dense or searched.
         ffn: The FFN, dense or searched. It returns zeros if the configuration omits it.
         attention_norm: Norm before the attention.
-        post_attention_norm: Norm after the attention.
+        post_attention_norm: Norm after the attention, or None.
         ffn_norm: Norm before the FFN.
-        post_ffn_norm: Norm after the FFN.
+        post_ffn_norm: Norm after the FFN, or None.
     """
 
     def __init__(self, config: DecoderConfig, layer: int, dtype, rngs: nnx.Rngs):
@@ -120,10 +125,11 @@ class Block(nnx.Module):
         self.ffn: Callable[[jax.Array], jax.Array] = (
             FFN(config, layer, dtype, rngs) if config.ffn_width else jnp.zeros_like
         )
-        self.attention_norm = RMSNorm(config.width, dtype)
-        self.post_attention_norm = RMSNorm(config.width, dtype)
-        self.ffn_norm = RMSNorm(config.width, dtype)
-        self.post_ffn_norm = RMSNorm(config.width, dtype)
+        norm = functools.partial(RMSNorm, config.width, dtype, config.norm_epsilon)
+        self.attention_norm = norm()
+        self.post_attention_norm = norm() if config.post_norms else None
+        self.ffn_norm = norm()
+        self.post_ffn_norm = norm() if config.post_norms else None
 
     def __call__(self, x, attention, *cache):
         """Applies the layer, with a given method of its attention.
@@ -137,15 +143,17 @@ class Block(nnx.Module):
             The new hidden states, and the keys and values that the method returns.
         """
         output, keys, values = attention(self.attention_norm(x), *cache)
-        x = x + self.post_attention_norm(output)
-        return x + self.post_ffn_norm(self.ffn(self.ffn_norm(x))), keys, values
+        x = x + (output if self.post_attention_norm is None else self.post_attention_norm(output))
+        output = self.ffn(self.ffn_norm(x))
+        x = x + (output if self.post_ffn_norm is None else self.post_ffn_norm(output))
+        return x, keys, values
 
 
 class Decoder(nnx.Module):
-    """Decoder-only language model with the architecture of Gemma 3.
+    """Decoder-only language model of the Gemma, Llama or Qwen family.
 
-    `Decoder(config, rngs=nnx.Rngs(0))` has random weights, normal with variance 1 / fan-in.
-    hire.models.load_gemma loads trained weights.
+    `Decoder(config, rngs=nnx.Rngs(0))` has random weights, normal with variance 1 / fan-in; biases
+    are 0. hire.models.load loads trained weights.
 
     Under jax.set_mesh(mesh) the rows of every matrix are sharded over the devices of the mesh, and
     are initialized without gathering them. The computation treats the axes of the mesh as Auto.
@@ -157,25 +165,32 @@ class Decoder(nnx.Module):
 
     Attributes:
         config: The configuration.
-        embedding: Input and output embedding: a matrix `(v, d)`, or blocks of rows after a
-            conversion.
+        embedding: Input embedding: a matrix `(v, d)`. If it is tied, it is the LM head too, and may
+            be blocks of rows after a conversion.
+        untied_head: Rows of the LM head, a matrix `(v, d)` or blocks of rows after a conversion.
+            None if the embedding is tied.
         blocks: The layers.
         norm: The final norm.
-        softmax: The search over the embedding, or None for a dense LM head.
+        softmax: The search over the rows of the LM head, or None for a dense LM head.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
         self.embedding = matrix(rngs, config.vocabulary, config.width, config.width, dtype)
+        self.untied_head = (
+            None
+            if config.tied
+            else matrix(rngs, config.vocabulary, config.width, config.width, dtype)
+        )
         self.blocks = module_list(
             [Block(config, layer, dtype, rngs) for layer in range(config.layers)]
         )
-        self.norm = RMSNorm(config.width, dtype)
-        # hire.convert sets a softmax that searches the embedding and does not read all of it.
+        self.norm = RMSNorm(config.width, dtype, config.norm_epsilon)
+        # hire.convert sets a softmax that searches the LM head and does not read all of it.
         self.softmax: TiedSoftmax | None = nnx.data(None)
 
     def embed(self, tokens: Int[AnyArray, "*b"]) -> Float[Array, "*b d"]:
-        """Looks up the embeddings of tokens and scales them by the square root of the width.
+        """Looks up the embeddings of tokens, scaled as the configuration states.
 
         Args:
             tokens: Token ids, `(*b)`.
@@ -183,35 +198,44 @@ class Decoder(nnx.Module):
         Returns:
             The hidden states before the first layer, `(*b, d)`.
         """
-        indices = self.storage_index(jnp.asarray(tokens).astype(jnp.int32))
+        indices = jnp.asarray(tokens).astype(jnp.int32)
+        if self.config.tied:
+            indices = self.storage_index(indices)
         rows = self.embedding[...][indices]  # the embedding is a matrix, or blocks of rows
         rows = rows.reshape(*tokens.shape, -1)[..., : self.config.width]
+        if not self.config.scaled_embedding:
+            return rows
         return rows * jnp.asarray(self.config.width**0.5, rows.dtype)
 
     @property
+    def head(self) -> nnx.Param:
+        """The weight of the LM head: the embedding, or `untied_head`."""
+        return self.embedding if self.untied_head is None else self.untied_head
+
+    @property
     def row_sharding(self) -> RowSharding | None:
-        """The sharding of the embedding rows that a softmax over several devices needs, or None."""
+        """The sharding of the LM head that a softmax over several devices needs, or None."""
         return self.softmax.layout if isinstance(self.softmax, TiedSoftmax) else None
 
     def storage_index(self, tokens: Int[AnyArray, "*b"]) -> Int[AnyArray, "*b"]:
-        """Returns the index in the embedding array of the row of each token."""
+        """Returns the index in the array of the LM head of the row of each token."""
         return (
             tokens
             if self.row_sharding is None
-            else self.row_sharding.storage_index(tokens, self.embedding.shape[0])
+            else self.row_sharding.storage_index(tokens, self.head.shape[0])
         )
 
-    def token_embeddings(self) -> Float[Array, "v d"]:
-        """Returns the embedding with one row per token, in the order of the tokens.
+    def head_rows(self) -> Float[Array, "v d"]:
+        """Returns the LM head with one row per token, in the order of the tokens.
 
         Returns:
-            The embedding, `(v, d)`. It is the array of the model itself, or a new array if a
+            The rows, `(v, d)`. They are the array of the model itself, or a new array if a
             conversion has stored the rows in blocks or over devices.
 
         Raises:
             ValueError: When the rows are sharded over devices that no mesh of jax.set_mesh has.
         """
-        rows, config = self.embedding[...], self.config
+        rows, config = self.head[...], self.config
         if rows.ndim == 2 and self.row_sharding is None:
             return rows
         sharding = partition_spec(config.vocabulary, config.width)
@@ -321,7 +345,7 @@ class Decoder(nnx.Module):
             ValueError: When k is not in 1..max_top_k.
         """
         check_range("k", k, 1, self.max_top_k, "the tokens that the softmax returns")
-        return top_tokens(self.softmax, self.embedding[...], hidden, k)
+        return top_tokens(self.softmax, self.head[...], self.config.logit_soft_cap, hidden, k)
 
     def logits(self, hidden: Float[AnyArray, "*b d"]) -> Float[Array, "*b v"]:
         """Computes the exact logits of hidden states.
@@ -335,13 +359,14 @@ class Decoder(nnx.Module):
 
         def logits(model: Decoder, hidden: Float[AnyArray, "*b d"]) -> Float[Array, "*b v"]:
             config, x = model.config, hidden.reshape(-1, model.config.width)
-            rows = model.embedding[...].reshape(model.embedding.shape[0], -1)
+            rows = model.head[...].reshape(model.head.shape[0], -1)
             # Blocks pad each row with zeros.
             scores = row_scores(jnp.pad(x, ((0, 0), (0, rows.shape[1] - config.width))), rows)
             if model.row_sharding is not None:
                 scores = scores[
                     :, model.storage_index(jnp.arange(config.vocabulary, dtype=jnp.int32))
                 ]
+            scores = cap_softly(scores, config.logit_soft_cap)
             return scores.reshape(*hidden.shape[:-1], -1)
 
         return self.method(logits, hidden)

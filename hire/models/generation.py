@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
+from hire.layers.logit_adjustments import LogitAdjustments, Penalties, checked_adjustments
 from hire.models.cache import Cache
 from hire.models.decoder import Decoder, check_tokens
 from hire.models.lm_head import LMHeadSearch, top_tokens
@@ -77,7 +78,7 @@ class SplitModel:
     def backbone(self) -> "SplitModel":
         """The model without the search of its LM head.
 
-        If that search determines the layout of the embedding, the backbone is the complete model.
+        If that search determines the layout of the rows, the backbone is the complete model.
         """
         model = self.merge()
         if model.softmax is None or model.row_sharding is not None:
@@ -86,13 +87,19 @@ class SplitModel:
         return SplitModel.of(model)
 
     @cached_property
-    def lm_head(self) -> tuple[LMHeadSearch | None, Rows | Blocks]:
-        """The search of the LM head, or None for a dense one, and the rows of the embedding."""
+    def lm_head(self) -> tuple[LMHeadSearch | None, Rows | Blocks, float]:
+        """The search of the LM head, or None for a dense one, its rows and its soft cap."""
         model = self.merge()
-        return model.softmax, model.embedding[...]
+        return model.softmax, model.head[...], model.config.logit_soft_cap
 
 
-def prefill(model: SplitModel, tokens: Tokens, cache_length: int, k: int) -> tuple[TopK, Cache]:
+def prefill(
+    model: SplitModel,
+    tokens: Tokens,
+    cache_length: int,
+    k: int,
+    adjustments: LogitAdjustments | None = None,
+) -> tuple[TopK, Cache]:
     """Runs prefill and returns the best next tokens.
 
     Args:
@@ -100,15 +107,23 @@ def prefill(model: SplitModel, tokens: Tokens, cache_length: int, k: int) -> tup
         tokens: Token ids, `(b, t)`.
         cache_length: Cache length, in tokens.
         k: Number of tokens to return per text.
+        adjustments: Adjustments of the logits, or None.
 
     Returns:
         The k best tokens `(b, k)` after each text, and the cache.
     """
     hidden, cache = compiled_prefill(model.backbone, tokens, cache_length)
-    return top_tokens(*model.lm_head, hidden[:, -1], k), replace(cache, length=tokens.shape[1])
+    top = top_tokens(*model.lm_head, hidden[:, -1], k, adjustments)
+    return top, replace(cache, length=tokens.shape[1])
 
 
-def step(model: SplitModel, token: Int[AnyArray, " b"], cache: Cache, k: int) -> tuple[TopK, Cache]:
+def step(
+    model: SplitModel,
+    token: Int[AnyArray, " b"],
+    cache: Cache,
+    k: int,
+    adjustments: LogitAdjustments | None = None,
+) -> tuple[TopK, Cache]:
     """Runs one decode step and returns the best next tokens.
 
     Args:
@@ -116,6 +131,7 @@ def step(model: SplitModel, token: Int[AnyArray, " b"], cache: Cache, k: int) ->
         token: Token ids, `(b,)`.
         cache: The cache of the tokens before. Its arrays are donated, so it cannot be used again.
         k: Number of tokens to return per text.
+        adjustments: Adjustments of the logits, or None.
 
     Returns:
         The k best tokens `(b, k)`, and the cache with the new token.
@@ -125,7 +141,8 @@ def step(model: SplitModel, token: Int[AnyArray, " b"], cache: Cache, k: int) ->
     """
     cache.check_room()
     hidden, new_cache = compiled_step(model.backbone, token, cache)
-    return top_tokens(*model.lm_head, hidden, k), replace(new_cache, length=cache.length + 1)
+    top = top_tokens(*model.lm_head, hidden, k, adjustments)
+    return top, replace(new_cache, length=cache.length + 1)
 
 
 @partial(jax.jit, static_argnames="cache_length")
@@ -150,8 +167,14 @@ def generate(
     *,
     new_tokens: SupportsIndex,
     temperature: Any = 0.0,
-    top_k: SupportsIndex | None = None,
+    top_k: Any = None,
     top_p: Any = 1.0,
+    min_p: Any = 0.0,
+    mask: Any = None,
+    logit_bias: Any = None,
+    repetition_penalty: Any = 1.0,
+    presence_penalty: Any = 0.0,
+    frequency_penalty: Any = 0.0,
     seed: SupportsIndex = 0,
     cache_length: SupportsIndex | None = None,
 ) -> Int[Array, "*b written"]:
@@ -166,6 +189,13 @@ def generate(
         top_k: Number of best tokens from which to sample. The default is 32, or what a converted
             model returns if that is less.
         top_p: See hire.sample.
+        min_p: See hire.sample. Like the temperature, `top_k` and `top_p`, it is one number, or one
+            `(b,)` per prompt.
+        mask: Tokens that may be generated, `(v,)` or `(b, v)`. None allows all.
+        logit_bias: Numbers to add to the logits, `(v,)` or `(b, v)`; -inf forbids a token.
+        repetition_penalty: Penalty on the tokens of prompt and continuation, see hire.Penalties.
+        presence_penalty: As `repetition_penalty`.
+        frequency_penalty: As `repetition_penalty`.
         seed: Seed of the sampling.
         cache_length: Cache length, in tokens. The default is `t + new_tokens`.
 
@@ -178,8 +208,8 @@ def generate(
             vocabulary.
         ValueError: When `new_tokens` is less than 1, prompt and continuation do not fit into the
             cache, or the cache is longer than the context.
-        ValueError: When a sampling setting is invalid, or a converted model returns fewer than
-            `top_k` tokens.
+        ValueError: When a sampling setting, a mask, a bias or a penalty is invalid, or a converted
+            model returns fewer than `top_k` tokens.
     """
     prompts = as_prompts(tokens, model.config.vocabulary)
     batch_shape, t = prompts.shape[:-1], prompts.shape[-1]
@@ -192,23 +222,43 @@ def generate(
             "1, all within the cache, "
             f"and that within the context of {model.config.context}"
         )
-    k = None if top_k is None else check_integer("top_k", top_k)
-    check_sampling(model.max_top_k, temperature, k, top_p)
+    if top_k is None:
+        top_k = min(32, model.max_top_k)
+    check_sampling(model.max_top_k, temperature, top_k, top_p, min_p)
     if is_zero(temperature):
-        k = 1
-    elif k is None:
-        k = min(32, model.max_top_k)
+        top_k = 1
+    k = int(np.max(top_k))  # the tokens that the LM head returns
+    adjustments = checked_adjustments(model.config.vocabulary, mask, logit_bias)
+    penalties = repetition_penalty, presence_penalty, frequency_penalty
+    Penalties(jnp.zeros((1, 1), jnp.int32), *penalties)  # checks them
+    is_penalized = any(
+        isinstance(value, Tracer) or np.any(np.asarray(value) != neutral)
+        for value, neutral in zip(penalties, (1, 0, 0), strict=True)
+    )
     if 0 in batch_shape:
         return jnp.zeros((*batch_shape, t + new_tokens), jnp.int32)
     texts = prompts.reshape(-1, t)
     split_model = SplitModel.of(model)
-    draw = partial(sample, temperature=temperature, top_k=k, top_p=top_p)
+    draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     keys = jax.random.split(jax.random.key(seed), new_tokens)
-    top, cache = prefill(split_model, texts, room, k)
-    generated = [draw(top, keys[0])]
-    while len(generated) < new_tokens:
-        top, cache = step(split_model, generated[-1], cache, k)
-        generated.append(draw(top, keys[len(generated)]))
+    generated: list[Int[Array, " b"]] = []
+    # The penalised tokens, with room for the continuations: -1 is no token.
+    penalized_tokens = jnp.pad(texts, ((0, 0), (0, new_tokens)), constant_values=-1)
+
+    def changes() -> LogitAdjustments | None:
+        if is_penalized:
+            return replace(adjustments, penalties=Penalties(penalized_tokens, *penalties))
+        return None if adjustments.is_empty else adjustments
+
+    top, cache = prefill(split_model, texts, room, k, changes())
+    generated.append(draw(top, keys[0]))
+    for place in range(1, new_tokens):
+        if is_penalized:
+            penalized_tokens = penalized_tokens.at[:, t + place - 1].set(
+                generated[-1].astype(jnp.int32)
+            )
+        top, cache = step(split_model, generated[-1], cache, k, changes())
+        generated.append(draw(top, keys[place]))
     sequences = jnp.concatenate([texts, jnp.stack(generated, axis=1).astype(jnp.int32)], axis=1)
     return sequences.reshape(*batch_shape, -1)
 

@@ -21,16 +21,18 @@ class RMSNorm(nnx.Module):
     Attributes:
         scale: The complete factor, `(width,)`. Files that store the factor minus one are converted
             when they are loaded.
+        epsilon: Number that is added to the mean square.
     """
 
-    def __init__(self, width: int, dtype):
+    def __init__(self, width: int, dtype, epsilon: float = 1e-6):
         self.scale = nnx.Param(jnp.ones((width,), dtype))
+        self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         exact = x.astype(jnp.float32)
         mean_square = jnp.mean(exact**2, axis=-1, keepdims=True)
         scale = jnp.expand_dims(self.scale[...].astype(jnp.float32), range(x.ndim - 1))
-        return (exact * jax.lax.rsqrt(mean_square + 1e-6) * scale).astype(x.dtype)
+        return (exact * jax.lax.rsqrt(mean_square + self.epsilon) * scale).astype(x.dtype)
 
 
 @functools.cache
@@ -77,21 +79,23 @@ def matrix(rngs: nnx.Rngs, rows: int, columns: int, fan_in: int, dtype) -> nnx.P
     )
 
 
-def linear(x: Float[Array, "*b d"], weight: nnx.Param) -> Float[Array, "*b f"]:
+def linear(
+    x: Float[Array, "*b d"], weight: nnx.Param, bias: nnx.Param | None = None
+) -> Float[Array, "*b f"]:
     """Multiplies inputs by every row of a weight.
 
     Args:
         x: Inputs, `(*b, d)`.
         weight: Weight, `(f, d)`.
+        bias: Number to add to each product, `(f,)`. None adds nothing.
 
     Returns:
         The products, `(*b, f)`, in the type of `x`.
     """
-    return (
-        row_scores(x.reshape(-1, x.shape[-1]), weight[...])
-        .reshape(*x.shape[:-1], -1)
-        .astype(x.dtype)
-    )
+    products = row_scores(x.reshape(-1, x.shape[-1]), weight[...])
+    if bias is not None:
+        products = products + bias[...].astype(products.dtype)[None]
+    return products.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
 def mix(shares: Float[Array, "*b f"], weight: nnx.Param) -> Float[Array, "*b d"]:

@@ -18,7 +18,7 @@ from hire.lab.metrics import group_sparsity
 from hire.lab.studies import ablation, ablation_map, ablation_timing, ablation_variants
 from hire.lab.studies.ablation_variants import BOTH, DENSE, SHARED, STATIC
 from hire.lab.tpu import programs
-from hire.models import Decoder, TextModel, preset, weights
+from hire.models import Decoder, TextModel, loading, preset
 from hire.models.generation import SplitModel
 from hire.models.tokenizer import byte_tokenizer
 from hire.ops.tpu.row_scores import blocks
@@ -280,12 +280,12 @@ def test_a_model_over_blocks_has_the_same_variants_and_alternatives(model, rng):
 
 def test_too_little_memory_offers_half_of_it(monkeypatch, capsys):
     monkeypatch.setattr(
-        weights.psutil, "virtual_memory", lambda: type("Memory", (), dict(available=6e9))()
+        loading.psutil, "virtual_memory", lambda: type("Memory", (), dict(available=6e9))()
     )
     with pytest.raises(MemoryError, match="paper_1b.*8.1 GB.*6.0 GB.*paper_half"):
         ablation_variants.random_model("paper_1b")
     monkeypatch.setattr(
-        weights.psutil, "virtual_memory", lambda: type("Memory", (), dict(available=1e9))()
+        loading.psutil, "virtual_memory", lambda: type("Memory", (), dict(available=1e9))()
     )
     name, small = ablation_variants.model_that_fits("paper_1b")
     assert name == "small" and small.config == preset("small")

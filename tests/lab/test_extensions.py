@@ -18,7 +18,7 @@ from hire.lab.data import hidden_state_cache, model_states
 from hire.lab.data.model_states import States
 from hire.lab.data.text import Document, documents
 from hire.lab.studies import extensions, proofs, recall_targets
-from hire.models import load_text_model
+from hire.models import load
 from hire.tuning import true_top_k
 
 
@@ -175,7 +175,7 @@ def test_processes_that_make_hidden_states_at_once_lose_none(tmp_path, monkeypat
 
 def test_other_weights_anywhere_in_a_model_make_other_states(tmp_path, monkeypatch):
     monkeypatch.setenv("HIRE_CACHE", str(tmp_path))
-    subject, texts = load_text_model("tiny"), documents("evaluation", ["novel"])[:1]
+    subject, texts = load("tiny"), documents("evaluation", ["novel"])[:1]
     first = hidden_state_cache.cached_states(subject, texts, 12, skip=3).hidden
     ffn = subject.model.blocks[0].ffn
     ffn.up = nnx.Param(jnp.roll(ffn.up[...], 1, axis=0))
@@ -189,7 +189,7 @@ def test_other_weights_anywhere_in_a_model_make_other_states(tmp_path, monkeypat
 
 def test_states_of_text_are_those_that_are_collected(tmp_path, monkeypatch):
     monkeypatch.setenv("HIRE_CACHE", str(tmp_path))
-    subject, texts = load_text_model("tiny"), documents("evaluation", ["novel"])[:2]
+    subject, texts = load("tiny"), documents("evaluation", ["novel"])[:2]
     result = [
         hidden_state_cache.cached_states(subject, some, 12, skip=3) for some in (texts[:1], texts)
     ]  # the second knows half of it

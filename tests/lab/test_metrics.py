@@ -20,8 +20,8 @@ from hire.lab.data.text import Document
 from hire.lab.metrics import intervals, lm_eval_tasks, model_quality
 from hire.lab.metrics.lm_eval_model import Harness
 from hire.models import TextModel
-from hire.models.storage import digest
 from hire.models.tokenizer import byte_tokenizer
+from hire.storage import digest
 
 TEXTS = [
     Document("one", "novel", "Call me Ishmael. Some years ago, never mind how long."),

@@ -13,7 +13,7 @@ from papermill.iorw import papermill_io
 from hire.lab import figure_index
 from hire.lab.__main__ import main
 from hire.lab.report import notebooks, pages
-from hire.models.weights import cache_folder
+from hire.storage import cache_folder
 
 
 def test_profiles_have_the_sizes_of_the_parameters_cells():

@@ -23,7 +23,7 @@ from hire.lab.rivals import dense
 from hire.lab.studies import figure_files, plots, study
 from hire.lab.studies.study import Claim, Record, Result, Study
 from hire.lab.timing import commits, decode_step, roofline
-from hire.models import load_text_model, preset
+from hire.models import load, preset
 
 matplotlib.use("Agg")
 
@@ -78,7 +78,7 @@ def test_the_hub_out_of_reach_is_one_line(monkeypatch):
 
 
 def test_windows_start_with_bos_and_states_keep_their_documents():
-    subject = load_text_model("tiny")
+    subject = load("tiny")
     texts = documents("evaluation", ["speech"])[:3]
     tokens, names = model_states.windows(subject, texts, 32, windows_per_document=2)
     assert tokens.shape == (6, 32) and (tokens[:, 0] == 2).all()
@@ -126,7 +126,7 @@ def test_two_commits_are_compared_in_turns(monkeypatch, tmp_path):
 
 
 def test_a_step_is_timed_whole_and_in_parts():
-    subject = load_text_model("tiny")
+    subject = load("tiny")
     steps = decode_step.StepForms(subject.model, 32)
     hidden = np.ones((1, 64), np.float32)
     best, logits = steps.part(decode_step.softmax)(hidden), np.asarray(subject.model.logits(hidden))

@@ -14,11 +14,12 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
+from hire import storage
 from hire.lab.data.text import documents
 from hire.lab.metrics import intervals, model_quality
 from hire.lab.training import plans, trainer
 from hire.lab.training.baselines import baselines, kneser_ney
-from hire.models import Decoder, TextModel, preset, storage
+from hire.models import Decoder, TextModel, preset
 from hire.models.checkpoints import load_checkpoint, save_checkpoint
 from hire.models.tokenizer import byte_tokenizer
 

@@ -13,6 +13,7 @@ from hire.lab.data.model_states import hidden_states
 from hire.layers.ffn import order_by_usage
 from hire.models import Decoder, preset
 from hire.models.decoder import FFN
+from hire.ops.activations import ACTIVATIONS
 from hire.ops.top_k import kth_largest, mask_top_groups
 
 # Compiled whole: drawn shapes would compile every operation anew.
@@ -53,7 +54,7 @@ def layer(rng, groups, group_size, d, gated):
     return parts[0], parts[1], parts[2] if gated else None
 
 
-def by_hand(x, up, down, gate, group_size, k):
+def by_hand(x, up, down, gate, group_size, k, activation):
     """The layer in numpy, one query and group after the other, when every group is a candidate and
     none is common.
     """
@@ -64,7 +65,10 @@ def by_hand(x, up, down, gate, group_size, k):
             active = np.maximum(first, 0)
         else:
             z = gate @ query
-            active = 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))) * first
+            if activation == "silu":
+                active = z / (1 + np.exp(-z)) * first
+            else:
+                active = 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))) * first
         scores = np.abs(active).reshape(-1, group_size).sum(1)
         for group in np.argsort(-scores, kind="stable")[:k]:
             members = slice(group * group_size, (group + 1) * group_size)
@@ -76,7 +80,7 @@ shapes = dict(
     b=st.sampled_from([1, 2, 5]),
     groups=st.sampled_from([3, 20, 150]),
     group_size=st.sampled_from([1, 4, 8, 150]),
-    gated=st.booleans(),
+    activation=st.sampled_from(ACTIVATIONS),
     share=st.floats(0.01, 0.9),
     seed=st.integers(0, 2**31),
 )
@@ -84,10 +88,10 @@ shapes = dict(
 
 @given(**shapes, shared=st.booleans())
 def test_with_every_group_a_candidate_it_is_the_layer_in_numpy(
-    b, groups, group_size, gated, share, seed, shared
+    b, groups, group_size, activation, share, seed, shared
 ):
     rng = np.random.default_rng(seed)
-    up, down, gate = layer(rng, groups, group_size, 6, gated)
+    up, down, gate = layer(rng, groups, group_size, 6, activation != "relu")
     x = jnp.asarray(rng.normal(size=(b, 6)), jnp.float32)
     k = max(1, int(share * groups))
     estimator = hire.Quantized.fit(up if gate is None else gate, 8)
@@ -100,12 +104,14 @@ def test_with_every_group_a_candidate_it_is_the_layer_in_numpy(
         k=k,
         candidates=groups,
         share_selection=shared,
+        activation=activation,
     )
-    expected = by_hand(
-        *map(np.asarray, (x, up, down)), None if gate is None else np.asarray(gate), group_size, k
-    )
+    x, up, down = map(np.asarray, (x, up, down))
+    gate = None if gate is None else np.asarray(gate)
+    expected = by_hand(x, up, down, gate, group_size, k, activation)
     # Up to 11,250 float32 terms are summed in another order.
     rounding = 1e-3 + 1e-5 * np.abs(expected).max()
+    x = jnp.asarray(x)
     np.testing.assert_allclose(called(ffn, x), expected, atol=rounding)
     np.testing.assert_allclose(masked(ffn, x, b), expected, atol=rounding)
 
@@ -118,10 +124,10 @@ def test_with_every_group_a_candidate_it_is_the_layer_in_numpy(
     spare=st.sampled_from([4, 999]),
 )
 def test_the_fast_paths_are_the_masked_layer(
-    b, groups, group_size, gated, share, seed, shared, common, both, spare
+    b, groups, group_size, activation, share, seed, shared, common, both, spare
 ):
     rng = np.random.default_rng(seed)
-    up, down, gate = layer(rng, groups, group_size, 6, gated)
+    up, down, gate = layer(rng, groups, group_size, 6, activation != "relu")
     x = jnp.asarray(rng.normal(size=(b, 6)), jnp.float32)
     k = max(1, int(share * groups))
     first = int(common * (k - 1))
@@ -130,13 +136,14 @@ def test_the_fast_paths_are_the_masked_layer(
     estimator = hire.LowRank.fit(
         (up if gate is None else gate)[beyond], min(4, len(up[beyond])), bits=8
     )
-    second = hire.Quantized.fit(up[beyond], 8) if gated and both else None
+    second = hire.Quantized.fit(up[beyond], 8) if activation != "relu" and both else None
     settings = dict(
         group_size=group_size,
         k=k,
         candidates=candidates,
         static_groups=first,
         share_selection=shared,
+        activation=activation,
     )
     ffn = hire.HireFFN(up, down, estimator, gate, second, **settings)
     np.testing.assert_allclose(called(ffn, x), masked(ffn, x, b), rtol=2e-5, atol=1e-3)
@@ -170,10 +177,10 @@ def test_the_common_path_is_always_in(rng):
 @settings(max_examples=8)
 @given(**shapes, shared=st.booleans(), common=st.booleans(), bits=st.sampled_from([4, 8]))
 def test_quantized_matrices_are_the_floats_that_they_stand_for(
-    b, groups, group_size, gated, share, seed, shared, common, bits
+    b, groups, group_size, activation, share, seed, shared, common, bits
 ):
     rng = np.random.default_rng(seed)
-    parts = layer(rng, groups, group_size, 6, gated)
+    parts = layer(rng, groups, group_size, 6, activation != "relu")
     x, k = jnp.asarray(rng.normal(size=(b, 6)), jnp.float32), max(1, int(share * groups))
     small = [part if part is None else hire.Quantized.fit(part, bits) for part in parts]
     floats = [None if part is None else jnp.asarray(by_hand_unpacked(part)) for part in small]
@@ -184,6 +191,7 @@ def test_quantized_matrices_are_the_floats_that_they_stand_for(
         candidates=groups - first,
         static_groups=first,
         share_selection=shared,
+        activation=activation,
     )
     result, expected = (
         hire.HireFFN(
@@ -223,9 +231,8 @@ def test_bytes_by_hand(rng):
         up, down, estimator, share_selection=True, **settings
     ).bytes_read() == 16 * 12 + row * (2 * 2 + 5 + 5)
     gates = hire.Quantized.fit(gate[4:], 8)
-    assert hire.HireFFN(
-        up, down, gates, gate, estimator, **settings
-    ).bytes_read() == 2 * 16 * 12 + row * (3 * 2 + 2 * 5 + 1)
+    gated = hire.HireFFN(up, down, gates, gate, estimator, **settings, activation="silu")
+    assert gated.bytes_read() == 2 * 16 * 12 + row * (3 * 2 + 2 * 5 + 1)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +257,9 @@ def test_bytes_by_hand(rng):
             dict(up_estimator=hire.Quantized.fit(jnp.ones((40, 6)), 8)),
             "up_estimator without a gate",
         ),
+        (dict(gate=jnp.ones((40, 6))), "activation = None: expected 'gelu_tanh' or 'silu'"),
+        (dict(gate=jnp.ones((40, 6)), activation="relu"), "activation = 'relu'"),
+        (dict(activation="silu"), "activation = 'silu': expected 'relu'"),
         (dict(down=jnp.ones((4, 6))), r"down of shape \(4, 6\): expected \(40, 6\), as up is"),
     ],
 )

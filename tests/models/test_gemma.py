@@ -13,9 +13,9 @@ import pytest
 import hire
 from hire.lab.data import model_states
 from hire.lab.data.text import documents
-from hire.lab.metrics import model_quality, numpy_gemma, search_recall
+from hire.lab.metrics import model_quality, numpy_decoder, search_recall
 from hire.lab.paths import ROOT
-from hire.models.weights import find_weights
+from hire.models.loading import find_weights
 from hire.tuning import candidates_needed, true_top_k
 
 
@@ -38,7 +38,7 @@ def test_losses_are_those_of_plain_numpy_on_the_file_itself(gemma, file):
     ours = model_quality.losses(
         gemma.model, model_states.collect(gemma.model, tokens, names, skip=0)
     )
-    theirs = numpy_gemma.losses(tokens[0], weight, gemma.model.config)
+    theirs = numpy_decoder.losses(tokens[0], weight, gemma.model.config)
     np.testing.assert_allclose(ours, theirs, atol=2e-3)
     assert 8 < np.exp(ours.mean()) < 40  # a language model, on a modern speech
 
@@ -101,7 +101,7 @@ def softmax(gemma):
 
 def test_the_readme_writes_text_with_the_searched_model(gemma, softmax, monkeypatch):
     _, code, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    monkeypatch.setattr("hire.models.load_gemma", lambda: gemma)
+    monkeypatch.setattr("hire.models.load", lambda name: gemma)
     given = dict(
         hire=hire, softmax=replace(softmax, candidates=2**14)
     )  # so many that all forty tokens are the dense ones

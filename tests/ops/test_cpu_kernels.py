@@ -29,6 +29,7 @@ if not cpu.is_available():
 from guarded_calls import guarded_call
 
 from hire.models.attention import attend
+from hire.ops.activations import ACTIVATIONS
 from hire.ops.cpu import (
     attention,
     bucket_scores,
@@ -166,7 +167,7 @@ def test_a_rounded_query_by_hand():
 @settings(max_examples=10)
 @given(
     STORAGES,
-    st.booleans(),
+    st.sampled_from(ACTIVATIONS),
     st.sampled_from([1, 3, 8]),
     st.booleans(),
     st.sampled_from([1, 5, 8, 16, 19]),
@@ -176,7 +177,7 @@ def test_a_rounded_query_by_hand():
     st.data(),
 )
 def test_the_ffn_kernel_is_its_reference(
-    storage, is_gated, b, is_shared, group, groups, d, seed, data
+    storage, activation, b, is_shared, group, groups, d, seed, data
 ):
     c = data.draw(st.integers(1, groups))
     k = data.draw(st.integers(1, c))
@@ -184,8 +185,8 @@ def test_the_ffn_kernel_is_its_reference(
     x, up, down, gate, chosen = example_arguments.of_groups(
         storage, b=b, calls=1 if is_shared else b, c=c, groups=groups, group=group, d=d, seed=seed
     )
-    how = dict(group=group, k=k, num_static=num_static)
-    gates = (gate, dequantize(gate)) if is_gated else (None, None)
+    how = dict(group=group, k=k, num_static=num_static, activation=activation)
+    gates = (None, None) if activation == "relu" else (gate, dequantize(gate))
     result = group_ffn.ffn(x, up, down, chosen, gate=gates[0], **how)
     expected = group_ffn.reference(
         x, dequantize(up), dequantize(down), chosen, gate=gates[1], **how
@@ -277,7 +278,7 @@ def test_kernels_stay_within_their_buffers(what, storage, b, m, d, at_end, threa
         arguments += [new_keys, new_values]
         shapes = [(b, 6, d), (b, 6, m + 1), (2 * b, 6, d), (b, 2, 6), (b, 2, 6)]
     else:
-        kernel = group_ffn.kernel(storage, True)
+        kernel = group_ffn.kernel(storage, "silu")
         options = np.asarray([m, 1, 0], np.int32)
         groups = np.asarray(indices, np.int32)
         arguments = [padded, groups, options, *matrix, *matrix, *matrix]

@@ -16,13 +16,14 @@ import jax
 import numpy as np
 from flax import nnx
 
+from hire import storage
 from hire.lab.data.model_states import States, collect, windows
 from hire.lab.data.text import Document
 from hire.lab.paths import ROOT
-from hire.models import Decoder, TextModel, storage
-from hire.models.weights import cache_folder
+from hire.models import Decoder, TextModel
 from hire.ops.array_cache import ArrayCache
 from hire.ops.top_k import TopK
+from hire.storage import cache_folder
 from hire.tuning import true_top_k
 from hire.types import AnyArray
 
@@ -194,7 +195,7 @@ def true_top_tokens(subject: TextModel, hidden: np.ndarray, k: int) -> TopK:
 
     The model must be as it was loaded.
     """
-    rows = subject.model.token_embeddings()
+    rows = subject.model.head_rows()
     return TopK(
         *cached(
             lambda hidden: [*true_top_k(rows, hidden, k)],

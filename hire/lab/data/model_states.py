@@ -52,7 +52,7 @@ def windows(
     Args:
         subject: The model, for its tokenizer.
         texts: Documents.
-        length: Tokens of a window; the first is <bos>.
+        length: Tokens of a window; the first is the one that begins every text, if there is one.
         windows_per_document: Number of windows per document, at most. They are evenly spaced.
         limit: Number of windows, at most; documents after the last of them are not read. None
             means all.
@@ -63,16 +63,16 @@ def windows(
     Raises:
         ValueError: No document is long enough.
     """
-    tokens, names = [], []
+    tokens, names, first = [], [], 0 if subject.first_token is None else 1
     for text in texts:
         if limit is not None and len(tokens) >= limit:
             break
         # One window needs only the beginning of a book.
         ids = subject.tokens(text.text if windows_per_document > 1 else text.text[: 32 * length])
-        spans = min(windows_per_document, (len(ids) - 1) // (length - 1))
+        spans = min(windows_per_document, (len(ids) - first) // (length - first))
         for span in range(spans):
-            start = 1 + span * ((len(ids) - 1) // spans)
-            tokens.append(np.concatenate([ids[:1], ids[start : start + length - 1]]))
+            start = first + span * ((len(ids) - first) // spans)
+            tokens.append(np.concatenate([ids[:first], ids[start : start + length - first]]))
             names.append(text.name)
     if not tokens:
         raise ValueError(f"{len(texts)} documents: none has {length} tokens")

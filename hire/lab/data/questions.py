@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from hire import storage
 from hire.lab.data.text import Document
-from hire.models import storage
-from hire.models.weights import cache_folder
+from hire.storage import cache_folder
 
 # Used for its data alone. Each set keeps its licence, so it is read from the wheel, never copied.
 EVALS = "evals==3.0.1.post1"

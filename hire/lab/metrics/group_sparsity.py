@@ -193,6 +193,7 @@ def searched(
                 candidates=count,
                 static_groups=static_groups,
                 share_selection=share_selection,
+                activation=model.config.ffn_activation,
             )
         )
     return layers

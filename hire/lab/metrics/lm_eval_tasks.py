@@ -23,7 +23,7 @@ from hire.lab.metrics.lm_eval_model import Harness
 from hire.lab.metrics.model_quality import softmaxes_of
 from hire.lab.paths import RECORDS
 from hire.layers.softmax import HireSoftmax
-from hire.models import TextModel, load_gemma
+from hire.models import TextModel, load
 
 
 def definition(name: str) -> str | dict:
@@ -198,12 +198,12 @@ def judge_questions(
         k: Number of tokens that the softmax returns.
         headline: Settings of the softmax, see `softmaxes_of`.
     """
-    gemma = load_gemma()
+    gemma = load("gemma3_270m")
     fitted_to = hidden_state_cache.cached_states(
         gemma, documents("calibration")[::2], 128, 3, skip=4
     )
     [(label, softmax)] = softmaxes_of(
-        gemma.model.token_embeddings(), fitted_to.hidden, k, [headline]
+        gemma.model.head_rows(), fitted_to.hidden, k, [headline]
     ).items()
     names = [CLOZE, "local_quartz", "local_medmcqa"]
     task_results, failed = run_tasks(gemma, {"exact": None, "HiRE": softmax}, names, limit)

@@ -139,7 +139,7 @@ def nll(logits: Float[Array, "*b v"], targets: Int[AnyArray, "*b"]) -> Float[Arr
 def losses(model: Decoder, states: States) -> np.ndarray:
     """Return -log p (n,) in nats of the token after each state, from exact logits."""
     return in_batches(
-        partial(loss, model.token_embeddings()),
+        partial(loss, model.head_rows()),
         states.hidden,
         min(256, len(states.hidden)),
         states.targets,

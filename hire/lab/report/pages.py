@@ -9,13 +9,13 @@ import tomllib
 
 import nbformat
 
+from hire import storage
 from hire.lab import records
 from hire.lab.figure_index import COMMITTED_PROFILE, figure_entry, figures_with_notebook, load
 from hire.lab.paths import FIGURES, NOTEBOOKS, OUT, ROOT
 from hire.lab.report.api import api
 from hire.lab.report.scorecard import scorecard_markdown, write_scorecard
 from hire.lab.report.templates import render
-from hire.models import storage
 
 # A clone and not a wheel, since hire.lab is in the repository alone.
 SET_UP = """\

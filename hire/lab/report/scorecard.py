@@ -6,11 +6,11 @@ Both are read from records and never typed by hand.
 import json
 import subprocess
 
+from hire import storage
 from hire.lab import records
 from hire.lab.figure_index import load
 from hire.lab.paths import FIGURES, ROOT
 from hire.lab.report.templates import render
-from hire.models import storage
 
 VERDICTS = (
     "reproduced on TPU (measured)",

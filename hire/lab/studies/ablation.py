@@ -85,7 +85,7 @@ class TrainedModel:
     @property
     def rows(self) -> Rows:
         """Rows (v, d) of the LM head."""
-        return self.model.token_embeddings()
+        return self.model.head_rows()
 
     @property
     def ffn_counts(self) -> dict[str, int]:
@@ -184,7 +184,7 @@ def judge(
         key = name if ffns_of(variant) else DENSE
         if key not in cached:
             states = model_states.collect(variant, windows, window_documents)
-            cached[key] = states, true_top_k(variant.token_embeddings(), states.hidden, k)
+            cached[key] = states, true_top_k(variant.head_rows(), states.hidden, k)
         baseline = next(iter(results.values()))["nats"] if results else None
         subject_variant = dataclasses.replace(subject, model=variant)
         results[name] = quality(subject_variant, *cached[key], baseline)

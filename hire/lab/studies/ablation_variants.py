@@ -8,17 +8,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 import hire
 from hire.estimators.fingerprints import fingerprint
 from hire.lab.metrics.group_sparsity import layers_of
-from hire.layers.ffn import activate
 from hire.models import Decoder, DecoderConfig, preset
 from hire.models.conversion import SearchedFFN
 from hire.models.decoder import FFN
-from hire.models.weights import require_memory
+from hire.models.loading import require_memory
 from hire.ops.row_products import row_scores
 from hire.ops.top_k import TopK, exact_top_k, floor_fraction
 from hire.pytrees import pytree
@@ -120,7 +120,7 @@ def build(
     Returns:
         The models by name. The first one is DENSE.
     """
-    rows, groups = model.token_embeddings(), model.config.ffn_width // GROUP_SIZE
+    rows, groups = model.head_rows(), model.config.ffn_width // GROUP_SIZE
     first_estimators = {
         LR_SOFTMAX: hire.LowRank.fit(rows, sizes.softmax_rank, directions=directions),
         Q_SOFTMAX: hire.Quantized.fit(rows, 8),
@@ -154,7 +154,7 @@ def build_untrained(model: Decoder, sizes: VariantSizes) -> dict[str, Decoder]:
         sizes: Sizes of the variants.
     """
     fit = functools.partial(hire.LowRank.fit, directions="random")
-    rows = model.token_embeddings()
+    rows = model.head_rows()
     estimator = fit(rows, sizes.softmax_rank, bits=sizes.softmax_bits)
     softmax = hire.HireSoftmax(rows, estimator, sizes.k, sizes.candidates)
     ffns = []
@@ -252,7 +252,7 @@ class SmallFFN(nnx.Module):
         self.up, self.down = nnx.data(shrink(ffn.up[...])), nnx.data(shrink(ffn.down[...].T))
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        active = activate(row_scores(x.reshape(-1, x.shape[-1]), self.up))
+        active = jax.nn.relu(row_scores(x.reshape(-1, x.shape[-1]), self.up))
         if len(active) > 1:
             return row_scores(active, self.down).reshape(x.shape)
         if isinstance(self.down, hire.Quantized):
@@ -286,7 +286,7 @@ def with_small_rows(model: Decoder, k: int, shrink: Callable) -> Decoder:
     """
     small = hire.convert(model)
     # The decoder declares the search of hire.convert only.
-    setattr(small, "softmax", nnx.data(SmallSoftmax(shrink(model.token_embeddings()), k)))
+    setattr(small, "softmax", nnx.data(SmallSoftmax(shrink(model.head_rows()), k)))
     for block, ffn in zip(small.blocks, layers_of(model), strict=True):
         block.ffn = SmallFFN(ffn, shrink)
     return small
@@ -296,7 +296,7 @@ def with_int8_rows(model: Decoder) -> Decoder:
     """Return a searched model with its exact rows in int8, too."""
     softmax = softmax_of(model)
     if softmax is not None:
-        softmax = replace(softmax, rows=to_int8(model.token_embeddings()))
+        softmax = replace(softmax, rows=to_int8(model.head_rows()))
     ffns = []
     for ffn in ffns_of(model):
         gate = None if ffn.gate is None else to_int8(ffn.gate)

@@ -15,7 +15,7 @@ from hire.lab.timing.layer_timing import (
     time_steps,
 )
 from hire.layers.softmax import HireSoftmax
-from hire.models import load_gemma
+from hire.models import load
 from hire.timing import medians
 from hire.tuning import true_top_k
 
@@ -28,8 +28,8 @@ def bench(k: int = 32, rank: int = 128, candidates: int = 2048) -> None:
         rank: Rank of the int8 low-rank estimator.
         candidates: Number of candidates (k').
     """
-    gemma = load_gemma()
-    rows = gemma.model.token_embeddings()
+    gemma = load("gemma3_270m")
+    rows = gemma.model.head_rows()
     calibration = hidden_state_cache.cached_states(
         gemma, documents("calibration")[::2], 128, 3, skip=4
     )

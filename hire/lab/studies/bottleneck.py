@@ -16,7 +16,7 @@ from hire import timing
 from hire.lab.data import model_states
 from hire.lab.data.text import documents
 from hire.lab.figure_index import claim_limits
-from hire.lab.metrics import model_quality, numpy_gemma
+from hire.lab.metrics import model_quality, numpy_decoder
 from hire.lab.studies import plots
 from hire.lab.studies.study import Claim, Record, Result
 from hire.lab.timing import decode_step, roofline
@@ -127,7 +127,10 @@ def compare_with_reference(subject: TextModel, document_count: int) -> Reference
     weights = gguf_names(subject.model)
     losses = model_quality.losses(subject.model, states)
     reference_losses = np.concatenate(
-        [numpy_gemma.losses(window, weights.__getitem__, subject.model.config) for window in tokens]
+        [
+            numpy_decoder.losses(window, weights.__getitem__, subject.model.config)
+            for window in tokens
+        ]
     )
     return ReferenceCheck(
         perplexity=float(np.exp(np.mean(losses))),

@@ -7,7 +7,7 @@ from hire.lab.data import hidden_state_cache
 from hire.lab.data.text import documents
 from hire.lab.metrics.search_recall import judge
 from hire.lab.rivals.dense import dense_forms
-from hire.models import load_gemma
+from hire.models import load
 from hire.timing import interleaved, medians
 from hire.tuning import true_top_k
 
@@ -19,8 +19,8 @@ def demo() -> None:
 
     The estimators are fitted to speeches and commentary.
     """
-    gemma = load_gemma()
-    rows = gemma.model.token_embeddings()
+    gemma = load("gemma3_270m")
+    rows = gemma.model.head_rows()
     calibration = hidden_state_cache.cached_states(
         gemma, documents("calibration")[::2], 128, skip=4
     )

@@ -9,7 +9,7 @@ from hire.lab import records
 from hire.lab.data import hidden_state_cache
 from hire.lab.data.text import documents
 from hire.lab.paths import RECORDS
-from hire.models import load_gemma
+from hire.models import load
 from hire.tuning import candidates_needed, true_top_k
 from hire.types import Queries
 
@@ -32,8 +32,8 @@ class FitEvaluation:
     """
 
     def __init__(self, k: int):
-        self.gemma = load_gemma()
-        self.rows = self.gemma.model.token_embeddings()
+        self.gemma = load("gemma3_270m")
+        self.rows = self.gemma.model.head_rows()
         self.hidden: dict[str, np.ndarray] = {}
         for kind in EVALUATION_KINDS:
             texts = documents("evaluation", [kind])[:60]

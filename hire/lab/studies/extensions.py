@@ -19,6 +19,7 @@ import pyarrow.csv
 from matplotlib.figure import Figure
 
 import hire
+from hire import storage
 from hire.estimators.base import Estimator
 from hire.estimators.exact_rows import ExactRowsEstimator
 from hire.lab import records
@@ -34,8 +35,8 @@ from hire.lab.studies.query_sets import QuerySets, VectorRows
 from hire.lab.studies.recall_targets import TargetRecall
 from hire.lab.studies.study import Record, Result
 from hire.lab.studies.trained_sparsity import Studied
-from hire.models import TextModel, storage
-from hire.models.weights import cache_folder
+from hire.models import TextModel
+from hire.storage import cache_folder
 
 # With this model every set of rows is a toy, and nothing is downloaded.
 TOY_MODEL = "tiny"

@@ -21,7 +21,7 @@ from hire.lab.studies.study import Claim, Record, Result
 from hire.lab.studies.trained_sparsity import Studied, scores_with
 from hire.lab.timing import layer_timing
 from hire.lab.training import plans
-from hire.models import load_text_model, preset
+from hire.models import load, preset
 from hire.ops.top_k import floor_fraction
 from hire.timing import in_sittings, medians, speedup_range
 from hire.types import Queries, Rows
@@ -469,7 +469,7 @@ def untrained_losses(settings: SimpleNamespace) -> dict[str, list[float]]:
         twice as many candidates, nominated by an int8 estimator of the gate, or by int8 estimators
         of gate and up projection.
     """
-    subject = load_text_model(settings.gated_model)
+    subject = load(settings.gated_model)
     texts: Sequence[Document] = beginnings(
         documents("evaluation", ["novel"])[:NOVEL_DOCUMENTS], settings.document_characters // 5
     )

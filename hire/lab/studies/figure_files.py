@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from hire.models import storage
+from hire import storage
 
 
 def save(figure: Figure, folder: Path, name: str, *, note: str, **facts) -> None:

@@ -16,7 +16,7 @@ from hire.lab.data.text import Document, documents
 from hire.lab.metrics.intervals import points
 from hire.lab.metrics.model_quality import losses
 from hire.lab.paths import RECORDS
-from hire.models import Cache, Decoder, TextModel, load_gemma
+from hire.models import Cache, Decoder, TextModel, load
 from hire.models.kv_search import KeySearch, SearchableKeyCache, SearchedAttention
 from hire.ops.matmul import matmul_f32
 from hire.ops.row_products import row_scores
@@ -377,7 +377,7 @@ def judge_kv_search(
         windows_per_document: Number of texts of each kind.
         new_tokens: Number of tokens to judge in each context.
     """
-    gemma, kinds = load_gemma(), ["speech", "novel", "commentary"]
+    gemma, kinds = load("gemma3_270m"), ["speech", "novel", "commentary"]
     calibration = long_windows(gemma, "calibration", ["speech", "commentary"], length, 1)
     settings = {
         context: [(96, 64, context * 3 // 64)]

@@ -117,7 +117,7 @@ def compare(
         settings: Sizes of the notebook.
     """
     windows = dict(length=settings.length, stride=settings.stride)
-    rows = subject.model.token_embeddings()
+    rows = subject.model.head_rows()
     exact_states = model_states.document_states(subject, texts, **windows)
     exact = model_quality.head_outputs(rows, exact_states, settings.k)
     searched = {}

@@ -10,7 +10,7 @@ import hire
 from hire.lab.rivals.approximate_top_k import INT8, rivals
 from hire.lab.rivals.dense import DENSE
 from hire.lab.timing.decode_step import StepForms
-from hire.layers.ffn import HireFFN, activate
+from hire.layers.ffn import HireFFN
 from hire.layers.softmax import HireSoftmax
 from hire.models import Decoder
 from hire.ops.row_products import row_scores, row_scores_at, weighted_row_sum
@@ -184,7 +184,9 @@ def dense_ffns(layers: Sequence[HireFFN]) -> dict[str, Callable]:
     untransposed = [(layer.up, layer.down) for layer in layers]
 
     def form(scores: Callable, add: Callable, layers: Sequence) -> Callable:
-        return through(lambda weights, x: add(activate(scores(weights[0], x)), weights[1]), layers)
+        return through(
+            lambda weights, x: add(jax.nn.relu(scores(weights[0], x)), weights[1]), layers
+        )
 
     forms = {
         name: form(scores, lambda active, down: scores(down, active), transposed)

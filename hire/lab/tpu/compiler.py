@@ -24,9 +24,9 @@ from jax import export
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hire import storage
 from hire.lab.tpu import bundle_parser
-from hire.models import storage
-from hire.models.weights import cache_folder
+from hire.storage import cache_folder
 
 # Outside site-packages: otherwise jax would look for a TPU in every process.
 COMPILER = Path(sys.prefix) / "libtpu"

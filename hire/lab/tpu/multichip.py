@@ -82,13 +82,19 @@ def on_devices(softmax: HireSoftmax) -> dict[str, ShardFunction]:
 
     def search_shard(shard: dict[str, Any], x: Queries) -> TopK:
         return da_top_k(
-            x, **shard, k=k, candidates=candidates, axis=axis, implementation=softmax.implementation
+            x,
+            shard["rows"],
+            shard["estimator"],
+            k=k,
+            candidates=candidates,
+            axis=axis,
+            implementation=softmax.implementation,
         )
 
     def search_gathered(shard: dict[str, Any], x: Queries) -> TopK:
         candidate_indices = nominate_from_scores(gathered(shard["estimator"].scores(x)), candidates)
         return rerank(
-            candidate_indices, softmax._sharded_exact_logits(shard, x, candidate_indices), k
+            candidate_indices, softmax._sharded_exact_scores(shard, x, candidate_indices), k
         )
 
     return {

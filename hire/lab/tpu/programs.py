@@ -24,7 +24,6 @@ from hire.lab.metrics.group_sparsity import searched
 from hire.lab.paths import RECORDS
 from hire.lab.rivals import dense
 from hire.lab.tpu import bundle_parser, compiler
-from hire.layers.ffn import activate
 from hire.models import Decoder, DecoderConfig, convert, preset
 from hire.models.generation import SplitModel, compiled_prefill, step
 from hire.ops.top_k import exact_top_k, floor_fraction
@@ -148,7 +147,7 @@ def dense_ffn(width: int, batch: int, form: str, neurons: int = NEURONS) -> Prog
     """Build a dense ReLU layer; one of the DENSE forms computes the up projection."""
 
     def function(matrices: tuple[Array, Array], x: Queries) -> Array:
-        return activate(DENSE[form](matrices[0], x)).astype(x.dtype) @ matrices[1]
+        return jax.nn.relu(DENSE[form](matrices[0], x)).astype(x.dtype) @ matrices[1]
 
     matrix = jax.ShapeDtypeStruct((neurons, width), jnp.bfloat16)
     return Program(
@@ -280,7 +279,7 @@ def decode_step(
         model = Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
         softmax, ffn_layers, (neurons, width) = None, None, (config.ffn_width, config.width)
         if search_softmax:
-            rows = row_kernel.blocks(model.token_embeddings())
+            rows = row_kernel.blocks(model.head_rows())
             softmax = HireSoftmax(
                 rows,
                 ESTIMATORS["LR int8"](config.vocabulary, width, RANK),

@@ -16,13 +16,14 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 from tokenizers import Tokenizer
 
+from hire import storage
 from hire.lab import records
 from hire.lab.data.text import Document, beginnings, documents
 from hire.lab.metrics.model_quality import score_documents
 from hire.lab.paths import CHECKPOINTS
 from hire.lab.training.baselines import baselines
 from hire.lab.training.plans import BOS, KINDS, SHIPPED, SMALL, Plan, plan_of
-from hire.models import Decoder, TextModel, storage
+from hire.models import Decoder, TextModel
 from hire.models.checkpoints import (
     check_folder,
     load_checkpoint,
@@ -30,7 +31,7 @@ from hire.models.checkpoints import (
     write_folder_checksums,
 )
 from hire.models.tokenizer import train_tokenizer
-from hire.models.weights import cache_folder
+from hire.storage import cache_folder
 from hire.types import Array, Float, Tokens
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hire.ops.activations import GATED_ACTIVATIONS, activate
 from hire.ops.cpu import ffi, row_scores
 from hire.ops.cpu.dots import ITEM_BYTES, add_rows, score_rows
 from hire.ops.cpu.numba_functions import function
@@ -42,6 +43,7 @@ def ffn(
     k: int,
     gate: Rows | QuantizedRows | None = None,
     num_static: int = 0,
+    activation: str = "relu",
 ) -> Float[Array, "b d"]:
     """Return the output of a layer from the best k of the given groups of each query.
 
@@ -53,9 +55,9 @@ def ffn(
             if they are shared, else the first ones.
         group: Rows of a group.
         k: Groups that each query keeps, at most c.
-        gate: Gate projection `(f, d)`, stored as `up`. Without it the activation is ReLU, with it
-            tanh GELU.
+        gate: Gate projection `(f, d)`, stored as `up`, or None.
         num_static: Number of groups, the first ones of `groups`, that every query keeps.
+        activation: As in `hire.ops.activations.activate`.
 
     Returns:
         Outputs, float32 `(b, d)`.
@@ -70,7 +72,7 @@ def ffn(
         for part in kernel_operands(matrix)
     ]
     keeps_ties = calls == 1 and b > 1
-    out, *_ = kernel(storage_of(up), gate is not None)(
+    out, *_ = kernel(storage_of(up), activation)(
         padded,
         jnp.asarray(groups).astype(jnp.int32),
         jnp.asarray([k, num_static, keeps_ties], jnp.int32),
@@ -97,17 +99,13 @@ def reference(
     k: int,
     gate: Float[Array, "f d"] | None = None,
     num_static: int = 0,
+    activation: str = "relu",
 ) -> Float[Array, "b d"]:
     """Return `ffn` in plain JAX, for rows of floats: one query after the other."""
 
     def one(x: Float[Array, " d"], groups: Indices) -> Float[Array, " d"]:
         rows = (groups[:, None] * group + jnp.arange(group)[None]).reshape(-1)
-        active = up[rows] @ x
-        active = (
-            jax.nn.relu(active)
-            if gate is None
-            else jax.nn.gelu(gate[rows] @ x, approximate=True) * active
-        )
+        active = activate(up[rows] @ x, None if gate is None else gate[rows] @ x, activation)
         scores = jnp.abs(active).reshape(-1, group).sum(1).at[:num_static].set(jnp.inf)
         kept = jnp.zeros(len(groups), bool).at[jax.lax.top_k(scores, k)[1]].set(True)
         return jnp.where(jnp.repeat(kept, group), active, 0.0) @ down[rows]
@@ -122,18 +120,27 @@ def gelu_tanh(value):
     return np.float32(0.5) * value * (np.float32(1) + np.float32(math.tanh(inner)))
 
 
+@function
+def silu(value):
+    """Return SiLU, `value * sigmoid(value)`."""
+    return value / (np.float32(1) + np.float32(math.exp(-value)))
+
+
+ACTIVATION_OF_GATE = {"gelu_tanh": gelu_tanh, "silu": silu}
+
+
 # Buffers of the kernel. All results but OUT are scratch; without a gate there is nothing in GATES.
 X, GROUPS, OPTIONS, UP, UP_SCALE, DOWN, DOWN_SCALE, GATE, GATE_SCALE = range(9)
 OUT, ACTIVE, GATES, KEYS, COUNTS, SUMS = range(6)
 
 
 @cache
-def kernel(storage: str, is_gated: bool) -> ffi.Kernel:
-    """Return the kernel for a storage of the matrices, with or without a gate."""
+def kernel(storage: str, activation: str) -> ffi.Kernel:
+    """Return the kernel for a storage of the matrices and an activation."""
     matrix = [(TYPE_OF_ROWS[storage], 2), ("float32", 1)]
-    num_matrices = 3 if is_gated else 2
+    num_matrices = 3 if activation in GATED_ACTIVATIONS else 2
     return ffi.Kernel(
-        f"hire_{'gated_' if is_gated else ''}group_ffn_{storage}",
+        f"hire_group_ffn_{activation}_{storage}",
         [("float32", 2), ("int32", 2), ("int32", 1), *num_matrices * matrix],
         [
             ("float32", 2),
@@ -145,7 +152,7 @@ def kernel(storage: str, is_gated: bool) -> ffi.Kernel:
         ],
         shape_check(storage, num_matrices),
         [
-            activation_loop(storage, is_gated),
+            activation_loop(storage, activation),
             ffi.parallel_loop(num_queries, keep),
             sum_loop(storage),
             parts_loop(OUT, SUMS),
@@ -226,13 +233,15 @@ def num_places(frame):
     return ffi.size(groups, 0) * ffi.size(groups, 1)
 
 
-def activation_loop(storage: str, is_gated: bool) -> Callable:
+def activation_loop(storage: str, activation: str) -> Callable:
     """Return the loop that computes the activations and the scores of the given groups."""
     score, item_bytes, is_scaled = (
         score_rows(storage),
         ITEM_BYTES[storage],
         storage in TYPE_OF_CODES,
     )
+    is_gated = activation in GATED_ACTIVATIONS
+    activation_of_gate = ACTIVATION_OF_GATE.get(activation, gelu_tanh)
 
     @function
     def multiply(frame, matrix, out, call, place, row):
@@ -265,7 +274,7 @@ def activation_loop(storage: str, is_gated: bool) -> Callable:
                     products[query, place, i] *= factors[row + i]
 
     @function
-    def activate(frame, start, stop):
+    def activate_groups(frame, start, stop):
         out, gates = ffi.result(frame, ACTIVE), ffi.result(frame, GATES)
         active, gate = ffi.floats_3d(out), ffi.floats_3d(gates)
         scores = ffi.floats_2d(ffi.result(frame, KEYS))
@@ -281,14 +290,14 @@ def activation_loop(storage: str, is_gated: bool) -> Callable:
                 for i in range(active.shape[2]):
                     value = active[query, place, i]
                     if is_gated:
-                        value = gelu_tanh(gate[query, place, i]) * value
+                        value = activation_of_gate(gate[query, place, i]) * value
                     elif value < 0:
                         value = np.float32(0)
                     active[query, place, i] = value
                     total += abs(value)
                 scores[query, place] = total
 
-    return ffi.parallel_loop(num_places, activate)
+    return ffi.parallel_loop(num_places, activate_groups)
 
 
 @function

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from platformdirs import user_cache_dir
 
 SIDECAR = ".sha256.json"  # suffix to the name of the (first) file that it covers
 MAX_SIDECAR_BYTES = 2**20
@@ -33,6 +34,16 @@ DISK_ERRORS = {
     errno.EACCES,
     errno.EPERM,
 }
+
+
+def cache_folder() -> Path:
+    """Returns the folder that stores slow results between runs.
+
+    It is $HIRE_CACHE, or the cache folder of the user. It is created if it does not exist.
+    """
+    folder = Path(os.environ.get("HIRE_CACHE") or user_cache_dir("hire"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def digest(path: str | Path) -> str:

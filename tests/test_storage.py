@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from hire.models import storage
+from hire import storage
 
 
 def names(folder):
