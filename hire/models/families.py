@@ -44,6 +44,7 @@ GEMMA_FIELDS = dict(
     hidden_activation="gelu_pytorch_tanh",
     query_pre_attn_scalar=256,
     sliding_window=4096,
+    eos_token_id=1,
 )
 DEFAULT_FIELDS: dict[str, dict[str, Any]] = {
     "gemma2": GEMMA_FIELDS
@@ -60,7 +61,7 @@ DEFAULT_FIELDS: dict[str, dict[str, Any]] = {
         rope_local_base_freq=1e4,
         sliding_window_pattern=6,
     ),
-    "llama": dict(max_position_embeddings=2048),
+    "llama": dict(max_position_embeddings=2048, eos_token_id=2),
     "qwen2": dict(max_position_embeddings=32768),
     "qwen3": dict(max_position_embeddings=32768, head_dim=128),
 }
@@ -356,6 +357,33 @@ def folder_config(path: Path, fields: Mapping[str, Any]) -> tuple[str, DecoderCo
         }
     )
     return family, configured(path, settings)
+
+
+def folder_end_tokens(
+    family: str, generation: Metadata, config: Metadata, vocabulary: int
+) -> tuple[int, ...]:
+    """Returns the tokens any of which ends a text, () if the files of a folder state none.
+
+    As in transformers, what a generation_config.json states comes before a config.json.
+
+    Args:
+        family: The family of the model.
+        generation: The fields of the generation_config.json, none if there is no such file.
+        config: The fields of the config.json.
+        vocabulary: Number of tokens in the vocabulary.
+
+    Raises:
+        ValueError: When a value is neither a token nor a list of tokens. The message names the file
+            and the value.
+    """
+    key = "eos_token_id"
+    metadata = config if generation.get(key) is None else generation
+    stated = metadata.get(key, DEFAULT_FIELDS[family].get(key, []))
+    tokens = stated if isinstance(stated, list) else [stated]
+    for token in tokens:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocabulary:
+            raise metadata.refused(key, stated, f"tokens from 0 to {vocabulary - 1}")
+    return tuple(dict.fromkeys(tokens))
 
 
 def folder_activation(metadata: Metadata, is_gemma: bool) -> str | None:

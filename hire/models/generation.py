@@ -6,7 +6,7 @@ is the larger program.
 """
 
 import operator
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import field, replace
 from functools import cached_property, partial
 from typing import Any, SupportsIndex
@@ -21,6 +21,7 @@ from hire.layers.logit_adjustments import LogitAdjustments, Penalties, checked_a
 from hire.models.cache import Cache
 from hire.models.decoder import Decoder, check_tokens
 from hire.models.lm_head import LMHeadSearch, top_tokens
+from hire.ops.checks import check_range
 from hire.ops.top_k import TopK
 from hire.pytrees import pytree
 from hire.sampling import check_sampling, sample
@@ -112,9 +113,8 @@ def prefill(
     Returns:
         The k best tokens `(b, k)` after each text, and the cache.
     """
-    hidden, cache = compiled_prefill(model.backbone, tokens, cache_length)
-    top = top_tokens(*model.lm_head, hidden[:, -1], k, adjustments)
-    return top, replace(cache, length=tokens.shape[1])
+    hidden, cache = hidden_of_prompts(model, tokens, cache_length, tokens.shape[1])
+    return top_tokens(*model.lm_head, hidden, k, adjustments), cache
 
 
 def step(
@@ -139,10 +139,29 @@ def step(
     Raises:
         ValueError: When the cache is full.
     """
+    hidden, cache = next_hidden(model, token, cache)
+    return top_tokens(*model.lm_head, hidden, k, adjustments), cache
+
+
+def next_hidden(
+    model: SplitModel, token: Int[AnyArray, " b"], cache: Cache
+) -> tuple[Float[Array, "b d"], Cache]:
+    """Runs the backbone of one decode step, without the LM head.
+
+    Args:
+        model: The split model.
+        token: Token ids, `(b,)`.
+        cache: As in `step`.
+
+    Returns:
+        The hidden states, `(b, d)`, and the cache with the new token.
+
+    Raises:
+        ValueError: When the cache is full.
+    """
     cache.check_room()
     hidden, new_cache = compiled_step(model.backbone, token, cache)
-    top = top_tokens(*model.lm_head, hidden, k, adjustments)
-    return top, replace(new_cache, length=cache.length + 1)
+    return hidden, replace(new_cache, length=cache.length + 1)
 
 
 @partial(jax.jit, static_argnames="cache_length")
@@ -212,8 +231,78 @@ def generate(
             model returns fewer than `top_k` tokens.
     """
     prompts = as_prompts(tokens, model.config.vocabulary)
+    generated = stream_tokens(
+        model,
+        prompts,
+        new_tokens=new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        mask=mask,
+        logit_bias=logit_bias,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+        cache_length=cache_length,
+    )
+    continuations = jnp.stack(list(generated), axis=-1).astype(jnp.int32)
+    return jnp.concatenate([prompts, continuations], axis=-1)
+
+
+def stream_tokens(
+    model: Decoder,
+    tokens: Any,
+    *,
+    new_tokens: SupportsIndex,
+    temperature: Any = 0.0,
+    top_k: Any = None,
+    top_p: Any = 1.0,
+    min_p: Any = 0.0,
+    mask: Any = None,
+    logit_bias: Any = None,
+    repetition_penalty: Any = 1.0,
+    presence_penalty: Any = 0.0,
+    frequency_penalty: Any = 0.0,
+    seed: SupportsIndex = 0,
+    cache_length: SupportsIndex | None = None,
+    prefill_length: SupportsIndex | None = None,
+) -> Iterator[Int[Array, "*b"]]:
+    """Generates the tokens of `generate` one by one, so that the caller can stop early.
+
+    Args:
+        model: As in `generate`.
+        tokens: As in `generate`: `(b, t)` or `(t,)`.
+        new_tokens: The largest number of tokens to generate, at least 1.
+        temperature: As in `generate`, like the settings up to `cache_length`.
+        top_k: See `generate`.
+        top_p: See `generate`.
+        min_p: See `generate`.
+        mask: See `generate`.
+        logit_bias: See `generate`.
+        repetition_penalty: See `generate`.
+        presence_penalty: See `generate`.
+        frequency_penalty: See `generate`.
+        seed: See `generate`.
+        cache_length: See `generate`.
+        prefill_length: Number of prompt tokens that prefill takes; decode steps take the others.
+            Prefill compiles one program per length, so a few lengths keep the programs few. The
+            default is t.
+
+    Returns:
+        An iterator over the next token of each prompt, int32 `(b,)`, or `()` for one prompt.
+
+    Raises:
+        ValueError: As `generate`, at the call and not at the first token. Also when
+            `prefill_length` is not in 1..t.
+    """
+    prompts = as_prompts(tokens, model.config.vocabulary)
     batch_shape, t = prompts.shape[:-1], prompts.shape[-1]
     new_tokens = check_integer("new_tokens", new_tokens)
+    if prefill_length is not None:
+        check_range("prefill_length", prefill_length, 1, t, "the tokens of a prompt")
+    num_prefilled = t if prefill_length is None else operator.index(prefill_length)
     seed = check_integer("seed", seed)
     room = t + new_tokens if cache_length is None else check_integer("cache_length", cache_length)
     if new_tokens < 1 or not t + new_tokens <= room <= model.config.context:
@@ -235,32 +324,57 @@ def generate(
         isinstance(value, Tracer) or np.any(np.asarray(value) != neutral)
         for value, neutral in zip(penalties, (1, 0, 0), strict=True)
     )
-    if 0 in batch_shape:
-        return jnp.zeros((*batch_shape, t + new_tokens), jnp.int32)
     texts = prompts.reshape(-1, t)
     split_model = SplitModel.of(model)
     draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     keys = jax.random.split(jax.random.key(seed), new_tokens)
-    generated: list[Int[Array, " b"]] = []
     # The penalised tokens, with room for the continuations: -1 is no token.
-    penalized_tokens = jnp.pad(texts, ((0, 0), (0, new_tokens)), constant_values=-1)
+    penalized_tokens = (
+        jnp.pad(texts, ((0, 0), (0, room - t)), constant_values=-1) if is_penalized else None
+    )
 
     def changes() -> LogitAdjustments | None:
-        if is_penalized:
+        if penalized_tokens is not None:
             return replace(adjustments, penalties=Penalties(penalized_tokens, *penalties))
         return None if adjustments.is_empty else adjustments
 
-    top, cache = prefill(split_model, texts, room, k, changes())
-    generated.append(draw(top, keys[0]))
-    for place in range(1, new_tokens):
-        if is_penalized:
-            penalized_tokens = penalized_tokens.at[:, t + place - 1].set(
-                generated[-1].astype(jnp.int32)
-            )
-        top, cache = step(split_model, generated[-1], cache, k, changes())
-        generated.append(draw(top, keys[place]))
-    sequences = jnp.concatenate([texts, jnp.stack(generated, axis=1).astype(jnp.int32)], axis=1)
-    return sequences.reshape(*batch_shape, -1)
+    def steps() -> Iterator[Int[Array, "*b"]]:
+        nonlocal penalized_tokens
+        hidden, cache = hidden_of_prompts(split_model, texts, room, num_prefilled)
+        for place, key in enumerate(keys, t):
+            top = top_tokens(*split_model.lm_head, hidden, k, changes())
+            token = draw(top, key).astype(jnp.int32)
+            yield token.reshape(batch_shape)
+            if place + 1 == t + new_tokens:
+                return
+            if penalized_tokens is not None:
+                penalized_tokens = penalized_tokens.at[:, place].set(token)
+            hidden, cache = next_hidden(split_model, token, cache)
+
+    if 0 in batch_shape:
+        return iter([jnp.zeros(batch_shape, jnp.int32)] * new_tokens)
+    return steps()
+
+
+def hidden_of_prompts(
+    model: SplitModel, tokens: Tokens, cache_length: int, prefill_length: int
+) -> tuple[Float[Array, "b d"], Cache]:
+    """Returns the hidden states after the last token of each prompt.
+
+    Args:
+        model: The split model.
+        tokens: Token ids, `(b, t)`.
+        cache_length: Cache length, in tokens.
+        prefill_length: Number of tokens that prefill takes; decode steps take the others.
+
+    Returns:
+        The hidden states, `(b, d)`, and the cache.
+    """
+    prefilled, cache = compiled_prefill(model.backbone, tokens[:, :prefill_length], cache_length)
+    hidden, cache = prefilled[:, -1], replace(cache, length=prefill_length)
+    for place in range(prefill_length, tokens.shape[1]):
+        hidden, cache = next_hidden(model, tokens[:, place], cache)
+    return hidden, cache
 
 
 def check_integer(name: str, value: Any) -> int:

@@ -17,12 +17,12 @@ from hire import storage
 from hire.models.config import DecoderConfig
 from hire.models.families import gguf_config
 from hire.models.gguf_header import check_gguf_header
-from hire.models.tokenizer import gguf_tokenizer, read_tokenizer
+from hire.models.tokenizer import gguf_end_tokens, gguf_tokenizer, read_tokenizer
 from hire.models.weights import TRANSPOSED, FileContents, check_names, check_shape, checked, named
 from hire.storage import digest
 
 # Version of the files in the cache. Increase it if the reader of GGUF files changes.
-UNPACKED_VERSION = 4
+UNPACKED_VERSION = 5
 
 LARGE_VALUES = ("tokens", "scores", "token_type", "merges")  # under tokenizer.ggml
 
@@ -73,6 +73,7 @@ def read_gguf_once(
         return dict(
             config=asdict(contents.config),
             first_token=contents.first_token,
+            end_tokens=contents.end_tokens,
             weights_precision=contents.weights_precision,
         )
 
@@ -84,6 +85,7 @@ def read_gguf_once(
         load_file(files[0]),
         read_tokenizer(files[1]),
         metadata["first_token"],
+        tuple(metadata["end_tokens"]),
         metadata["weights_precision"],
     )
 
@@ -136,8 +138,9 @@ def read_gguf(path: Path, check_config: Callable[[DecoderConfig], None]) -> File
         if metadata["general.architecture"] == "llama":
             array = in_half_split_order(weight_name, array, config.head_width)
         arrays[weight_name] = checked(path, weight_name, array, shape)
-    tokenizer, first_token = tokenizer_of(path, reader, metadata, config)
-    return FileContents(config, arrays, tokenizer, first_token, precision_of(metadata, tensors))
+    tokenizer, first_token, end_tokens = tokenizer_of(path, reader, metadata, config)
+    precision = precision_of(metadata, tensors)
+    return FileContents(config, arrays, tokenizer, first_token, end_tokens, precision)
 
 
 def without_rounding(value: Any) -> Any:
@@ -201,8 +204,8 @@ def in_half_split_order(weight_name: str, array: np.ndarray, head_width: int) ->
 
 def tokenizer_of(
     path: Path, reader: Any, metadata: Mapping[str, Any], config: DecoderConfig
-) -> tuple[Tokenizer, int | None]:
-    """Returns the tokenizer of a GGUF and the token that begins every text.
+) -> tuple[Tokenizer, int | None, tuple[int, ...]]:
+    """Returns the tokenizer of a GGUF, the token that begins every text, and those that end one.
 
     Raises:
         ValueError: When the tokenizer is damaged or not supported.
@@ -213,7 +216,8 @@ def tokenizer_of(
             for name in LARGE_VALUES
             if f"tokenizer.ggml.{name}" in reader.fields
         }
-        return gguf_tokenizer(metadata, lists, config.vocabulary)
+        tokenizer, first_token = gguf_tokenizer(metadata, lists, config.vocabulary)
+        return tokenizer, first_token, gguf_end_tokens(metadata, len(lists["tokens"]))
     except Exception as error:  # the library raises plain Exception
         raise ValueError(
             f"{path}: its tokenizer cannot be read ({type(error).__name__}: {error}); expected one "

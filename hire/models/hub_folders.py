@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from hire import storage
 from hire.models.config import DecoderConfig
-from hire.models.families import GEMMAS, folder_config
+from hire.models.families import GEMMAS, Metadata, folder_config, folder_end_tokens
 from hire.models.tokenizer import first_token_of, read_tokenizer
 from hire.models.weights import FileContents, check_names, checked, named
 
@@ -25,7 +25,7 @@ def read_folder(folder: Path, check_config: Callable[[DecoderConfig], None]) -> 
 
     Args:
         folder: Path of the folder. It contains .safetensors files, a config.json and a
-            tokenizer.json.
+            tokenizer.json, and a generation_config.json if the model has one.
         check_config: Function that raises when the model is too large to be built. It is called
             before any tensor is read.
 
@@ -42,7 +42,16 @@ def read_folder(folder: Path, check_config: Callable[[DecoderConfig], None]) -> 
         raise ValueError(
             f"{folder}: expected .safetensors files, a config.json and a tokenizer.json in it"
         )
-    family, config = folder_config(config_path, read_config(config_path))
+    fields = read_config(config_path)
+    family, config = folder_config(config_path, fields)
+    generation_path = folder / "generation_config.json"
+    generation = read_config(generation_path) if generation_path.exists() else {}
+    end_tokens = folder_end_tokens(
+        family,
+        Metadata(generation_path, generation),
+        Metadata(config_path, fields),
+        config.vocabulary,
+    )
     check_config(config)
     tokenizer = read_tokenizer(tokenizer_path)
     check_tokenizer(tokenizer_path, tokenizer, config)
@@ -64,7 +73,7 @@ def read_folder(folder: Path, check_config: Callable[[DecoderConfig], None]) -> 
     if first_token is None and family in GEMMAS:
         first_token = tokenizer.token_to_id("<bos>")
     precision = f"{'/'.join(sorted(dtypes))} weights"
-    return FileContents(config, arrays, tokenizer, first_token, precision)
+    return FileContents(config, arrays, tokenizer, first_token, end_tokens, precision)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -78,7 +87,9 @@ def read_config(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path.stat().st_size} bytes")
         fields = json.loads(path.read_text())
         if "text_config" in fields:
-            fields = fields["text_config"] | dict(model_type=fields["model_type"])
+            outer = {key: fields.get(key) for key in ("model_type", "eos_token_id")}
+            stated = {key: value for key, value in outer.items() if value is not None}
+            fields = fields["text_config"] | stated
         if not isinstance(fields, dict):
             raise ValueError(f"a {type(fields).__name__}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -22,7 +22,7 @@ from hire.models.tokenizer import byte_tokenizer
 from hire.models.weights import FileContents, fill
 from hire.storage import cache_folder, digest
 
-HUB_FILES = ["*.safetensors", "tokenizer.json", "config.json"]
+HUB_FILES = ["*.safetensors", "tokenizer.json", "config.json", "generation_config.json"]
 
 
 class Published(NamedTuple):
@@ -58,12 +58,15 @@ class TextModel:
         tokenizer: The tokenizer.
         weights_precision: The precision in which the file stores the weights.
         first_token: Token that begins every text, <bos> in most models; None if there is none.
+        end_tokens: Tokens any of which ends a text, as the model's file states them; () if it
+            states none. The defaults of both are those of the tokenizers of this package.
     """
 
     model: Decoder
     tokenizer: Tokenizer
     weights_precision: str
     first_token: int | None = 2
+    end_tokens: tuple[int, ...] = (1,)
 
     def tokens(self, text: str, limit: int | None = None) -> np.ndarray:
         """Returns the token ids of a text.
@@ -121,7 +124,13 @@ def load(source: str | Path, *, dtype: DTypeLike = jnp.float32) -> TextModel:
         check_config(preset(str(source)))
     contents = read(source, check_config)
     model = fill(contents.config, contents.arrays, dtype)
-    return TextModel(model, contents.tokenizer, contents.weights_precision, contents.first_token)
+    return TextModel(
+        model,
+        contents.tokenizer,
+        contents.weights_precision,
+        contents.first_token,
+        contents.end_tokens,
+    )
 
 
 def read(source: str | Path, check_config: Callable[[DecoderConfig], None]) -> FileContents:

@@ -73,6 +73,28 @@ def gguf_tokenizer(
     return tokenizer, int(first)
 
 
+# End of text, of turn and of message. llama.cpp stops at each of them.
+GGUF_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+
+def gguf_end_tokens(metadata: Mapping[str, Any], count: int) -> tuple[int, ...]:
+    """Returns the tokens any of which ends a text, () if a GGUF states none.
+
+    Args:
+        metadata: The metadata of the GGUF, by key.
+        count: Number of pieces.
+
+    Raises:
+        ValueError: When one is no token. The message names the key and the value.
+    """
+    keys = [f"tokenizer.ggml.{key}" for key in GGUF_END_KEYS]
+    stated = {key: metadata[key] for key in keys if key in metadata}
+    for key, token in stated.items():
+        if not 0 <= token < count:
+            raise ValueError(f"{key} = {token}, expected 0 to {count - 1}")
+    return tuple(dict.fromkeys(map(int, stated.values())))
+
+
 LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 
 
@@ -237,7 +259,7 @@ def byte_tokenizer() -> Tokenizer:
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
     """Trains a byte-level BPE tokenizer.
 
-    The first four ids are control tokens. <bos> is 2, as in Gemma.
+    The first four ids are control tokens. <eos> is 1 and <bos> is 2, as in Gemma.
 
     Args:
         texts: The training texts.

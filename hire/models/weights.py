@@ -84,6 +84,7 @@ class FileContents(NamedTuple):
         arrays: The weights, by their names in this package.
         tokenizer: The tokenizer.
         first_token: Token that begins every text, or None.
+        end_tokens: Tokens any of which ends a text.
         weights_precision: The precision in which the file stores the weights.
     """
 
@@ -91,6 +92,7 @@ class FileContents(NamedTuple):
     arrays: dict[str, np.ndarray]
     tokenizer: Tokenizer
     first_token: int | None
+    end_tokens: tuple[int, ...]
     weights_precision: str
 
 

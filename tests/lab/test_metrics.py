@@ -18,9 +18,9 @@ import hire
 from hire.lab.data import model_states, questions
 from hire.lab.data.text import Document
 from hire.lab.metrics import intervals, lm_eval_tasks, model_quality
-from hire.lab.metrics.lm_eval_model import Harness
+from hire.lab.metrics.lm_eval_model import LENGTHS, Harness, request_seed
 from hire.models import TextModel
-from hire.models.tokenizer import byte_tokenizer
+from hire.models.tokenizer import byte_tokenizer, train_tokenizer
 from hire.storage import digest
 
 TEXTS = [
@@ -32,6 +32,12 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def subject(tiny):
     return TextModel(tiny, byte_tokenizer(), "random weights")
+
+
+@pytest.fixture(scope="module")
+def without_first(subject):
+    """The same model with texts that have no first token, as SmolLM2 has it."""
+    return replace(subject, first_token=None, end_tokens=(0, 3))
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +72,65 @@ def test_every_token_is_asked_for_once_with_its_context():
     assert [count for _, count in model_states.sliding(np.arange(8), 4, 2)] == [4, 2, 1]
     with pytest.raises(ValueError, match="stride = 5"):
         model_states.sliding(np.arange(9), 4, 5)
+
+
+def test_without_a_first_token_the_first_of_a_text_is_not_asked_for():
+    windows = model_states.sliding(np.arange(10, 19), 4, 2, repeat_first=False)
+    assert [(list(tokens), count) for tokens, count in windows] == [
+        ([10, 11, 12, 13, 14], 4),
+        ([12, 13, 14, 15, 16], 2),
+        ([14, 15, 16, 17, 18], 2),
+    ]
+    assert model_states.sliding(np.arange(1), 4, 2, repeat_first=False) == []
+
+
+def test_a_continuation_without_context_begins_after_the_first_known_token(subject, without_first):
+    for context, counts in (("", (3, 2)), ("The ", (3, 3))):
+        asked = [model_states.continuation(s, context, "sea") for s in (subject, without_first)]
+        assert tuple(request.queries for request in asked) == counts
+        assert asked[0].tokens.tolist() == [2, *asked[1].tokens.tolist()]
+    with pytest.raises(ValueError, match="text 0: 0 of 1"):
+        model_states.states_of(
+            without_first.model, [model_states.continuation(without_first, "", "a")]
+        )
+
+
+@pytest.mark.parametrize("length", [16, 100])
+def test_scores_of_documents_are_those_of_adjacent_windows(subject, without_first, length):
+    tokens = subject.tokens(TEXTS[0].text)[1:]
+    after_first = [  # each window after <bos> alone
+        -log_p(subject.model, [2, *tokens[start : start + length]])[0].sum()
+        for start in range(0, 53, length)
+    ]
+    after_another = [  # each window after the token before it
+        -log_p(subject.model, tokens[start : start + length + 1])[0].sum()
+        for start in range(0, 52, length)
+    ]
+    for one, windows, count in ((subject, after_first, 53), (without_first, after_another, 52)):
+        scores = model_quality.score_documents(one, TEXTS, length)
+        assert scores.nats[0] == pytest.approx(np.sum(windows), rel=1e-5)
+        assert scores.tokens.tolist() == [count, count - 45] and scores.bytes.tolist() == [53, 8]
+
+
+def test_losses_of_documents_by_hand(subject, without_first):
+    """All logits 0: every predicted byte takes log 300 nats; "a" alone has none to predict."""
+    flat = nnx.merge(*nnx.split(subject.model))
+    flat.embedding = nnx.Param(jnp.zeros_like(flat.embedding[...]))
+    texts = [*TEXTS, Document("three", "novel", "a")]
+    for one, counts in ((subject, [53, 8, 1]), (without_first, [52, 7, 0])):
+        one = replace(one, model=flat)
+        scores = model_quality.score_documents(one, texts, 16)
+        assert scores.tokens.tolist() == counts and scores.tokens.dtype == int
+        np.testing.assert_allclose(scores.nats, np.log(300) * np.asarray(counts), rtol=1e-6)
+        states = model_states.document_states(one, TEXTS, 16, 8)
+        assert np.bincount(states.documents).tolist() == counts[:2]
+        outputs = model_quality.head_outputs(flat.head_rows(), states)
+        other = model_quality.scores_of(outputs, states, TEXTS)
+        np.testing.assert_allclose(other.nats, scores.nats[:2], rtol=1e-6)
+    with pytest.raises(ValueError, match="1 documents"):
+        model_quality.score_documents(one, texts[2:], 16)
+    with pytest.raises(ValueError, match="'three'"):
+        model_states.document_states(one, texts[2:], 16, 8)
 
 
 def test_bits_per_byte_by_hand(subject):
@@ -196,6 +261,117 @@ def test_the_adapter_is_the_model(subject):
     )
 
 
+def test_the_adapter_of_a_model_without_a_first_token(without_first):
+    lm, model = Harness(without_first), without_first.model
+    sea = without_first.tokens("The sea").tolist()
+    assert (lm.prefix_token_id, lm.eot_token_id) == (0, 0)
+    assert [lm.tok_encode("The sea", add) for add in (None, True, False)] == [sea] * 3
+    pairs = [("The sea", " is wide"), ("", "The sea"), (" ", "The")]
+    output = lm.loglikelihood(requested("loglikelihood", *pairs))
+    # Without a context, the end of the text before is the context.
+    for tokens, count, (likely, _) in zip(
+        (without_first.tokens("The sea is wide"), [0, *sea], [0, *without_first.tokens(" The")]),
+        (8, 7, 4),
+        output,
+        strict=True,
+    ):
+        expected, _ = log_p(model, np.asarray(tokens))
+        assert likely == pytest.approx(expected[-count:].sum(), rel=1e-4)
+    (rolled,) = lm.loglikelihood_rolling(requested("loglikelihood_rolling", ("The sea",)))
+    assert rolled == pytest.approx(log_p(model, np.asarray([0, *sea]))[0].sum(), rel=1e-5)
+    assert rolled == pytest.approx(output[1][0], rel=1e-5)
+    tokens = np.asarray(hire.generate(model, [0], new_tokens=4))[1:].tolist()
+    assert lm.generate_text("", dict(max_gen_toks=4)) == without_first.tokenizer.decode(tokens)
+    endless = Harness(replace(without_first, end_tokens=()))
+    for name in ("eot_token_id", "prefix_token_id"):
+        with pytest.raises(ValueError, match="end_tokens"):
+            getattr(endless, name)
+
+
+def test_a_first_token_is_added_once(subject):
+    tokenizer = train_tokenizer(["the sea the sea"], 280)
+    lm = Harness(replace(subject, tokenizer=tokenizer))
+    text = tokenizer.encode("sea").ids
+    assert [lm.tok_encode("sea", add) for add in (None, True, False)] == [
+        [2, *text], [2, *text], text,
+    ]  # fmt: skip
+    assert lm.tok_encode("<bos>sea") == [2, *text]
+    assert lm.tok_encode("<bos>sea", add_special_tokens=True) == [2, 2, *text]
+    assert lm.tok_encode("") == [2]
+
+
+def test_text_ends_at_each_end_token(subject):
+    prompt, sampling = subject.tokens("The sea"), dict(temperature=2.0, top_k=8)
+    seed = request_seed(0, "The sea", 0)
+    written = hire.generate(subject.model, prompt, new_tokens=12, seed=seed, **sampling)
+    written = written[8:].tolist()
+    end = next(token for token in written if token != written[0])
+    expected = subject.tokenizer.decode(written[: written.index(end)])
+    settings = sampling | dict(max_gen_toks=12)
+    for end_tokens in ((end,), (299, end)):
+        lm = Harness(replace(subject, end_tokens=end_tokens))
+        assert lm.generate_text("The sea", settings) == expected
+    lm = Harness(replace(subject, end_tokens=()))
+    assert lm.generate_text("The sea", settings) == subject.tokenizer.decode(written)
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        (dict(temperature=0.7), dict(temperature=0.7, top_k=300)),
+        (dict(do_sample=True, temperature=1, top_k=8), dict(temperature=1.0, top_k=8)),
+        (dict(do_sample=True, temperature=2.0, top_k=0), dict(temperature=2.0, top_k=300)),
+        (dict(temperature=2.0, top_k=-1, top_p=0.9), dict(temperature=2.0, top_k=300, top_p=0.9)),
+        (dict(temperature=1.5, min_p=0.5, top_k=20), dict(temperature=1.5, min_p=0.5, top_k=20)),
+        (dict(repetition_penalty=1.5), dict(repetition_penalty=1.5)),
+        (
+            dict(temperature=1.0, top_k=20, presence_penalty=2, frequency_penalty=1.0),
+            dict(temperature=1.0, top_k=20, presence_penalty=2.0, frequency_penalty=1.0),
+        ),
+        # Greedy by lm-eval's own rules, whatever else is stated.
+        (dict(do_sample=False, temperature=1.0), {}),
+        (dict(do_sample=False, top_k=1000, top_p=0.5, min_p=0.1, num_beams=1), {}),
+        (dict(do_sample=None, temperature=None, top_p=0.95), {}),
+    ],
+)
+def test_settings_are_those_of_generate(subject, settings, expected):
+    lm = Harness(replace(subject, end_tokens=()))
+    for seed in (0, 5):
+        asked = settings | dict(max_gen_toks=6, seed=seed)
+        texts = lm.generate_until(requested("generate_until", *[("The sea", asked)] * 2))
+        for repeat, text in enumerate(texts):
+            written = hire.generate(
+                subject.model,
+                subject.tokens("The sea"),
+                new_tokens=6,
+                seed=request_seed(seed, "The sea", repeat),
+                **expected,
+            )
+            assert text == subject.tokenizer.decode(written[8:].tolist())
+
+
+def test_sampling_repeats_from_run_to_run_and_differs_between_requests(subject, softmax):
+    sampled = dict(do_sample=True, temperature=2.0, max_gen_toks=8)
+    asked = [("The sea", sampled)] * 2 + [("A whale", sampled), ("The sea", sampled | dict(seed=1))]
+    texts, again = (
+        Harness(subject).generate_until(requested("generate_until", *asked)) for _ in range(2)
+    )
+    assert texts == again and len(set(texts)) == 4
+    # Other requests change nothing, nor does a search that finds the same tokens.
+    every = replace(softmax, k=300, candidates=300)
+    assert Harness(subject, every).generate_text(*asked[2]) == texts[2]
+    some, dense = Harness(subject, replace(softmax, candidates=300)), Harness(subject)
+    few = sampled | dict(top_k=8)
+    assert some.generate_text("The sea", few) == dense.generate_text("The sea", few)
+
+
+@pytest.mark.parametrize("top_k", [None, 0, -1, 9, 300])
+def test_a_search_samples_from_no_more_tokens_than_it_returns(subject, softmax, top_k):
+    with pytest.raises(ValueError, match=f"top_k = {top_k or None}|top_k = None") as error:
+        Harness(subject, softmax).generate_text("Ahab", dict(temperature=1.0, top_k=top_k))
+    assert "8" in str(error.value) and "\n" not in str(error.value)
+
+
 def test_greedy_text_ends_at_the_stop_text(subject, softmax):
     tokens = np.asarray(hire.generate(subject.model, subject.tokens("Ahab")[None], new_tokens=4))[0]
     asked = (
@@ -216,24 +392,38 @@ def test_greedy_text_ends_at_the_stop_text(subject, softmax):
 @pytest.mark.parametrize(
     "settings, value",
     [
-        (dict(do_sample=True), "True"),
-        (dict(temperature=0.7), "0.7"),
-        (dict(do_sample=True, temperature=0.0), "True"),
-        (dict(num_beams=4), "4"),
-        (dict(max_tokns=3), "max_tokns"),
-        (dict(max_gen_toks=0), "0"),
-        (dict(max_gen_toks=2.5), "2.5"),
-        (dict(max_gen_toks=4, max_new_tokens=8), "8"),
+        (dict(do_sample=True), "do_sample = True.*0.0"),
+        (dict(do_sample=True, temperature=0), "do_sample = True.*0"),
+        (dict(do_sample="yes"), "do_sample = 'yes'"),
+        (dict(temperature=-0.5), "temperature = -0.5"),
+        (dict(temperature=float("nan")), "temperature = nan"),
+        (dict(temperature=float("inf")), "temperature = inf"),
+        (dict(temperature="hot"), "temperature = 'hot'"),
+        (dict(temperature=1.0, top_p=1.5), "top_p = 1.5"),
+        (dict(temperature=1.0, top_p="0.9"), "top_p = '0.9'"),
+        (dict(temperature=1.0, min_p=-0.1), "min_p = -0.1"),
+        (dict(temperature=1.0, top_k=301), "top_k = 301"),
+        (dict(temperature=1.0, top_k=2.5), "top_k = 2.5"),
+        (dict(temperature=1.0, seed=0.5), "seed = 0.5"),
+        (dict(repetition_penalty=0.0), "repetition.* = 0"),
+        (dict(num_beams=4), "num_beams = 4"),
+        (dict(max_tokns=3), "'max_tokns' = 3"),
+        (dict(max_length=30), "'max_length' = 30"),
+        (dict(max_gen_toks=0), "max_gen_toks = 0"),
+        (dict(max_gen_toks=2.5), "max_gen_toks = 2.5"),
+        (dict(max_gen_toks=4, max_new_tokens=8), "max_gen_toks = 4 and max_new_tokens = 8"),
+        (dict(until=["a", 3]), r"until = \['a', 3\]"),
     ],
 )
-def test_settings_that_greedy_decoding_cannot_have_are_refused(subject, settings, value):
-    with pytest.raises(ValueError, match=value):
+def test_settings_that_cannot_be_honoured_are_refused(subject, settings, value):
+    with pytest.raises(ValueError, match=value) as error:
         Harness(subject).generate_until(
             requested("generate_until", ("Ahab", dict(until=["x"]) | settings))
         )
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens"])
+@pytest.mark.parametrize("name", LENGTHS)
 def test_every_name_of_a_length_is_honoured(subject, name):
     greedy = dict(do_sample=False, temperature=0.0, until="")
     assert Harness(subject).generate_text("Ahab", greedy | {name: 3}) == "bbb"

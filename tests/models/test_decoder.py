@@ -17,7 +17,7 @@ from model_files import gemma3_fields, gemma3_metadata, hub_names, write_folder,
 import hire
 from hire.lab.metrics import numpy_decoder
 from hire.models import Decoder, convert, generate, load, preset
-from hire.models.generation import SplitModel, compiled_step, prefill, step
+from hire.models.generation import SplitModel, compiled_step, prefill, step, stream_tokens
 from hire.models.kv_search import KeySearch
 from hire.models.lm_head import top_tokens
 from hire.models.tokenizer import byte_tokenizer
@@ -279,6 +279,35 @@ def test_sampling_draws_with_the_seed_among_the_best(tiny, rng):
     )
     best = hire.exact_top_k(tiny.logits(tiny.prefill(tokens)[0][:, -1]), 3).indices[0].tolist()
     assert {tokens[0] for tokens in drawn} <= set(best)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        dict(temperature=3.0, top_k=9, seed=4),
+        dict(temperature=3.0, repetition_penalty=2.0, presence_penalty=0.5, cache_length=64),
+    ],
+)
+@pytest.mark.parametrize("prefill_length", [None, 1, 4, 7])
+def test_a_stream_gives_the_tokens_of_generate(tiny, rng, settings, prefill_length):
+    tokens = texts(rng, 2, 7)
+    written = generate(tiny, tokens, new_tokens=6, **settings)
+    stream = stream_tokens(tiny, tokens, new_tokens=6, prefill_length=prefill_length, **settings)
+    parts = [next(stream) for _ in range(6)]
+    assert next(stream, None) is None
+    assert all(part.shape == (2,) and part.dtype == jnp.int32 for part in parts)
+    assert np.stack(parts, axis=1).tolist() == written[:, 7:].tolist()
+    one = list(stream_tokens(tiny, tokens[0], new_tokens=2))
+    assert [part.shape for part in one] == [(), ()]
+
+
+@pytest.mark.parametrize("length", [0, 8, True])
+def test_a_stream_is_checked_at_the_call(tiny, rng, length):
+    with pytest.raises(ValueError, match=f"prefill_length = {length}"):
+        stream_tokens(tiny, texts(rng, 1, 7), new_tokens=2, prefill_length=length)
+    with pytest.raises(ValueError, match="new_tokens = 0"):
+        stream_tokens(tiny, texts(rng, 1, 7), new_tokens=0)
 
 
 def test_bfloat16_runs_in_bfloat16_and_stays_near(rng):

@@ -426,6 +426,70 @@ def test_a_folder_may_be_in_several_files(tmp_path, subject, family, rng):
         assert load(folder).model.config == subject.model.config
 
 
+@pytest.mark.parametrize(
+    "stated, expected", [({}, ()), (dict(eos=7), (7,)), (dict(eot=9, eos=7, eom=7), (7, 9))]
+)
+def test_a_gguf_states_its_end_tokens(tmp_path, monkeypatch, stated, expected):
+    monkeypatch.setenv("HIRE_CACHE", str(tmp_path / "cache"))
+    keys = {f"tokenizer.ggml.{name}_token_id": token for name, token in stated.items()}
+    arrays = in_gguf("llama", random_arrays("llama"))
+    metadata = metadata_of("llama") | keys
+    path = write_gguf(tmp_path / "end.gguf", arrays, metadata, architecture="llama")
+    for _ in range(2):  # from the file, and from the cache
+        assert load(path).end_tokens == expected
+
+
+@pytest.mark.parametrize(
+    "config, generation, expected",
+    [
+        ({}, None, (2,)),  # what transformers assumes for a Llama
+        (dict(eos_token_id=None), None, (2,)),
+        (dict(eos_token_id=8), {}, (8,)),
+        (dict(eos_token_id=[8, 5]), dict(eos_token_id=None), (8, 5)),
+        (dict(eos_token_id=8), dict(eos_token_id=[9, 8, 9]), (9, 8)),
+    ],
+)
+def test_a_folder_states_its_end_tokens(tmp_path, config, generation, expected):
+    tensors = hub_names(random_arrays("llama"), gemma=False)
+    folder = write_folder(tmp_path / "model", tensors, fields_of("llama") | config)
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    assert load(folder).end_tokens == expected
+
+
+@pytest.mark.parametrize("family, expected", [("gemma3", (1,)), ("qwen3", ())])
+def test_families_differ_in_the_end_token_of_a_silent_folder(tmp_path, family, expected):
+    tensors = hub_names(random_arrays(family), gemma=family == "gemma3")
+    fields = fields_of(family)
+    assert load(write_folder(tmp_path / "model", tensors, fields)).end_tokens == expected
+    nested = dict(model_type=fields["model_type"], text_config=fields, eos_token_id=[6, 4])
+    assert load(write_folder(tmp_path / "nested", tensors, nested)).end_tokens == (6, 4)
+
+
+@pytest.mark.parametrize("token", [-1, 300, 2.0, True, "<eos>", [2, 300], dict(id=2)])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_an_end_token_that_is_none_is_named(tmp_path, file, token):
+    stated = dict(eos_token_id=token)
+    fields = fields_of("llama") | (stated if file == "config.json" else {})
+    folder = write_folder(
+        tmp_path / "other", hub_names(random_arrays("llama"), gemma=False), fields
+    )
+    if file == "generation_config.json":
+        (folder / file).write_text(json.dumps(stated))
+    with pytest.raises(ValueError, match=f"/{file}: eos_token_id") as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_an_end_token_beyond_the_pieces_of_a_gguf_is_named(tmp_path):
+    metadata = metadata_of("llama") | {"tokenizer.ggml.eot_token_id": 299}
+    arrays = in_gguf("llama", random_arrays("llama"))
+    path = write_gguf(tmp_path / "other.gguf", arrays, metadata, architecture="llama")
+    with pytest.raises(ValueError, match="other.gguf.*eot_token_id = 299") as error:
+        load(path)
+    assert "\n" not in str(error.value)
+
+
 def test_a_source_that_is_not_there_is_named(tmp_path, monkeypatch):
     def offline(*_, **__):
         raise ConnectionError("Name or service not known\nmore")

@@ -24,6 +24,10 @@ def file(gemma):
     return gguf.GGUFReader(find_weights("gemma3_270m"))
 
 
+def test_the_file_states_its_first_and_end_tokens(gemma):
+    assert gemma.first_token == 2 and gemma.end_tokens == (1,)  # <bos>, <eos>
+
+
 def test_losses_are_those_of_plain_numpy_on_the_file_itself(gemma, file):
     tensors = {tensor.name: tensor for tensor in file.tensors}
     unpacked = {}

@@ -1,5 +1,7 @@
 """The second real model: SmolLM2-135M from its own file, against plain numpy and a plain BPE."""
 
+import dataclasses
+
 import gguf
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +44,7 @@ def test_the_file_states_what_is_published(subject):
     assert subject.model.config == preset("smollm2_135m")
     assert sum(subject.model.config.parameters().values()) == 134_515_008
     assert subject.first_token is None and subject.weights_precision == "Q4_1 weights"
+    assert subject.end_tokens == (2,)  # <|im_end|>
 
 
 def test_losses_are_those_of_plain_numpy_on_the_file_itself(subject, weight):
@@ -113,6 +116,19 @@ def test_the_tokenizer_is_a_plain_bpe_of_the_file(subject, file):
         encoded = subject.tokenizer.encode(text, add_special_tokens=False)
         assert encoded.ids == expected
         assert subject.tokenizer.decode(encoded.ids, skip_special_tokens=False) == text
+
+
+def test_losses_of_a_document_are_those_of_plain_numpy(subject, weight):
+    speech = documents("evaluation", ["speech"])[-1]
+    text = dataclasses.replace(speech, text=speech.text[:300])
+    tokens = subject.tokens(text.text)
+    theirs = numpy_decoder.losses(tokens, weight, subject.model.config, interleaved=True)
+    scores = model_quality.score_documents(subject, [text])
+    assert scores.tokens.tolist() == [len(theirs)] == [len(tokens) - 1]
+    assert scores.nats[0] == pytest.approx(theirs.sum(), rel=1e-3)
+    states = model_states.document_states(subject, [text])
+    outputs = model_quality.head_outputs(subject.model.head_rows(), states)
+    np.testing.assert_allclose(outputs.nats, theirs, atol=5e-3)
 
 
 @pytest.mark.parametrize("documents_kind", ["speech"])

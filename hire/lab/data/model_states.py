@@ -147,8 +147,8 @@ class Asked(NamedTuple):
     """A request to predict tokens.
 
     Attributes:
-        tokens: Tokens (t,), <bos> first.
-        wanted: How many of the last tokens are predicted, each from all tokens before it.
+        tokens: Tokens (t,), from the one that begins every text, if there is one.
+        queries: How many of the last tokens are predicted, each from all tokens before it.
     """
 
     tokens: np.ndarray
@@ -159,21 +159,32 @@ def continuation(subject: TextModel, context: str, text: str) -> Asked:
     """Request the tokens of a text after a context.
 
     The last tokens of `context + text` are predicted: all but as many as the context alone has.
+    Without a context, in a model whose texts have no first token, the first token of the text has
+    nothing before it and is not predicted.
     """
     tokens = subject.tokens(context + text)
-    return Asked(tokens, len(tokens) - len(subject.tokens(context)))
+    count = len(tokens) - len(subject.tokens(context))
+    return Asked(tokens, min(count, len(tokens) - 1))
 
 
-def sliding(tokens: np.ndarray, length: int, stride: int) -> list[Asked]:
-    """Request every token after <bos> once, in sliding windows.
+def sliding(
+    tokens: np.ndarray, length: int, stride: int, *, repeat_first: bool = True
+) -> list[Asked]:
+    """Request every token but the first once, in sliding windows of length + 1 tokens.
 
-    The first window predicts its `length` tokens. Each later window predicts its last `stride`
-    tokens from a context that reaches back as far. Each window begins with <bos>.
+    The first window predicts `length` tokens. Each later window predicts its last `stride` tokens
+    from a context that reaches back as far.
 
     Args:
-        tokens: Tokens (t,), <bos> first.
-        length: Tokens of a window after <bos>.
+        tokens: Tokens (t,).
+        length: Tokens of a window after its first.
         stride: Tokens that each later window predicts.
+        repeat_first: Whether every window begins with the first token, as it does in a model whose
+            texts all begin with one, such as <bos>. Otherwise a window begins with the token that
+            stands before the others in the text.
+
+    Returns:
+        The requests; none if there are fewer than two tokens.
 
     Raises:
         ValueError: `1 <= stride <= length` does not hold.
@@ -183,9 +194,10 @@ def sliding(tokens: np.ndarray, length: int, stride: int) -> list[Asked]:
     requests, done = [], 1
     while done < len(tokens):
         end = min(len(tokens), done + (length if done == 1 else stride))
-        requests.append(
-            Asked(np.concatenate([tokens[:1], tokens[max(1, end - length) : end]]), end - done)
-        )
+        start = max(1, end - length)
+        first = 0 if repeat_first else start - 1
+        window = np.concatenate([tokens[first : first + 1], tokens[start:end]])
+        requests.append(Asked(window, end - done))
         done = end
     return requests
 
@@ -221,7 +233,7 @@ def states_of(model: Decoder, asked: Sequence[Asked]) -> States:
         if not 1 <= count < len(tokens) <= context + 1:
             raise ValueError(
                 f"text {place}: {count} of {len(tokens)} tokens to predict: expected at least 1, "
-                "after <bos>, and at most the "
+                "after one that is known, and at most the "
                 f"context of {context} before the last"
             )
     lengths = [len(tokens) - 1 for tokens, _ in asked]  # the last token is only a target
@@ -245,6 +257,9 @@ def document_states(
 ) -> States:
     """Compute the hidden states that every token of every document is predicted from.
 
+    In a model whose texts have no first token, the first token of a document has no context and is
+    not predicted.
+
     Args:
         subject: The model with its tokenizer.
         texts: Documents.
@@ -255,17 +270,20 @@ def document_states(
         States; `documents` are indices into `texts`.
 
     Raises:
-        ValueError: A document is empty (the message names it), or `1 <= stride <= length <= the
-            model's context` does not hold.
+        ValueError: A document has no token to predict (the message names it), or `1 <= stride <=
+            length <= the model's context` does not hold.
     """
     requests, context = [], subject.model.config.context
     if length > context:
         raise ValueError(f"length = {length}: expected at most {context}, the model's context")
     for index, text in enumerate(texts):
-        if not text.text:
-            raise ValueError(f"document {text.name!r}: expected text, it is empty")
-        requests += [
-            (index, request) for request in sliding(subject.tokens(text.text), length, stride)
-        ]
+        tokens = subject.tokens(text.text)
+        if len(tokens) < 2:
+            raise ValueError(
+                f"document {text.name!r} of {len(text.text)} characters: expected at least one "
+                "token to predict; leave the document out"
+            )
+        windows = sliding(tokens, length, stride, repeat_first=subject.first_token is not None)
+        requests += [(index, request) for request in windows]
     states = states_of(subject.model, [request for _, request in requests])
     return states._replace(documents=np.asarray([index for index, _ in requests])[states.documents])

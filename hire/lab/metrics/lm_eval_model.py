@@ -3,21 +3,30 @@
 The package is lm-eval on PyPI; its base installation does not need torch.
 """
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 
 from hire.lab.data.model_states import Asked, States, filled_length, sliding, states_of
 from hire.lab.metrics.model_quality import head_outputs
 from hire.layers.softmax import HireSoftmax
 from hire.models import TextModel, convert
-from hire.models.generation import SplitModel, prefill, step
+from hire.models.generation import check_integer, stream_tokens
 
-# The ids in Gemma's tokenizer and in those trained here.
-EOS, BOS = 1, 2
+DEFAULT_LENGTH = 256  # tokens of a continuation, as in the adapters of lm-eval
+# Synonyms in lm-eval, which takes the first that is stated.
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+# Settings of hire.generate that change greedy decoding too, and those that only sampling has.
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+SAMPLING = ("top_k", "top_p", "min_p")
+KNOWN = ("do_sample", "temperature", *SAMPLING, "seed", *PENALTIES, "num_beams", "until")
+ALL_TOKENS = (0, -1)  # top_k of transformers and of vLLM
 
 
 class Harness(TemplateLM):
@@ -45,16 +54,34 @@ class Harness(TemplateLM):
         super().__init__()
         self.subject, self.prefilled = subject, {} if prefilled is None else prefilled
         self.model = subject.model if softmax is None else convert(subject.model, softmax=softmax)
-        rows = self.model.embedding[...]
-        self.softmax = rows if self.model.softmax is None else self.model.softmax.with_rows(rows)
+        searched = self.model.softmax
+        self.softmax = (
+            self.model.head_rows() if searched is None else searched.with_rows(self.model.head[...])
+        )
 
     @property
     def eot_token_id(self) -> int:
-        return EOS
+        """The first of the tokens that end a text.
+
+        Raises:
+            ValueError: The model's file states no such token.
+        """
+        if not self.subject.end_tokens:
+            raise ValueError("end_tokens = (): expected a token that ends a text; state one")
+        return self.subject.end_tokens[0]
 
     @property
     def prefix_token_id(self) -> int:
-        return BOS
+        """The token from which a text without context is predicted.
+
+        It is the one that begins every text. In a model without it, it is the end of the text
+        before, as in TemplateLM of lm-eval.
+
+        Raises:
+            ValueError: The model has neither.
+        """
+        first = self.subject.first_token
+        return self.eot_token_id if first is None else first
 
     @property
     def max_length(self) -> int:
@@ -63,8 +90,19 @@ class Harness(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs
     ) -> list[int]:
-        """Return the ids of a text, after <bos> unless add_special_tokens is False."""
-        return self.subject.tokens(string).tolist()[add_special_tokens is False :]
+        """Return the ids of a text.
+
+        Args:
+            string: The text.
+            add_special_tokens: Whether the token that begins every text, if the model has one, is
+                put before the ids. By default it is, unless the text itself begins with it.
+            **kwargs: Ignored.
+        """
+        ids = self.subject.tokenizer.encode(string, add_special_tokens=False).ids
+        first = [] if self.subject.first_token is None else [self.subject.first_token]
+        if add_special_tokens is None:
+            add_special_tokens = ids[:1] != first
+        return first + ids if add_special_tokens else ids
 
     def answered(
         self, asked: Sequence[Asked], owners: Sequence[int], count: int
@@ -104,7 +142,7 @@ class Harness(TemplateLM):
         self, requests: Sequence[tuple], **kwargs
     ) -> list[tuple[float, bool]]:
         predictions = [
-            Asked(np.asarray([*context, *text], np.int32), len(text))
+            Asked(np.asarray([*(context or [self.prefix_token_id]), *text], np.int32), len(text))
             for _, context, text in requests
         ]
         log_p, greedy = self.answered(predictions, range(len(predictions)), len(predictions))
@@ -113,7 +151,7 @@ class Harness(TemplateLM):
     def loglikelihood(
         self, requests: Sequence[Instance], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
-        """Return log p of each text after its context.
+        """Return log p of each text after its context, or after `prefix_token_id` without one.
 
         Returns:
             For each request: log p in nats, and whether greedy decoding yields the text.
@@ -132,19 +170,21 @@ class Harness(TemplateLM):
         """Return log p in nats of complete texts; every token counts once.
 
         Windows are those of hire.lab.data.model_states.sliding; each has half a window of context.
+        The first begins with `prefix_token_id`, as in lm-eval. The others do so too if that token
+        begins every text of the model.
 
         Raises:
             ValueError: A text is empty. The message names the request.
         """
-        length = min(1024, self.max_length)
+        length, is_first = min(1024, self.max_length), self.subject.first_token is not None
         predictions: list[tuple[int, Asked]] = []
         for index, request in enumerate(requests):
             if not request.args[0]:
                 raise ValueError(f"request {index}: expected text to predict, it is empty")
-            predictions += [
-                (index, prediction)
-                for prediction in sliding(self.subject.tokens(request.args[0]), length, length // 2)
-            ]
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            tokens = np.asarray([self.prefix_token_id, *tokens], np.int32)
+            windows = sliding(tokens, length, length // 2, repeat_first=is_first)
+            predictions += [(index, prediction) for prediction in windows]
         return self.answered(
             [prediction for _, prediction in predictions],
             [index for index, _ in predictions],
@@ -152,107 +192,173 @@ class Harness(TemplateLM):
         )[0].tolist()
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Return greedy continuations, each up to the first of its stop strings.
+        """Return continuations, each up to the first of its stop strings.
+
+        Sampling repeats from run to run: its noise depends on the setting "seed" (0 by default), on
+        the context, and on how many of the earlier requests are the same one, so that the repeats
+        of a task differ. It does not depend on the other requests or on the softmax.
 
         Raises:
-            ValueError: As in `written`.
+            ValueError: As in `generate_text`.
         """
-        return [self.generate_text(*request.args) for request in requests]
+        count: Counter[str] = Counter()
+        texts = []
+        for request in requests:
+            identity = repr(request.args)
+            texts.append(self.generate_text(*request.args, repeat=count[identity]))
+            count[identity] += 1
+        return texts
 
-    def generate_text(self, context: str, settings: dict) -> str:
-        """Return the greedy continuation of a context.
+    def generate_text(self, context: str, settings: dict, repeat: int = 0) -> str:
+        """Return the continuation of a context.
+
+        It is what hire.generate writes with `request_seed`, up to an end token or a stop string.
 
         Args:
-            context: The context.
-            settings: "max_gen_toks" (or "max_new_tokens") is the maximum number of tokens, 256 by
-                default. "until" contains the stop strings; the text ends before the first of them.
+            context: The context. If it has no tokens, `prefix_token_id` takes its place.
+            settings: Generation settings of lm-eval, see `generation_settings`.
+            repeat: Number of earlier requests that are the same one.
 
         Raises:
-            ValueError: The settings request sampling, are unknown or contradict each other, or the
-                context leaves no room for that many tokens.
+            ValueError: As in `generation_settings`; or a sampling setting is invalid, top_k is more
+                than the softmax returns, or the context leaves no room for that many tokens.
         """
-        max_tokens, until = generation_settings(settings)
-        tokens = self.subject.tokens(context)
+        max_tokens, until, seed, options = generation_settings(settings)
+        if "temperature" in options and options["top_k"] is None:
+            options["top_k"] = self.all_tokens()
+        tokens = self.tok_encode(context) or [self.prefix_token_id]
         if len(tokens) + max_tokens > self.max_length:
             raise ValueError(
-                f"{len(tokens)} tokens and {max_tokens} to write: expected at most "
-                f"{self.max_length}, the model's context"
+                f"{len(tokens)} tokens and max_gen_toks = {max_tokens}: expected at most "
+                f"{self.max_length} in all, the model's context; lower max_gen_toks"
             )
-        split_model, cache_length = (
-            SplitModel.of(self.model),
-            filled_length(len(tokens) + max_tokens, self.max_length),
+        stream = stream_tokens(
+            self.model,
+            np.asarray(tokens, np.int32),
+            new_tokens=max_tokens,
+            seed=request_seed(seed, context, repeat),
+            # A few compiled programs serve all lengths.
+            cache_length=filled_length(len(tokens) + max_tokens, self.max_length),
+            prefill_length=min(1024, 1 << (len(tokens).bit_length() - 1)),
+            **options,
         )
-        # Prefill a power of two and step through the remaining tokens, so that a few compiled
-        # programs serve all lengths.
-        prefill_length = max(
-            (size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if size <= len(tokens)),
-            default=1,
-        )
-        top, cache = prefill(
-            split_model, jnp.asarray(tokens[None, :prefill_length]), cache_length, 1
-        )
-        for token in tokens[prefill_length:]:
-            top, cache = step(split_model, jnp.asarray([token]), cache, 1)
         ids, text = [], ""
-        while len(ids) < max_tokens and (new_token := int(top.indices[0, 0])) != EOS:
-            ids.append(new_token)
-            text = self.subject.tokenizer.decode(ids)
-            if len(ids) == max_tokens or any(stop in text for stop in until):
+        for token in map(int, stream):
+            if token in self.subject.end_tokens:
                 break
-            top, cache = step(split_model, jnp.asarray([new_token]), cache, 1)
-        return cut(text, until)
+            ids.append(token)
+            # Stop strings may be control tokens.
+            text = self.subject.tokenizer.decode(ids, skip_special_tokens=False)
+            if (before_stop := postprocess_generated_text(text, until, None)) != text:
+                return before_stop
+        return text
+
+    def all_tokens(self) -> int:
+        """Return the top_k that samples from the complete vocabulary.
+
+        Raises:
+            ValueError: The softmax returns fewer tokens.
+        """
+        vocabulary, most = self.model.config.vocabulary, self.model.max_top_k
+        if most < vocabulary:
+            raise ValueError(
+                f"top_k = None, all {vocabulary} tokens: expected at most {most}, which the "
+                f"searched softmax returns; set top_k from 1 to {most}, or take the dense model"
+            )
+        return vocabulary
 
 
-# Synonyms, as in the adapters of lm-eval.
-LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")
-# Settings of sampling and beam search.
-UNUSED = ("top_p", "top_k", "min_p", "seed", "num_beams")
+def request_seed(seed: int, context: str, repeat: int) -> int:
+    """Return the seed of hire.generate for a request, a number of 31 bits.
+
+    Args:
+        seed: The setting "seed".
+        context: The context.
+        repeat: Number of earlier requests that are the same one.
+    """
+    digest = hashlib.sha256(f"{seed} {repeat} {context}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
 
 
-def generation_settings(settings: dict) -> tuple[int, list[str]]:
-    """Return the maximum number of tokens and the stop strings.
+def generation_settings(settings: dict) -> tuple[int, list[str], int, dict[str, Any]]:
+    """Return what generation settings of lm-eval mean, by its own normalize_gen_kwargs.
+
+    Greedy decoding unless "do_sample" is true, or is not stated and "temperature" is above 0; it
+    ignores the settings of sampling. A setting of None counts as not stated.
+
+    Args:
+        settings: "max_gen_toks" or a synonym: the largest number of tokens, 256 by default.
+            "until": stop strings; the text ends before the first of them.
+            "do_sample", "temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty",
+            "presence_penalty", "frequency_penalty": as in hire.generate, except that all tokens are
+            sampled from if top_k is not stated, 0 or -1. The penalties act on the prompt too, and
+            in greedy decoding.
+            "num_beams": 1.
+
+    Returns:
+        The largest number of tokens, the stop strings, the seed, and the other settings of
+        hire.generate. They have a "temperature" only if tokens are sampled; its "top_k" is None for
+        all tokens.
 
     Raises:
-        ValueError: Greedy decoding does not support the settings.
+        ValueError: A setting is unknown or of another type, two lengths differ, sampling has no
+            temperature above 0, or num_beams is not 1. The message is one line, with the setting
+            and its value.
     """
-    unknown = sorted(set(settings) - {*LENGTHS, "until", "do_sample", "temperature", *UNUSED})
-    if unknown:
-        known = ", ".join((*LENGTHS, "until", "do_sample", "temperature"))
-        raise ValueError(f"generation setting {unknown[0]!r}: expected one of {known}")
-    if settings.get("do_sample"):
+    stated = {name: value for name, value in settings.items() if value is not None}
+    for name, value in stated.items():
+        if name not in (*LENGTHS, *KNOWN):
+            raise ValueError(
+                f"generation setting {name!r} = {value!r}: expected one of "
+                f"{', '.join((*LENGTHS, *KNOWN))}; leave it out"
+            )
+    check_types(stated)
+    if stated.get("num_beams", 1) != 1:
         raise ValueError(
-            f"do_sample = {settings['do_sample']!r}: expected False; this adapter decodes greedily"
+            f"num_beams = {stated['num_beams']!r}: expected 1; beams are not searched, leave it out"
         )
-    temperature = settings.get("temperature")
-    if temperature is not None and temperature != 0:
-        raise ValueError(
-            f"temperature = {temperature!r}: expected 0; this adapter decodes greedily"
-        )
-    beams = settings.get("num_beams")
-    if beams is not None and beams != 1:
-        raise ValueError(f"num_beams = {beams!r}: expected 1; this adapter decodes greedily")
-    lengths = {name: settings[name] for name in LENGTHS if settings.get(name) is not None}
+    normalized: dict[str, Any] = dict(normalize_gen_kwargs(stated, DEFAULT_LENGTH))
+    options = {name: normalized[name] for name in PENALTIES if name in normalized}
+    if normalized["do_sample"]:
+        temperature = normalized.get("temperature", 0.0)
+        if temperature == 0:
+            raise ValueError(
+                f"do_sample = True with temperature = {temperature!r}: expected a temperature "
+                "above 0; set it, or do_sample = False"
+            )
+        options |= {name: normalized[name] for name in SAMPLING if name in normalized}
+        options["temperature"] = temperature
+        top_k = options.get("top_k")
+        options["top_k"] = None if top_k in ALL_TOKENS else top_k
+    return normalized["max_gen_toks"], normalized["until"], normalized.get("seed", 0), options
+
+
+def check_types(settings: dict[str, Any]) -> None:
+    """Check values that normalize_gen_kwargs would round, choose from or fail at.
+
+    Raises:
+        ValueError: A value is of another type than its setting, a length or a temperature is too
+            small, or two lengths differ. The message names the setting and the value.
+    """
+    lengths = {name: check_integer(name, settings[name]) for name in LENGTHS if name in settings}
+    for name, length in lengths.items():
+        if length < 1:
+            raise ValueError(f"{name} = {length}: expected a whole number of at least 1")
     if len(set(lengths.values())) > 1:
-        raise ValueError(
-            f"{' and '.join(f'{name} = {count!r}' for name, count in lengths.items())}: expected "
-            "one length"
-        )
-    max_tokens = next(iter(lengths.values()), 256)
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-        raise ValueError(
-            f"{next(iter(lengths))} = {max_tokens!r}: expected a whole number of at least 1"
-        )
-    return max_tokens, stops(settings.get("until"))
-
-
-def stops(until: str | Iterable[str] | None) -> list[str]:
-    """Return the stop strings without empty ones."""
-    listed = [] if until is None else [until] if isinstance(until, str) else until
-    return [stop for stop in listed if stop]
-
-
-def cut(text: str, until: Iterable[str]) -> str:
-    """Return the text before the first stop string."""
-    for stop in until:
-        text = text.partition(stop)[0]
-    return text
+        stated = " and ".join(f"{name} = {length}" for name, length in lengths.items())
+        raise ValueError(f"{stated}: expected one length; leave out the others")
+    for name in ("top_k", "seed", "num_beams"):
+        check_integer(name, settings.get(name, 1))
+    for name in ("temperature", "top_p", "min_p", *PENALTIES):
+        value = settings.get(name, 1.0)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name} = {value!r}: expected a number")
+    if not settings.get("temperature", 0.0) >= 0:
+        raise ValueError(f"temperature = {settings['temperature']!r}: expected at least 0")
+    if not isinstance(settings.get("do_sample", False), bool):
+        raise ValueError(f"do_sample = {settings['do_sample']!r}: expected True or False")
+    until = settings.get("until", [])
+    if not isinstance(until, str) and not (
+        isinstance(until, list) and all(isinstance(stop, str) for stop in until)
+    ):
+        raise ValueError(f"until = {until!r}: expected a string or a list of strings")

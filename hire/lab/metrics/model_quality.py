@@ -26,11 +26,14 @@ from hire.types import AnyArray, Array, Bool, Float, Int, Queries, Rows, Tokens
 class Scores(NamedTuple):
     """Scores of each document (n,).
 
+    In a model whose texts have no first token, the first token of a document has no context. It is
+    not predicted and does not count, except that its bytes do.
+
     Attributes:
         nats: Sum of -log p of the document's tokens, in nats.
         hits: Number of tokens predicted correctly.
-        tokens: Number of tokens.
-        bytes: Number of bytes.
+        tokens: Number of tokens that are predicted.
+        bytes: Number of bytes of the document.
     """
 
     nats: np.ndarray
@@ -75,7 +78,11 @@ def nll_and_correct(
 def score_documents(
     subject: TextModel, texts: Sequence[Document], length: int = 256, batch: int | None = None
 ) -> Scores:
-    """Score every token of every document once, in adjacent windows after <bos> alone.
+    """Score every token of every document once, in adjacent windows.
+
+    The context of a window's first token is the token that begins every text, such as <bos>. In a
+    model whose texts have no first token, it is the token before it in the document; the first
+    token of the document is not scored.
 
     Windows at the beginning of documents come first, so that the windows of a batch belong to
     different documents. The last window of a document is padded with its tokens; the padding does
@@ -84,22 +91,28 @@ def score_documents(
     Args:
         subject: The model with its tokenizer.
         texts: Documents.
-        length: Tokens of a window.
-        batch: Windows per forward pass; `at_once` by default.
+        length: Tokens that a window scores.
+        batch: Windows per forward pass; `windows_per_pass` by default.
+
+    Raises:
+        ValueError: No document has a token to score.
     """
     model, prefill = subject.model, hidden_states(subject.model)
+    first = [] if subject.first_token is None else [subject.first_token]
     encoded = [
-        ids.ids
+        [*first, *ids.ids]
         for ids in subject.tokenizer.encode_batch(
             [text.text for text in texts], add_special_tokens=False
         )
     ]
     starts = sorted(
-        (start, index) for index, ids in enumerate(encoded) for start in range(0, len(ids), length)
+        (start, index) for index, ids in enumerate(encoded) for start in range(1, len(ids), length)
     )
+    if not starts:
+        raise ValueError(f"{len(texts)} documents: expected at least one token to score in them")
     spans = [(index, encoded[index][start : start + length]) for start, index in starts]
     windows = np.zeros((len(spans), length + 1), np.int32)
-    windows[:, 0] = subject.tokens("")[0]
+    windows[:, 0] = first or [encoded[index][start - 1] for start, index in starts]
     for window, (_, ids) in zip(windows, spans, strict=True):
         window[1:] = np.resize(ids, length)
     is_token = np.arange(length)[None] < np.asarray([len(ids) for _, ids in spans])[:, None]
@@ -117,7 +130,7 @@ def score_documents(
     return Scores(
         nats,
         hits,
-        np.asarray(list(map(len, encoded))),
+        np.asarray([max(0, len(ids) - 1) for ids in encoded]),
         np.asarray([len(text.text.encode()) for text in texts]),
     )
 

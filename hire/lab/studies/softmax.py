@@ -288,7 +288,8 @@ def side_by_side(subject: TextModel, dense: Int[Array, " t"], searched: Int[Arra
         dense model's logit of each one's first token.
     """
     continuations = {"dense": np.asarray(dense), HIRE: np.asarray(searched)}
-    text = repr(subject.tokenizer.decode(dense[1:].tolist()))
+    first = 0 if subject.first_token is None else 1
+    text = repr(subject.tokenizer.decode(dense[first:].tolist()))
     differing = np.flatnonzero(continuations["dense"] != continuations[HIRE])
     if not len(differing):
         return f"{text}\n    HiRE writes the same tokens"
