@@ -1,7 +1,5 @@
 """The search: nominate candidates, rescore them exactly, take the top-k."""
 
-import jax.numpy as jnp
-
 from hire.estimators.base import (
     Estimator,
     check_fitted,
@@ -13,7 +11,7 @@ from hire.estimators.quantized import Quantized
 from hire.ops import cpu as cpu_kernels
 from hire.ops.implementation import check_implementation, dispatch
 from hire.ops.row_products import cpu_row_kernel, row_scores_at
-from hire.ops.top_k import TopK, exact_top_k
+from hire.ops.top_k import TopK, top_k_with_indices
 from hire.types import Array, Blocks, Float, Indices, Queries, Rows, States
 
 
@@ -46,7 +44,8 @@ def high_recall_top_k(
             they need numba. The others force that implementation; there is no fallback.
 
     Returns:
-        The exact float32 scores `(b, k)` and the row indices `(b, k)`.
+        The exact float32 scores `(b, k)` and the row indices `(b, k)`. Of equal scores among the
+        candidates the lower index comes first.
 
     Raises:
         ValueError: If `1 <= k <= candidates <= m` does not hold, if shapes do not fit, if the
@@ -131,7 +130,7 @@ def rerank(chosen: Indices, exact: Float[Array, "b c"], k: int) -> TopK:
         k: Number of candidates to return for each query.
 
     Returns:
-        The scores `(b, k)` and the row indices `(b, k)`, best first.
+        The scores `(b, k)` and the row indices `(b, k)`, best first. Of equal scores the lower
+        row index comes first.
     """
-    top = exact_top_k(exact, k)
-    return TopK(top.values, jnp.take_along_axis(chosen, top.indices, axis=-1))
+    return top_k_with_indices(exact, chosen, k)

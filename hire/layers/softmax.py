@@ -3,6 +3,7 @@
 Most rows of the LM head are not read.
 """
 
+import functools
 import math
 from dataclasses import field, replace
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from hire.certify import Certified, check_error_bounds, prove_top_k
 from hire.distributed import RowSharding, all_gather_top_k, da_top_k, with_fingerprint_of
 from hire.estimators.base import (
     Estimator,
@@ -21,6 +23,7 @@ from hire.estimators.base import (
     nomination_scores,
     to_device,
 )
+from hire.estimators.low_rank import LowRank
 from hire.estimators.quantized import Quantized
 from hire.layers.logit_adjustments import (
     LogitAdjustments,
@@ -29,6 +32,7 @@ from hire.layers.logit_adjustments import (
     count_tokens,
     penalized,
 )
+from hire.layers.logit_bounds import LARGEST_FACTOR, AdjustedLogits
 from hire.ops.implementation import check_implementation
 from hire.ops.nomination import nominate_from_scores
 from hire.ops.normalizer import logsumexp_correction, take_ranks
@@ -57,12 +61,17 @@ class TopKWithNormalizer(NamedTuple):
     normalizer_stderr: Float[Array, " b"]
 
 
+# Beyond every vocabulary: it is ranked behind all tokens with the logit -inf.
+NO_TOKEN = 2**31 - 1
+
+
 class AdjustedCandidates(NamedTuple):
     """Candidates and their exact logits after adjustments.
 
     Attributes:
-        tokens: Token indices `(b, n)`: the nominated ones, then the penalised ones.
-        logits: Exact logits `(b, n)`; -inf for a token that does not count.
+        tokens: Token indices `(b, n)`: the nominated ones, then the penalised ones; `NO_TOKEN` for
+            a repetition or padding.
+        logits: Exact logits `(b, n)`; -inf for a token that is not allowed, and for `NO_TOKEN`.
         num_nominated: Number of tokens that the estimator has nominated.
     """
 
@@ -189,7 +198,8 @@ class HireSoftmax:
             penalties: Penalties on the tokens of a text so far, which act on the model's logits.
 
         Returns:
-            The logits and token indices `(b, k)`.
+            The logits and token indices `(b, k)`. Of equal logits among the candidates the lower
+            token comes first.
 
         Raises:
             ValueError: If the hidden states have another width, if an adjustment does not fit (see
@@ -223,28 +233,24 @@ class HireSoftmax:
         options: dict[str, Any] = dict(
             k=self.k, candidates=self.candidates, implementation=self.implementation
         )
-        is_plain = self.bias is None and adjustments.is_empty
+        # A soft cap makes ties. Only what ranks the capped logits puts them in order.
+        is_plain = self.bias is None and adjustments.is_empty and not self.soft_cap
         if self.axis is None:
             if is_plain:
-                return self._capped(high_recall_top_k(hidden, self.rows, self.estimator, **options))
+                return high_recall_top_k(hidden, self.rows, self.estimator, **options)
             return map_leading_axes(lambda x: self._adjusted_top_k(x, adjustments), hidden)
         axis, parts = RowSharding.of(self.axis), self.sharded_parts
         if is_plain:
             parts = dict(rows=self.rows, estimator=self.estimator)
-            top = map_leading_axes(
+            return map_leading_axes(
                 lambda x: axis.shard_map(
                     lambda shard, x: da_top_k(x, **shard, **options, axis=axis), parts, x
                 ),
                 hidden,
             )
-            return self._capped(top)
         return map_leading_axes(
             lambda x: axis.shard_map(self._sharded_top_k, parts, x, adjustments), hidden
         )
-
-    def _capped(self, top: TopK) -> TopK:
-        """Return a top-k of scores with the soft cap of the logits applied."""
-        return TopK(cap_softly(jnp.asarray(top.values), self.soft_cap), top.indices)
 
     @property
     def sharded_parts(self) -> dict[str, Any]:
@@ -261,8 +267,12 @@ class HireSoftmax:
 
         Only the real rows count; the others are padding. By default all rows are real.
         """
-        candidates = self._candidates(hidden, adjustments, is_real)
-        return rerank(candidates.tokens, candidates.logits, self.k)
+        return self._best_of(self._candidates(hidden, adjustments, is_real))
+
+    def _best_of(self, candidates: "AdjustedCandidates") -> TopK:
+        """Return the top-k of candidates. Logits that are NaN may be below those of `NO_TOKEN`."""
+        top = rerank(candidates.tokens, candidates.logits, self.k)
+        return TopK(top.values, jnp.minimum(top.indices, self.rows.shape[0] - 1))
 
     def _candidates(
         self, hidden: Queries, adjustments: LogitAdjustments, is_real: Bool[Array, " m"] | None
@@ -278,21 +288,28 @@ class HireSoftmax:
         logits = self._local_logits(hidden, tokens)
         if is_real is not None:
             logits = jnp.where(is_real[tokens], logits, -jnp.inf)
+        counts_once = jnp.ones(tokens.shape, bool)
         if penalties is not None:
             penalized_tokens, is_first, counts = count_tokens(penalties.tokens)
+            is_first &= penalized_tokens < self.rows.shape[0]
             penalized_tokens = jnp.clip(penalized_tokens, 0, self.rows.shape[0] - 1)
             queries = jnp.arange(len(hidden), dtype=jnp.int32)[:, None]
             is_penalized = jnp.zeros((len(hidden), self.rows.shape[0]), bool)
             is_penalized = is_penalized.at[queries, penalized_tokens].max(is_first)
             new = penalized(self._local_logits(hidden, penalized_tokens), counts, penalties)
             # Each of these tokens counts once: among the penalised ones.
-            logits = jnp.where(jnp.take_along_axis(is_penalized, tokens, axis=1), -jnp.inf, logits)
+            is_other = ~jnp.take_along_axis(is_penalized, tokens, axis=1)
+            counts_once = jnp.concatenate([is_other, is_first], axis=1)
             tokens = jnp.concatenate([tokens, penalized_tokens], axis=1)
-            logits = jnp.concatenate([logits, jnp.where(is_first, new, -jnp.inf)], axis=1)
+            logits = jnp.concatenate([logits, new], axis=1)
         if offsets is not None:
             wide = jnp.broadcast_to(offsets, (len(hidden), offsets.shape[1]))
             logits = logits + jnp.take_along_axis(wide, tokens, axis=1)
-        return AdjustedCandidates(tokens, logits, count)
+        return AdjustedCandidates(
+            jnp.where(counts_once, tokens, NO_TOKEN),
+            jnp.where(counts_once, logits, -jnp.inf),
+            count,
+        )
 
     def _nominate(
         self, hidden: Queries, count: int, offsets: Float[Array, "_ v"] | None, *, is_exact: bool
@@ -490,10 +507,100 @@ class HireSoftmax:
             has_tail, jnp.exp(log_tail - jnp.where(has_tail, log_normalizer, 0)), 0
         )
         return TopKWithNormalizer(
-            rerank(candidates.tokens, candidates.logits, self.k),
+            self._best_of(candidates),
             log_normalizer,
             tail_share * jnp.hypot(sampling_error, correction - upper_correction),
         )
+
+    def certified(
+        self,
+        hidden: States,
+        *,
+        mask: Bool[AnyArray, "... v"] | None = None,
+        logit_bias: Float[AnyArray, "... v"] | None = None,
+        penalties: Penalties | None = None,
+        dense_fallback: bool = False,
+    ) -> Certified:
+        """Return the top-k tokens of hidden states and, for each query, whether they are proved.
+
+        This is `hire.certified_top_k` for logits after all adjustments. The candidates are the
+        allowed tokens with the highest upper bounds; a bias, a penalty or a logit bias shifts the
+        bound of its token. A token that is not allowed is no candidate and hinders no proof.
+
+        A proof says that no missing token has a higher logit than a returned one. It concerns real
+        numbers: the rows, the hidden states and the bias as they are stored, and adjustments in
+        float32. It holds for the set of tokens; two tokens of the answer may be in the wrong order
+        where their logits differ by a rounding. A returned logit is off by no more than the
+        rounding of its sum of products and of its adjustments. It relies on a tanh with a relative
+        error below 2^-20 where a soft cap meets penalties or a logit bias.
+
+        A soft cap alone changes no order of real numbers. Answers are then ranked by the logits
+        before the cap, since many of them may be one float32 number after it. So where a call
+        takes the lowest of equal logits, a proved answer has the tokens with the higher real ones.
+
+        If fewer than k tokens are allowed, a proof says that all of them are there. The last
+        places of the answer have the logit -inf, and their tokens mean nothing.
+
+        Args:
+            hidden: Hidden states `(b, d)` or `(*b, d)`.
+            mask: As in a call.
+            logit_bias: As in a call.
+            penalties: As in a call.
+            dense_fallback: Whether to compute all logits for queries without a proof, see
+                `hire.certified_top_k`.
+
+        Returns:
+            The top-k `(*b, k)` and whether it is proved `(*b,)`. The logits are sums in pairs
+            (`hire.certify.pairwise_dot`), so the last bits may differ from those of a call.
+
+        Raises:
+            ValueError: As a call; for rows that are sharded, in blocks or quantized; for an
+                estimator without error bounds; for a soft cap beyond 2^-20 to 2^20. Repetition
+                penalties beyond these numbers are not proved.
+        """
+        self._provable_parts()
+        adjustments = self._adjustments(hidden, mask, logit_bias, penalties)
+        return self._certified(hidden, adjustments, dense_fallback)
+
+    def _provable_parts(self) -> tuple[Array, LowRank | Quantized]:
+        """Return the rows and the estimator, or raise ValueError for what no proof covers."""
+        if self.axis is not None:
+            raise ValueError("a proof over sharded rows: expected rows on one device")
+        if isinstance(self.rows, Quantized) or len(self.rows.shape) != 2:
+            raise ValueError(
+                "a proof over quantized rows or blocks: expected rows (v, d) of floats"
+            )
+        if self.soft_cap and not 1 / LARGEST_FACTOR <= self.soft_cap <= LARGEST_FACTOR:
+            raise ValueError(f"soft_cap = {self.soft_cap}: a proof expects one from 2^-20 to 2^20")
+        return jnp.asarray(self.rows), check_error_bounds(self.estimator)
+
+    @functools.partial(jax.jit, static_argnames="dense_fallback")
+    def _certified(
+        self, hidden: States, adjustments: LogitAdjustments, dense_fallback: bool
+    ) -> Certified:
+        """Run `certified` with adjustments of one leading axis."""
+        rows, estimator = self._provable_parts()
+        bias = None if self.bias is None else jnp.asarray(self.bias)
+        is_cap_last = adjustments.bias is None and adjustments.penalties is None
+
+        def logits_for(queries: Int[Array, " b"]) -> AdjustedLogits:
+            soft_cap = 0.0 if is_cap_last else self.soft_cap
+            return AdjustedLogits.of(bias, soft_cap, adjustments, queries, len(rows))
+
+        result = prove_top_k(
+            hidden,
+            rows,
+            estimator,
+            self.k,
+            self.candidates,
+            dense_fallback,
+            None if bias is None and adjustments.is_empty else logits_for,
+        )
+        if not is_cap_last:
+            return result
+        values = jnp.asarray(result.top.values)
+        capped = jnp.where(values == -jnp.inf, values, cap_softly(values, self.soft_cap))
+        return Certified(TopK(capped, result.top.indices), result.proved)
 
     @jax.jit
     def exact_logits(self, hidden: Queries, tokens: Int[AnyArray, "b n"]) -> Float[Array, "b n"]:

@@ -82,6 +82,20 @@ class TextModel:
         first = [] if self.first_token is None else [self.first_token]
         return np.asarray([*first, *ids][:limit], np.int32)
 
+    @property
+    def token_mask(self) -> np.ndarray:
+        """The ids that the tokenizer knows, added tokens among them: booleans `(v,)`.
+
+        Some models pad their vocabulary: its last rows belong to no token. A call of
+        `hire.generate` with `mask=text_model.token_mask` never writes one. Without a mask such a
+        row competes as every other; a mask costs a pass over the estimated logits, so it is not
+        the default.
+        """
+        ids = np.asarray(list(self.tokenizer.get_vocab(with_added_tokens=True).values()), int)
+        mask = np.zeros(self.model.config.vocabulary, bool)
+        mask[ids[ids < len(mask)]] = True
+        return mask
+
 
 def load(source: str | Path, *, dtype: DTypeLike = jnp.float32) -> TextModel:
     """Loads a model with its tokenizer.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hire.ops.checks import check_range
+from hire.ops.implementation import by_platform
 from hire.ops.sortable import (
     best_of_buckets,
     kth_largest_int,
@@ -58,6 +59,62 @@ def exact_top_k(scores: Scores, k: int) -> TopK:
     return TopK(values, indices)
 
 
+def top_k_with_indices(
+    scores: Float[AnyArray, "*b c"], indices: Int[AnyArray, "*b c"], k: int
+) -> TopK:
+    """Return the k best of some rows, whose indices are in any order.
+
+    Args:
+        scores: Scores of the rows `(*b, c)`.
+        indices: Indices of the rows `(*b, c)`.
+        k: Number of rows to return, at most c.
+
+    Returns:
+        The scores, float32 `(*b, k)`, and the row indices, int32 `(*b, k)`, best first. Of equal
+        scores the lower row index comes first, as in `jax.lax.top_k` of all rows.
+    """
+    scores = jnp.asarray(scores).astype(jnp.float32)
+    indices = jnp.asarray(indices).astype(jnp.int32)
+    positions = top_k_positions(jax.lax.stop_gradient(scores), indices, k)
+    return TopK(*(jnp.take_along_axis(part, positions, axis=-1) for part in (scores, indices)))
+
+
+def top_k_positions(
+    scores: Float[Array, "*b c"], indices: Int[Array, "*b c"], k: int
+) -> Int[Array, "*b k"]:
+    """Return the positions `(*b, k)` of what `top_k_with_indices` returns."""
+    keys = sortable_bits(jax.lax.bitcast_convert_type(scores, jnp.int32))
+
+    def selected() -> Indices:
+        """Select several times, which a CPU does faster than one sort by score and index."""
+        # A float that is the larger, the lower the index. The scores above the k-th come first.
+        by_index = jnp.maximum(LARGEST_INDEX_KEY - indices, SMALLEST_INDEX_KEY)
+        threshold = kth_of_sorted(exact_top_k(scores, k).values)
+        by_tie = jnp.where(keys > threshold, ABOVE_KEY, by_index)
+        by_tie = jax.lax.bitcast_convert_type(by_tie, jnp.float32)
+        positions = exact_top_k(jnp.where(keys < threshold, -jnp.inf, by_tie), k).indices
+        # These are the right rows. They are put in the order of their indices, then of scores.
+        for key in (jax.lax.bitcast_convert_type(by_index, jnp.float32), scores):
+            order = exact_top_k(jnp.take_along_axis(key, positions, axis=-1), k).indices
+            positions = jnp.take_along_axis(positions, order, axis=-1)
+        return positions
+
+    def in_one_sort() -> Indices:
+        positions = jax.lax.broadcasted_iota(jnp.int32, keys.shape, keys.ndim - 1)
+        return jax.lax.sort((~keys, indices, positions), num_keys=2)[2][..., :k]
+
+    return by_platform(selected, in_one_sort)
+
+
+# Bits of positive floats, which sort like integers.
+ABOVE_KEY, LARGEST_INDEX_KEY, SMALLEST_INDEX_KEY = 0x7F000000, 0x7E800000, 0x00800000
+
+
+def kth_of_sorted(values: Float[AnyArray, "*b k"]) -> Int[Array, "*b 1"]:
+    """Return the last of some sorted scores, as a sortable integer."""
+    return sortable_bits(jax.lax.bitcast_convert_type(jnp.asarray(values)[..., -1:], jnp.int32))
+
+
 def bucketed_top_k(scores: Scores, k: int, *, buckets: int, per_bucket: int = 1) -> TopK:
     """Return an approximate top-k in two stages.
 
@@ -92,8 +149,7 @@ def bucketed_top_k(scores: Scores, k: int, *, buckets: int, per_bucket: int = 1)
     num_winners = min(per_bucket * buckets, num_rows)
     check_range("k", k, 1, num_winners, f"what {buckets} buckets keep at {per_bucket} each")
     indices = bucketed_indices(scores, k, buckets, per_bucket)
-    top = exact_top_k(jnp.take_along_axis(scores, indices, axis=-1), k)
-    return TopK(top.values, jnp.take_along_axis(indices, top.indices, axis=-1))
+    return top_k_with_indices(jnp.take_along_axis(scores, indices, axis=-1), indices, k)
 
 
 def bucketed_indices(scores: Scores, k: int, buckets: int, per_bucket: int) -> Indices:

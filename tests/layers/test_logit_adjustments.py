@@ -132,6 +132,16 @@ def test_candidates_values_and_normaliser_are_those_of_all_rows(
         check(softmax)
 
 
+def test_padding_of_penalised_tokens_takes_no_token_from_the_normaliser():
+    rows = jnp.asarray([[1.0], [1.1], [1.2], [1.05]])
+    softmax = hire.HireSoftmax(rows, hire.Quantized.fit(rows, 8), k=1, candidates=1)
+    penalties = hire.Penalties(jnp.asarray([[-1, 99]]), 2.0)
+    result = softmax.top_k_with_normalizer(jnp.ones((1, 1)), penalties=penalties)
+    expected = np.log(np.exp(np.asarray(rows, np.float64)).sum())
+    assert result.log_normalizer[0] == pytest.approx(expected, abs=1e-2)
+    assert result.top.indices.tolist() == [[2]]
+
+
 def test_log_probabilities_after_a_mask_sum_to_one(head):
     rows, bias = head
     softmax = hire.HireSoftmax(

@@ -516,6 +516,22 @@ def test_vocabulary_may_be_padded(tmp_path):
     assert load(path).model.config.vocabulary == 300
 
 
+def test_a_padding_row_is_never_written_under_the_mask_of_the_tokenizer(tmp_path, rng):
+    arrays = random_arrays("qwen2")
+    rows = arrays["token_embd.weight"]
+    rows[[295, 296]] = 50 * np.stack([rows[3], -rows[3]])  # one of them wins nearly always
+    path = write_gguf(tmp_path / "padded.gguf", arrays, metadata_of("qwen2"), architecture="qwen2")
+    text_model = load(path)
+    mask, num_known = text_model.token_mask, len(VOCABULARY["tokens"])
+    assert mask.dtype == bool and np.flatnonzero(mask).tolist() == list(range(num_known))
+    model, tokens = text_model.model, jnp.asarray(rng.integers(3, num_known, (2, 5)), jnp.int32)
+    rows = model.head_rows()
+    softmax = hire.HireSoftmax(rows, hire.Quantized.fit(rows, 8), k=4, candidates=64)
+    for one in (model, hire.convert(model, softmax=softmax)):
+        assert (hire.generate(one, tokens, new_tokens=6)[:, 5:] >= num_known).any()
+        assert (hire.generate(one, tokens, new_tokens=6, mask=mask) < num_known).all()
+
+
 def test_masks_and_penalties_of_a_text_are_honoured_dense_and_searched(subject, rng):
     model = subject.model
     rows = model.head_rows()

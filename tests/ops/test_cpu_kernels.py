@@ -100,10 +100,10 @@ def test_indices_beyond_the_rows_and_negative_ones_are_those_of_numpy_and_of_the
     assert found.tolist() == [[3.0, 15.0, 15.0, 15.0, 15.0, 3.0, 3.0]]
 
 
-def test_equal_scores_keep_their_order_and_nan_comes_first():
+def test_of_equal_scores_the_lower_index_comes_first_and_nan_before_all():
     rows = jnp.asarray([[1.0], [2.0], [2.0], [jnp.nan], [-jnp.inf], [jnp.inf]])
     top = row_scores.top_k_at(jnp.ones((1, 1)), rows, jnp.asarray([[4, 2, 0, 1, 3, 5]]), 6)
-    assert top.indices.tolist() == [[3, 5, 2, 1, 0, 4]]
+    assert top.indices.tolist() == [[3, 5, 1, 2, 0, 4]]
     assert np.isnan(top.values[0, 0]) and top.values[0, 1:].tolist() == [
         np.inf,
         2.0,

@@ -159,7 +159,7 @@ def top_k_at(x: Queries, rows: Rows | QuantizedRows, indices: Indices, k: int) -
 
     Returns:
         The scores, float32 `(b, k)`, and the indices, int32 `(b, k)`, best first. Of equal scores
-        the one that comes first in `indices` comes first.
+        the one with the lower index comes first.
     """
     _, values, top_indices, _ = scores_and_top_k(x, rows, indices, k)
     return TopK(values, top_indices)

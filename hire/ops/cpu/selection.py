@@ -105,7 +105,7 @@ def kth_largest(keys, k, counts):
 
 @function
 def sort_best(scores, indices, best_scores, best_indices, best_keys):
-    """Write the largest scores and their indices, leader first; of equal scores the first ones.
+    """Write the largest scores and their indices, leader first; of equal scores the lower index.
 
     A heap holds the leader scores so far with the worst at its root. Most scores are compared with
     the root alone.
@@ -117,39 +117,37 @@ def sort_best(scores, indices, best_scores, best_indices, best_keys):
         best_indices: Where their indices go, int32 `(k,)`.
         best_keys: Scratch, int32 `(k,)`.
     """
-    k = len(best_scores)
-    # The heap keeps positions in `best_indices` and keys in `best_keys`.
+    k = len(best_indices)
     for position in range(len(scores)):
-        key = sortable(scores[position])
+        key, index = sortable(scores[position]), indices[position]
         if position < k:
             place = position
             while place > 0:
                 parent = (place - 1) // 2
-                if best_keys[parent] < key:
+                if not is_worse(key, index, best_keys[parent], best_indices[parent]):
                     break
                 best_keys[place], best_indices[place] = best_keys[parent], best_indices[parent]
                 place = parent
-            best_keys[place], best_indices[place] = key, position
-        elif key > best_keys[0]:
-            sift_down(best_keys, best_indices, k, key, position)
+            best_keys[place], best_indices[place] = key, index
+        elif is_worse(best_keys[0], best_indices[0], key, index):
+            sift_down(best_keys, best_indices, k, key, index)
     for end in range(k - 1, 0, -1):
-        worst_key, worst_position = best_keys[0], best_indices[0]
-        key, position = best_keys[end], best_indices[end]
-        sift_down(best_keys, best_indices, end, key, position)
-        best_keys[end], best_indices[end] = worst_key, worst_position
+        worst_key, worst_index = best_keys[0], best_indices[0]
+        key, index = best_keys[end], best_indices[end]
+        sift_down(best_keys, best_indices, end, key, index)
+        best_keys[end], best_indices[end] = worst_key, worst_index
     for place in range(k):
-        position = best_indices[place]
-        best_scores[place], best_indices[place] = scores[position], indices[position]
+        best_scores[place] = sortable(best_keys[place])
 
 
 @function
-def is_worse(key, position, other_key, other_position):
-    """Whether an entry is worse than another: smaller, or equal and later."""
-    return key < other_key or (key == other_key and position > other_position)
+def is_worse(key, index, other_key, other_index):
+    """Whether an entry is worse than another: smaller, or equal with a higher index."""
+    return key < other_key or (key == other_key and index > other_index)
 
 
 @function
-def sift_down(keys, positions, count, key, position):
+def sift_down(keys, indices, count, key, index):
     """Put an entry at the root of a heap and let it sink below the entries that are worse."""
     place = 0
     while True:
@@ -157,10 +155,10 @@ def sift_down(keys, positions, count, key, position):
         if child >= count:
             break
         other = child + 1
-        if other < count and is_worse(keys[other], positions[other], keys[child], positions[child]):
+        if other < count and is_worse(keys[other], indices[other], keys[child], indices[child]):
             child = other
-        if not is_worse(keys[child], positions[child], key, position):
+        if not is_worse(keys[child], indices[child], key, index):
             break
-        keys[place], positions[place] = keys[child], positions[child]
+        keys[place], indices[place] = keys[child], indices[child]
         place = child
-    keys[place], positions[place] = key, position
+    keys[place], indices[place] = key, index
