@@ -353,8 +353,9 @@ def labelled(
     return np.unique(labels, return_inverse=True)
 
 
-# Stakes of the three gamblers. High stakes win most when values are near 1, as recall is.
-BETS = np.asarray([0.5, 0.8, 0.98])
+# Stakes of the three gamblers, and their shares of the capital at the start. High stakes win most
+# when values are near 1, as recall is.
+BETS, CAPITAL = np.asarray([0.5, 0.8, 0.98]), np.asarray([0.05, 0.15, 0.8])
 
 
 def betting_lower_bound(values: np.ndarray, confidence: float) -> float:
@@ -362,9 +363,9 @@ def betting_lower_bound(values: np.ndarray, confidence: float) -> float:
 
     The bound holds for any distribution. It uses betting (Waudby-Smith and Ramdas, arXiv
     2010.09686): a gambler stakes a share of the capital on every value being above a hypothetical
-    mean. If that mean is true, the gambler gains nothing on average. Three gamblers bet fixed
-    stakes. If their capital grows to at least 1 / (1 - confidence) times its start, the
-    hypothetical mean is refuted (Ville's inequality), and so is every smaller mean.
+    mean. If that mean is true, the gambler gains nothing on average. Three gamblers with shares of
+    one capital bet fixed stakes. If the capital grows to at least 1 / (1 - confidence) times its
+    start, the hypothetical mean is refuted (Ville's inequality), and so is every smaller mean.
 
     Args:
         values: Values `(n,)` in [0, 1], drawn independently.
@@ -383,10 +384,8 @@ def betting_lower_bound(values: np.ndarray, confidence: float) -> float:
         )
 
     def refuted(mean: float) -> bool:
-        log_capital = np.log1p(np.outer(BETS, values / mean - 1)).sum(1)
-        return bool(
-            np.logaddexp.reduce(log_capital) - math.log(len(BETS)) >= -math.log(1 - confidence)
-        )
+        log_capital = np.log(CAPITAL) + np.log1p(np.outer(BETS, values / mean - 1)).sum(1)
+        return bool(np.logaddexp.reduce(log_capital) >= -math.log(1 - confidence))
 
     low, high = 0.0, 1.0
     for _ in range(30):
@@ -427,9 +426,9 @@ def documents_for(values: np.ndarray, recall: float, confidence: float) -> int |
         The number of documents. None if no number would: their own mean recall is too low.
     """
     growth = np.log1p(np.outer(BETS, values / recall - 1)).mean(axis=1)
-    target = math.log(len(BETS)) - math.log(1 - confidence)
-    fastest = float(growth.max())
-    return math.ceil(target / fastest) if fastest > 0 else None
+    targets = -np.log(CAPITAL) - math.log(1 - confidence)
+    counts = [target / gain for target, gain in zip(targets, growth, strict=True) if gain > 0]
+    return math.ceil(min(counts)) if counts else None
 
 
 def documents_needed(recall: float, confidence: float) -> int:
@@ -447,8 +446,8 @@ def documents_needed(recall: float, confidence: float) -> int:
     low, high = 1, 2**24
     while low < high:
         middle = (low + high) // 2
-        log_capital = np.logaddexp.reduce(middle * np.log1p(BETS * (1 / recall - 1))) - math.log(
-            len(BETS)
+        log_capital = np.logaddexp.reduce(
+            np.log(CAPITAL) + middle * np.log1p(BETS * (1 / recall - 1))
         )
         low, high = (
             (low, middle) if log_capital >= -math.log(1 - confidence) else (middle + 1, high)

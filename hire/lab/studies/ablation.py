@@ -123,10 +123,12 @@ def load_trained(settings: SimpleNamespace) -> TrainedModel:
     evaluation = model_states.windows(
         subject, documents("evaluation", ["novel"]), length // 2, limit=limit
     )
+    softmax_rank, softmax_bits = settings.softmax_factors
     sizes = VariantSizes(
         k=settings.k,
         candidates=settings.candidates,
-        softmax_rank=settings.softmax_rank,
+        softmax_rank=softmax_rank,
+        softmax_bits=softmax_bits,
         ffn_rank=settings.ffn_rank,
         shared_batch=settings.shared_batch,
     )

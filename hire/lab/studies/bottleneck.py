@@ -20,7 +20,7 @@ from hire.lab.metrics import model_quality, numpy_decoder
 from hire.lab.studies import plots
 from hire.lab.studies.study import Claim, Record, Result
 from hire.lab.timing import decode_step, roofline
-from hire.models import Decoder, DecoderConfig, TextModel, preset
+from hire.models import Decoder, DecoderConfig, TextModel, generate, load, preset
 from hire.models.weights import gguf_names
 from hire.types import Queries
 
@@ -30,6 +30,8 @@ SHAPES = ("gemma3_270m", "gemma3_1b", "paper_1b")
 REFERENCE_KINDS = ("novel", "speech")
 REFERENCE_DOCUMENT_STRIDE = 5
 REFERENCE_WINDOW = 128
+# So many greedy tokens are compared, after so many of a text.
+GREEDY_TOKENS, GREEDY_PROMPT = 100, 16
 PARTS = {"softmax": decode_step.softmax, "ffn": decode_step.ffn, "attention": decode_step.attention}
 FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2
 # The lower bounds for a v5e are computed at these sizes.
@@ -86,36 +88,40 @@ class ReferenceCheck:
     """Perplexity of the JAX model and of the reference in numpy, on the same windows.
 
     Attributes:
+        weights: Description of the weights.
         perplexity: Perplexity of the JAX model.
         reference_perplexity: Perplexity of the reference.
         tokens: Number of tokens that both predicted.
         documents: Number of documents that they come from.
+        same_greedy_tokens: How many of GREEDY_TOKENS tokens that the JAX model writes the reference
+            picks, too.
     """
 
+    weights: str
     perplexity: float
     reference_perplexity: float
     tokens: int
     documents: int
+    same_greedy_tokens: int
 
     @property
     def relative_difference(self) -> float:
         """Distance of the two perplexities, relative to the reference's."""
         return abs(self.perplexity / self.reference_perplexity - 1)
 
-    def table(self) -> pandas.DataFrame:
-        """Return the comparison as a table of one row."""
-        line = dict(
+    def cells(self) -> dict[str, str | int]:
+        """Return the comparison as the cells of a table."""
+        return dict(
             perplexity=f"{self.perplexity:.3f}",
             reference=f"{self.reference_perplexity:.3f}",
             difference=f"{self.relative_difference:.1e}",
             tokens=self.tokens,
             documents=self.documents,
-        )
-        return pandas.DataFrame([line])
+        ) | {f"same of {GREEDY_TOKENS} greedy tokens": self.same_greedy_tokens}
 
 
 def compare_with_reference(subject: TextModel, document_count: int) -> ReferenceCheck:
-    """Compare the model's perplexity with that of the numpy reference, on evaluation text.
+    """Compare the model with the numpy reference: its perplexity on text, and greedy text.
 
     Args:
         subject: The model.
@@ -124,20 +130,46 @@ def compare_with_reference(subject: TextModel, document_count: int) -> Reference
     texts = documents("evaluation", list(REFERENCE_KINDS))[::REFERENCE_DOCUMENT_STRIDE]
     tokens, names = model_states.windows(subject, texts[:document_count], REFERENCE_WINDOW)
     states = model_states.collect(subject.model, tokens, names, skip=0)
-    weights = gguf_names(subject.model)
+    weight, config = gguf_names(subject.model).__getitem__, subject.model.config
     losses = model_quality.losses(subject.model, states)
-    reference_losses = np.concatenate(
-        [
-            numpy_decoder.losses(window, weights.__getitem__, subject.model.config)
-            for window in tokens
-        ]
-    )
+    reference_losses = [numpy_decoder.losses(window, weight, config) for window in tokens]
+    prompt = tokens[0, :GREEDY_PROMPT]
+    greedy_tokens = np.asarray(generate(subject.model, prompt, new_tokens=GREEDY_TOKENS))
+    hidden = numpy_decoder.hidden_states(greedy_tokens[:-1], weight, config)[GREEDY_PROMPT - 1 :]
+    picked = numpy_decoder.logits(hidden, weight, config).argmax(axis=1)
     return ReferenceCheck(
+        weights=subject.weights_precision,
         perplexity=float(np.exp(np.mean(losses))),
-        reference_perplexity=float(np.exp(np.mean(reference_losses))),
+        reference_perplexity=float(np.exp(np.mean(np.concatenate(reference_losses)))),
         tokens=len(losses),
         documents=len(names),
+        same_greedy_tokens=int(np.sum(picked == greedy_tokens[GREEDY_PROMPT:])),
     )
+
+
+def compare_with_references(
+    subject: TextModel, settings: SimpleNamespace
+) -> dict[str, ReferenceCheck]:
+    """Compare the model of the figure and those of other families with the numpy reference.
+
+    Args:
+        subject: The model of the figure.
+        settings: Sizes of the notebook.
+
+    Returns:
+        The comparison by model.
+    """
+    subjects = {settings.model_name: subject}
+    return {
+        name: compare_with_reference(subjects.get(name) or load(name), settings.reference_documents)
+        for name in [settings.model_name, *settings.other_models]
+    }
+
+
+def reference_table(references: Mapping[str, ReferenceCheck]) -> pandas.DataFrame:
+    """Return the comparisons as a table, one row for each model."""
+    rows = {name: reference.cells() for name, reference in references.items()}
+    return pandas.DataFrame.from_dict(rows, orient="index")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,7 +347,7 @@ class BottleneckResult(Result):
     Attributes:
         settings: Sizes of the notebook.
         weights: Description of the weights.
-        reference: Comparison with the numpy reference.
+        references: Comparisons with the numpy reference, by model.
         parts: The decode step at batch 1 and its parts.
         durations_by_batch: Raw seconds of the step by batch size.
         v5e_seconds: From `v5e_step_seconds`.
@@ -330,7 +362,7 @@ class BottleneckResult(Result):
 
     settings: SimpleNamespace
     weights: str
-    reference: ReferenceCheck
+    references: dict[str, ReferenceCheck]
     parts: PartTimes
     durations_by_batch: dict[int, list[float]]
     v5e_seconds: dict[str, list[float]]
@@ -360,16 +392,24 @@ class BottleneckResult(Result):
         } | {f"v5e ms {name}": milliseconds(values) for name, values in self.v5e_seconds.items()}
 
     def records(self) -> list[Record]:
-        """Return the records of the reference, of the measured step and of the paper's shape."""
-        return [self._reference_record(), self._step_record(), paper_shape_record()]
+        """Return the records of the references, of the measured step and of the paper's shape."""
+        references = [self._reference_record(*item) for item in self.references.items()]
+        return [*references, self._step_record(), paper_shape_record()]
 
-    def _reference_record(self) -> Record:
-        reference = dataclasses.asdict(self.reference)
+    def _reference_record(self, name: str, reference: ReferenceCheck) -> Record:
         return Record(
-            id=f"perplexity/{self.settings.model_name}",
-            weights=self.weights,
+            id=f"perplexity/{name}",
+            weights=reference.weights,
             setting=dict(kinds=list(REFERENCE_KINDS), window=REFERENCE_WINDOW),
-            results=reference | dict(relative_difference=self.reference.relative_difference),
+            results=dict(
+                perplexity=reference.perplexity,
+                reference_perplexity=reference.reference_perplexity,
+                relative_difference=reference.relative_difference,
+                tokens=reference.tokens,
+                documents=reference.documents,
+                greedy_tokens=GREEDY_TOKENS,
+                same_greedy_tokens=reference.same_greedy_tokens,
+            ),
         )
 
     def _step_record(self) -> Record:
@@ -446,7 +486,7 @@ class BottleneckResult(Result):
         # Left of its line at the top, and below its line: apart for any heights of the two.
         last = batches[-1]
         plots.label(axis, last, measured[-1], "measured", plots.RED, offset=(-12, 0), ha="right")
-        plots.label(axis, last, bounds[-1], "bytes / bandwidth", "0.4", offset=(0, -16), ha="right")
+        plots.label(axis, last, bounds[-1], "bytes / bandwidth", "0.4", offset=(0, -26), ha="right")
         axis.set(
             ylabel="ms a step", title="On this machine, with the range\nof the sittings' medians"
         )

@@ -178,24 +178,6 @@ def label(
     )
 
 
-def recall_lines(
-    axis: Axes, x: Sequence[float], lines: Mapping[str, Sequence[float]], colors: Mapping, **titles
-) -> None:
-    """Plot recall over k' or another doubling axis, with one labelled line each."""
-    ends = {}
-    for name, values in lines.items():
-        missing = miss_rate(values)
-        draw_line(axis, x, missing, colors[name], markersize=4)
-        # The last point that is still visible.
-        last_visible = max([i for i, value in enumerate(missing) if value > 2e-4], default=0)
-        ends[name] = (x[last_visible], missing[last_visible])
-    axis.set_xscale("log", base=2)
-    axis.set(xlim=(x[0] * 0.9, x[-1] * 6), xticks=x, xticklabels=x, **titles)
-    axis.tick_params(axis="x", labelsize=8)
-    recall_axis(axis)
-    labels_apart(axis, ends, colors)
-
-
 def bytes_axis(axis: Axes, lowest: float) -> None:
     """Set up a logarithmic axis of byte shares from `lowest` to 1."""
     ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1) if tick > 0.8 * lowest]
@@ -253,6 +235,85 @@ def frontier(
         )
 
 
+def family_frontiers(
+    axis: Axes, families: Mapping[str, Sequence[tuple[float, float]]], colors: Mapping
+) -> None:
+    """Plot the best recall of each family of estimators against the bytes that are read.
+
+    Args:
+        axis: Axes to plot on.
+        families: (bytes, recall) of every estimator and number of candidates, by family. A point
+            counts if no other point of its family has fewer bytes and as much recall.
+        colors: Colour by family.
+    """
+    for name, points in families.items():
+        envelope: list[tuple[float, float]] = []
+        for nbytes, recall in sorted(points):
+            if not envelope or recall > envelope[-1][1]:
+                envelope.append((nbytes, recall))
+        nbytes, recalls = zip(*envelope, strict=True)
+        draw_line(axis, nbytes, miss_rate(recalls), colors[name], markersize=4, label=name)
+    bytes_axis(axis, min(nbytes for points in families.values() for nbytes, _ in points))
+    recall_axis(axis)
+
+
+def vertical_interval(axis: Axes, x: float, interval: Mapping[str, float], label: str) -> None:
+    """Draw a recall with its interval as a star with a bar, on a `recall_axis`."""
+    ends = miss_rate([interval["low"], interval["high"]])
+    draw_line(axis, [x, x], ends, "black", marker="", zorder=3)
+    draw_points(
+        axis, x, miss_rate(interval["mean"]), "black", marker="*", size=13, zorder=4, label=label
+    )
+
+
+def recall_by_kind(
+    axis: Axes,
+    searches: Mapping[str, Mapping[str, Mapping[str, float]]],
+    colors: Sequence[str],
+    *,
+    hollow: Sequence[str] = (),
+    **titles,
+) -> None:
+    """Plot the recall of several searches on several kinds of text, with intervals.
+
+    Args:
+        axis: Axes to plot on.
+        searches: Search -> kind of text -> `mean`, `low` and `high`.
+        colors: Colour of each search.
+        hollow: Names of the searches with hollow markers.
+        titles: Settings of the axes.
+    """
+    kinds = list(next(iter(searches.values())))
+    step = 0.8 / len(searches)
+    for index, (color, (name, by_kind)) in enumerate(zip(colors, searches.items(), strict=True)):
+        is_hollow = name in hollow
+        for row, kind in enumerate(kinds):
+            y = row + step * (index - (len(searches) - 1) / 2)
+            interval = by_kind[kind]
+            ends = miss_rate([interval["low"], interval["high"]])
+            draw_line(axis, ends, [y, y], color, marker="", linestyle=":" if is_hollow else "-")
+            draw_line(
+                axis,
+                miss_rate([interval["mean"]]),
+                [y],
+                color,
+                markerfacecolor="white" if is_hollow else color,
+                markeredgecolor=color,
+                markeredgewidth=1.2,
+                label=name if row == 0 else None,
+            )
+    axis.hlines(np.arange(len(kinds) - 1) + 0.5, 1, 1e-5, color="0.9", lw=0.8, zorder=0)
+    lowest = min(interval["low"] for by_kind in searches.values() for interval in by_kind.values())
+    ticks = [tick for tick in (0.5, 0.8, 0.95, 0.99, 0.998) if tick >= lowest - 0.1]
+    axis.set_xscale("log")
+    axis.set_xlim(1.1 * max(1 - lowest, 1 - ticks[0]), 0.7e-4)
+    axis.set_xticks([*(1 - tick for tick in ticks), 1e-4], [*map(str, ticks), "≥ 0.9999"])
+    axis.minorticks_off()
+    axis.set(yticks=range(len(kinds)), yticklabels=kinds, xlabel="recall", **titles)
+    axis.invert_yaxis()
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(-0.3, -0.17))
+
+
 def share_bars(axis: Axes, bars: Mapping[str, dict[str, float]], **titles) -> None:
     """Draw one stacked bar per name, the first at the bottom.
 
@@ -282,41 +343,61 @@ def share_bars(axis: Axes, bars: Mapping[str, dict[str, float]], **titles) -> No
 
 def quality_speed(
     axis: Axes,
-    lines: Mapping[str, dict[str, tuple[float, float]]],
-    *,
-    lowest: float,
-    star: tuple[str, str],
+    points: Mapping[str, Mapping[str, tuple[float, float]]],
+    recommended: Sequence[tuple[float, float]],
+    **titles,
 ) -> None:
     """Plot recall against speed-up.
 
     Args:
         axis: Axes to plot on.
-        lines: Line -> label -> (speed-up, recall).
-        lowest: Lowest recall to show.
-        star: (line, label) of the recommended point, drawn as a star.
+        points: Group -> setting -> (speed-up, recall).
+        recommended: The recommended points, drawn as stars.
+        titles: Settings of the axes.
     """
-    # Neighbouring lines have their labels on different sides.
-    sides = [((-5, -7), "right"), ((5, 7), "left")]
-    for index, (color, (name, points)) in enumerate(zip(PALETTE, lines.items(), strict=False)):
-        speeds, recalls = zip(*points.values(), strict=True)
-        draw_line(axis, speeds, miss_rate(recalls), color, label=name)
-        for text, (speed, recall) in points.items():
-            offset, side = sides[index % 2]
-            label(axis, speed, float(miss_rate(recall)), text, color, offset=offset, ha=side)
-    speed, recall = lines[star[0]][star[1]]
+    for color, (name, settings) in zip(PALETTE, points.items(), strict=False):
+        speeds, recalls = zip(*settings.values(), strict=True)
+        draw_points(axis, speeds, miss_rate(recalls), color, label=name)
+    speeds, recalls = zip(*recommended, strict=True)
     draw_points(
         axis,
-        speed,
-        miss_rate(recall),
+        speeds,
+        miss_rate(recalls),
         "black",
         marker="*",
-        size=15,
-        label=f"recommended: {star[1]}, {star[0]}",
+        size=12,
         zorder=3,
+        label="recommended",
     )
+    axis.axvline(1, color="0.6", lw=1)
+    lowest = min(recall for settings in points.values() for _, recall in settings.values())
     axis.set(xlabel="speed-up over the fastest dense form", ylabel="recall", xlim=(0, None))
-    axis.legend(frameon=False, fontsize=8, loc="upper left")
-    recall_axis(axis, lowest)
+    axis.set(**titles)
+    recall_axis(axis, 0.95 if lowest > 0.95 else 0.2)
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.17))
+
+
+def speedup_lines(
+    axis: Axes,
+    lines: Mapping[str, tuple[Mapping[int, float], Mapping[int, Sequence[float]]]],
+    **titles,
+) -> None:
+    """Plot speed-ups over batch sizes that double, with their ranges and the line of no speed-up.
+
+    Args:
+        axis: Axes to plot on.
+        lines: Speed-up and its (lowest, highest) by batch size, by name.
+        titles: Settings of the axes.
+    """
+    for color, (name, (values, ranges)) in zip(PALETTE, lines.items(), strict=False):
+        draw_line(axis, list(values), list(values.values()), color, label=name)
+        for batch, ends in ranges.items():
+            draw_line(axis, [batch, batch], ends, color, marker="_", linewidth=1)
+    axis.axhline(1, color="0.6", lw=1)
+    batches = list(next(iter(lines.values()))[0])
+    batch_axes(axis, batches)
+    axis.set(ylabel="speed-up", **titles)
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.17))
 
 
 def latency_lines(

@@ -17,14 +17,16 @@ import hire
 from hire.estimators.base import Estimator
 from hire.lab import records
 from hire.lab.data import hidden_state_cache, model_states
+from hire.lab.data.evaluation_text import evaluation_text
 from hire.lab.data.text import Document, beginnings, documents
 from hire.lab.figure_index import claim_limits
 from hire.lab.metrics import group_sparsity, lm_eval_tasks, model_quality
 from hire.lab.studies import plots, tables
+from hire.lab.studies.model_queries import kind_label
 from hire.lab.studies.study import Claim, Record, Result
 from hire.lab.studies.trained_sparsity import Studied
 from hire.lab.training import plans, trainer
-from hire.models import TextModel
+from hire.models import TextModel, load
 from hire.types import Queries, Rows
 
 EXACT = "exact"
@@ -33,6 +35,8 @@ EXACT_FFN = "exact FFN"
 MODEL_OF_QUESTION_RECORD = "gemma3_270m"
 # Criterion of the claim: the loss is at most this much above exact.
 LARGEST_RELATIVE_LOSS = claim_limits("quality")["relative_loss"]
+# Searches of both models are compared on so many documents of each kind.
+DOCUMENTS_OF_A_KIND = 16
 # The speed of prefill is measured on so many documents.
 TIMED_DOCUMENTS = 8
 
@@ -70,9 +74,10 @@ class Answers:
     accuracy_difference: dict[str, float]
 
 
-def weights(subject: TextModel) -> str:
-    """Return a description of the weights of a model and of those that this project trains."""
-    return f"{subject.weights_precision}; trained here, bfloat16"
+def weights(searches: Mapping[str, tuple[TextModel, hire.HireSoftmax]]) -> str:
+    """Return a description of the weights of models and of those that this project trains."""
+    descriptions = [subject.weights_precision for subject, _ in searches.values()]
+    return "; ".join(dict.fromkeys([*descriptions, "trained here, bfloat16"]))
 
 
 def load_texts(
@@ -116,7 +121,7 @@ def compare(
         texts: Documents.
         settings: Sizes of the notebook.
     """
-    windows = dict(length=settings.length, stride=settings.stride)
+    windows = dict(length=settings.length, stride=settings.length // 2)
     rows = subject.model.head_rows()
     exact_states = model_states.document_states(subject, texts, **windows)
     exact = model_quality.head_outputs(rows, exact_states, settings.k)
@@ -203,8 +208,9 @@ def compare_trained_model(
         ffns |= sparse_ffns(trained, settings)
     # Windows do not need the names of their documents here; numbers take their place.
     states = model_states.collect(subject.model, windows, np.arange(len(windows)))
+    rank, candidates, *_ = settings.trained_search
     softmaxes = softmaxes_by_estimator(
-        subject.model.embedding[...], settings.rank, settings.k, settings.candidates, states.hidden
+        subject.model.head_rows(), rank, settings.k, candidates, states.hidden
     )
     return compare(variant, subject, ffns, {EXACT: None} | softmaxes, texts, settings)
 
@@ -219,8 +225,8 @@ def sparse_ffns(trained: Studied, settings: SimpleNamespace) -> dict[str, list[h
     Returns:
         One HireFFN per layer, without and with static groups. As many groups are computed in both.
     """
-    estimator = trained.low_rank(settings.rank)
-    candidates, static_groups = settings.ffn_candidates, settings.static_groups
+    rank, _, candidates, static_groups = settings.trained_search
+    estimator = trained.low_rank(rank)
     return {
         "HiRE-FFN": trained.searched(estimator, candidates),
         "static groups": trained.searched(
@@ -246,7 +252,7 @@ def compare_searches(
         settings: Sizes of the notebook.
     """
     name, headline = settings.model_name, headline_softmax(settings)
-    rows = subject.model.embedding[...]
+    rows = subject.model.head_rows()
     *other_settings, _ = settings.softmax_settings
     rank, candidates = other_settings[-1]
     softmaxes = {
@@ -262,6 +268,50 @@ def compare_searches(
     }
     sparse = compare(name, subject, ffns, {EXACT: None, headline: softmax}, texts[::2], settings)
     return Comparisons(searched.exact, searched.searched | sparse.searched)
+
+
+def compare_kinds(
+    searches: Mapping[str, tuple[TextModel, hire.HireSoftmax]], settings: SimpleNamespace
+) -> dict[str, dict[str, dict]]:
+    """Compare one searched softmax of each model with the exact one, by kind of text.
+
+    Args:
+        searches: Each model with its tokenizer and its search.
+        settings: Sizes of the notebook.
+
+    Returns:
+        Model -> kind of text -> result of `model_quality.against`.
+    """
+    by_model: dict[str, dict[str, dict]] = {}
+    for name, (subject, softmax) in searches.items():
+        by_model[name] = {}
+        for kind in settings.kinds:
+            texts = evaluation_text(kind, DOCUMENTS_OF_A_KIND)
+            states = model_states.document_states(
+                subject,
+                beginnings(texts, settings.document_characters),
+                length=settings.length,
+                stride=settings.length // 2,
+            )
+            exact, searched = (
+                model_quality.head_outputs(head, states, settings.k)
+                for head in (subject.model.head_rows(), softmax)
+            )
+            by_model[name][kind] = model_quality.against(searched, exact, states.documents)
+    return by_model
+
+
+def load_second_search(settings: SimpleNamespace) -> dict[str, tuple[TextModel, hire.HireSoftmax]]:
+    """Load the second model and fit its search to speeches and commentary.
+
+    Args:
+        settings: Sizes of the notebook.
+    """
+    subject, (rank, bits, candidates) = load(settings.second_model), settings.second_search
+    rows, (_, states) = subject.model.head_rows(), load_texts(subject, settings)
+    estimator = hire.LowRank.fit(rows, rank, calibration=states.hidden, bits=bits)
+    softmax = hire.HireSoftmax(rows, estimator, settings.k, candidates)
+    return {settings.second_model: (subject, softmax)}
 
 
 def headline_softmax(settings: SimpleNamespace) -> str:
@@ -305,7 +355,9 @@ def prefill_speed(
     """
     texts = texts[:TIMED_DOCUMENTS]
     start = time.perf_counter()
-    model_states.document_states(subject, texts, length=settings.length, stride=settings.stride)
+    model_states.document_states(
+        subject, texts, length=settings.length, stride=settings.length // 2
+    )
     tokens = sum(len(subject.tokens(text.text)) for text in texts)
     return tokens / (time.perf_counter() - start)
 
@@ -411,31 +463,50 @@ def signed_percent(interval: Mapping[str, float], decimals: int) -> str:
     return f"{mean} % ({low} to {high})"
 
 
+# Columns of tables, and the field of `model_quality.against` that each one shows.
+COLUMNS = {
+    "recall": "recall",
+    "same top-1": "agreement",
+    "total variation": "variation",
+    "outside candidates": "outside",
+}
+
+
+def comparison_cells(comparison: Mapping[str, dict]) -> dict[str, str]:
+    """Return the cells of one result of `model_quality.against`."""
+    shares = {column: tables.percent(comparison[key], 2) for column, key in COLUMNS.items()}
+    counts = {count: str(comparison["recall"][count]) for count in ("n", "documents")}
+    return dict(loss=signed_percent(comparison["loss"], 3)) | shares | counts
+
+
+def kind_table(by_model: Mapping[str, Mapping[str, Mapping[str, dict]]]) -> pandas.DataFrame:
+    """Return the results of `compare_kinds` as a table, one row for each model and kind."""
+    return pandas.DataFrame.from_dict(
+        {
+            f"{model}: {kind_label(kind)}": comparison_cells(comparison)
+            for model, kinds in by_model.items()
+            for kind, comparison in kinds.items()
+        },
+        orient="index",
+    )
+
+
 def comparison_table(comparisons: Comparisons) -> pandas.DataFrame:
     """Return a table of comparisons: the loss of the exact models, and what searches change.
 
     Args:
         comparisons: The comparisons.
     """
-    columns = {
-        "recall": "recall",
-        "same top-1": "agreement",
-        "total variation": "variation",
-        "outside candidates": "outside",
-    }
     lines = {}
     for model, summary in comparisons.exact.items():
         lines[f"{model}: {EXACT}"] = dict(
             loss=f"{summary['loss']:.3f} nats per token", n=str(summary["tokens"])
         )
         for name, comparison in comparisons.searched.items():
-            if name.partition(": ")[0] != model:
-                continue
-            shares = {column: tables.percent(comparison[key], 2) for column, key in columns.items()}
-            counts = {count: str(comparison["recall"][count]) for count in ("n", "documents")}
-            lines[name] = dict(loss=signed_percent(comparison["loss"], 3)) | shares | counts
+            if name.partition(": ")[0] == model:
+                lines[name] = comparison_cells(comparison)
     table = pandas.DataFrame.from_dict(lines, orient="index")
-    return table.reindex(columns=["loss", *columns, "n", "documents"]).fillna("")
+    return table.reindex(columns=["loss", *COLUMNS, "n", "documents"]).fillna("")
 
 
 def answer_table(answers: Answers) -> pandas.DataFrame:
@@ -495,6 +566,7 @@ class QualityResult(Result):
         weights: Description of the weights.
         trained: Comparisons of the models that this project trains.
         untrained: Comparisons of the model that was not trained for HiRE.
+        by_kind: From `compare_kinds`.
         answers: Answers to the questions of downstream tasks.
         tokens_per_second: Speed of prefill.
     """
@@ -503,6 +575,7 @@ class QualityResult(Result):
     weights: str
     trained: Comparisons
     untrained: Comparisons
+    by_kind: dict[str, dict[str, dict]]
     answers: Answers
     tokens_per_second: float
     tolerance = dict(default=0.35, recall=0.02)
@@ -539,9 +612,15 @@ class QualityResult(Result):
         )
 
     def series(self) -> dict:
-        """Return the relative loss of every search; recall and costs of the softmax searches."""
+        """Return losses, recall and costs of softmax searches, and agreement by kind of text."""
         loss = {name: value["loss"]["mean"] for name, value in self.comparisons.searched.items()}
-        return dict(loss=loss, recall=self._softmax_means("recall"), cost=self._costs())
+        agreement = {
+            model: [comparison["agreement"]["mean"] for comparison in kinds.values()]
+            for model, kinds in self.by_kind.items()
+        }
+        return dict(
+            loss=loss, recall=self._softmax_means("recall"), cost=self._costs(), by_kind=agreement
+        )
 
     def _softmax_means(self, quality: str) -> list[float]:
         """Return the mean of one quality for every search of a softmax with exact FFNs."""
@@ -581,17 +660,19 @@ class QualityResult(Result):
             setting=dict(
                 k=settings.k,
                 softmax_settings=settings.softmax_settings,
-                rank=settings.rank,
-                candidates=settings.candidates,
+                trained_search=settings.trained_search,
                 neuron_fractions=settings.neuron_fractions,
                 questions_per_task=settings.questions_per_task,
+                second_model=settings.second_model,
+                second_search=settings.second_search,
                 length=settings.length,
-                stride=settings.stride,
+                context=settings.length // 2,
             ),
             results=dict(
                 exact=self.comparisons.exact,
                 comparisons=self.comparisons.searched,
                 headline=self.headline,
+                by_kind=self.by_kind,
                 relative_loss_bound=self.relative_loss_bound,
                 accuracy_difference=accuracy,
                 tasks=self.answers.tasks,
@@ -603,29 +684,41 @@ class QualityResult(Result):
         return [record]
 
     def plot(self) -> Figure:
-        """Draw the losses of all searches, and the costs of missed rows."""
-        figure, axes = plots.new_figure(2, 2, height=5)
-        name = self.settings.model_name
-        self._plot_losses(axes[0, 0], self.trained.searched, "Models trained here")
-        searched = {
-            label.removeprefix(f"{name}: "): comparison
-            for label, comparison in self.untrained.searched.items()
-        }
-        self._plot_losses(axes[0, 1], searched, name)
-        self._plot_costs(
-            axes[1, 0], ("relative loss", "total variation"), "Missed rows: loss and sampling"
+        """Draw losses, the same top-1 by kind of text, and what missed rows cost."""
+        figure, axes = plots.new_figure(1, 3, height=4.4)
+        plots.interval_rows(
+            axes[0, 0],
+            self._shown_losses(),
+            xlabel="loss over exact",
+            title="Loss of searched models",
         )
-        self._plot_costs(
-            axes[1, 1], ("different top-1", "outside candidates"), "Missed rows: tokens"
-        )
+        self._plot_kinds(axes[0, 1])
+        costs = self._costs()
+        shown = {name: costs[name] for name in ("different top-1", "total variation")}
+        title = "What a missed row costs"
+        plots.cost_of_misses(axes[0, 2], self._softmax_means("recall"), shown, title=title)
         return figure
 
-    def _plot_losses(self, axis: Axes, searched: Mapping[str, dict], title: str) -> None:
-        losses = {name: comparison["loss"] for name, comparison in searched.items()}
-        plots.interval_rows(axis, losses, xlabel="loss over exact", title=title)
-        axis.tick_params(axis="x", labelsize=8)
+    def _shown_losses(self) -> dict[str, dict[str, float]]:
+        """Return the loss of the headline's search and of each trained model's, fitted in int8."""
+        losses = {f"{self.settings.model_name}: softmax": self.headline["loss"]}
+        parts = {
+            EXACT_FFN: "softmax",
+            "HiRE-FFN": "softmax, FFN",
+            "static groups": "softmax, FFN with static groups",
+        }
+        for name, comparison in self.trained.searched.items():
+            model, _, parts_searched = name.partition(": ")
+            ffn, _, softmax = parts_searched.partition(", ")
+            if softmax.startswith("LR fitted int8"):
+                losses[f"{model}: {parts[ffn]}"] = comparison["loss"]
+        return losses
 
-    def _plot_costs(self, axis: Axes, names: Sequence[str], title: str) -> None:
-        costs = self._costs()
-        shown = {name: costs[name] for name in names}
-        plots.cost_of_misses(axis, self._softmax_means("recall"), shown, title=title)
+    def _plot_kinds(self, axis: Axes) -> None:
+        agreement = {
+            model: {kind_label(kind): comparison["agreement"] for kind, comparison in kinds.items()}
+            for model, kinds in self.by_kind.items()
+        }
+        colors = plots.PALETTE[: len(agreement)]
+        plots.recall_by_kind(axis, agreement, colors, title="Same top-1, by kind of text")
+        axis.set(xlabel="share of positions with the same top-1")

@@ -8,23 +8,23 @@ from typing import ClassVar
 import jax
 import numpy as np
 import pandas
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import hire
-from hire.lab.data import hidden_state_cache
+from hire.lab.data.evaluation_text import evaluation_text
 from hire.lab.data.model_states import States
-from hire.lab.data.text import documents
 from hire.lab.figure_index import claim_limits
 from hire.lab.metrics import model_quality, search_recall
 from hire.lab.metrics.intervals import mean_with_interval, points
 from hire.lab.rivals.approximate_top_k import INT8
 from hire.lab.studies import plots, tables
+from hire.lab.studies.model_queries import NOVEL, ModelQueries, kind_label
 from hire.lab.studies.study import Claim, Record, Result
 from hire.lab.timing import layer_timing
 from hire.models import Decoder, TextModel
 from hire.ops.batches import batches
 from hire.ops.row_products import row_scores
-from hire.ops.top_k import TopK
 from hire.search import top_k_at
 from hire.timing import in_sittings, interleaved, medians, speedup_range
 from hire.types import AnyArray, Array, Float, Int, Rows
@@ -47,42 +47,10 @@ CLAIM_SPEEDUP, CLAIM_RECALL = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Queries:
-    """Hidden states of real text; no document is in two of the sets.
-
-    Attributes:
-        calibration: Hidden states (n, d) that factors are fitted to: speeches and commentary.
-        unseen: Hidden states of a novel, to evaluate on, with their next tokens and documents.
-        unseen_top: True top-k of `unseen`.
-        prompts: The first tokens of some documents of the novel.
-    """
-
-    calibration: np.ndarray
-    unseen: States
-    unseen_top: TopK
-    prompts: list[np.ndarray]
-
-
-def load_queries(subject: TextModel, settings: SimpleNamespace) -> Queries:
-    """Compute the hidden states of the texts that the study needs.
-
-    Args:
-        subject: The model.
-        settings: Sizes of the notebook.
-    """
-    novel = documents("evaluation", ["novel"])[: settings.evaluation_documents]
-    # Positions early in a window have little context; calibration leaves out the first four.
-    calibration = hidden_state_cache.cached_states(
-        subject, documents("calibration")[::2], 128, settings.calibration_windows, skip=4
-    )
-    unseen = hidden_state_cache.cached_states(subject, novel)
-    return Queries(
-        calibration=calibration.hidden,
-        unseen=unseen,
-        unseen_top=hidden_state_cache.true_top_tokens(subject, unseen.hidden, settings.k),
-        prompts=[subject.tokens(text.text, PROMPT_TOKENS) for text in novel[:PROMPTS]],
-    )
+def prompts(queries: ModelQueries) -> list[np.ndarray]:
+    """Return the first tokens of some documents of the novel."""
+    novel = evaluation_text(NOVEL, PROMPTS)
+    return [queries.subject.tokens(text.text, PROMPT_TOKENS) for text in novel]
 
 
 def setting_name(rank: int, bits: int, candidates: int) -> str:
@@ -90,20 +58,19 @@ def setting_name(rank: int, bits: int, candidates: int) -> str:
     return f"LR {rank} int{bits} k'={candidates}"
 
 
-def chosen_name(settings: SimpleNamespace) -> str:
-    """Return the name of the chosen setting."""
-    return setting_name(settings.chosen_rank, settings.chosen_bits, settings.chosen_candidates)
+def chosen_name(queries: ModelQueries, settings: SimpleNamespace) -> str:
+    """Return the name of a model's chosen setting."""
+    return setting_name(*settings.chosen[queries.name])
 
 
 def fit_variants(
-    rows: Rows, chosen: hire.HireSoftmax, calibration: np.ndarray, settings: SimpleNamespace
+    queries: ModelQueries, chosen: hire.HireSoftmax, settings: SimpleNamespace
 ) -> dict[str, hire.HireSoftmax]:
     """Build the softmax of every rank, precision and number of candidates that is compared.
 
     Args:
-        rows: Rows (v, d) of the LM head.
+        queries: The model and its queries.
         chosen: The softmax of the chosen setting. It is one of the results.
-        calibration: Hidden states (n, d) that factors are fitted to.
         settings: Sizes of the notebook.
 
     Returns:
@@ -112,12 +79,13 @@ def fit_variants(
     Raises:
         ValueError: The chosen setting is not among those that are compared.
     """
+    rows, chosen_factors = queries.rows, tuple(settings.chosen[queries.name][:2])
     estimators = {
         (rank, bits): chosen.estimator
-        if (rank, bits) == (settings.chosen_rank, settings.chosen_bits)
-        else hire.LowRank.fit(rows, rank, calibration=calibration, bits=bits)
+        if (rank, bits) == chosen_factors
+        else hire.LowRank.fit(rows, rank, calibration=queries.calibration.hidden, bits=bits)
         for bits in settings.bits
-        for rank in settings.ranks
+        for rank in settings.ranks[queries.name]
     }
     variants = {
         setting_name(rank, bits, candidates): hire.HireSoftmax(
@@ -126,22 +94,20 @@ def fit_variants(
         for candidates in settings.candidates
         for (rank, bits), estimator in estimators.items()
     }
-    if chosen_name(settings) not in variants:
-        raise ValueError(
-            f"chosen setting {chosen_name(settings)}: expected one of {', '.join(variants)}"
-        )
-    return variants | {chosen_name(settings): chosen, HIRE_INT8: int8_search(rows, chosen)}
+    name = chosen_name(queries, settings)
+    if name not in variants:
+        raise ValueError(f"chosen setting {name}: expected one of {', '.join(variants)}")
+    return variants | {name: chosen, HIRE_INT8: int8_search(rows, chosen)}
 
 
 def judge_variants(
-    rows: Rows, variants: Mapping[str, hire.HireSoftmax], queries: Queries, stride: int
+    queries: ModelQueries, variants: Mapping[str, hire.HireSoftmax], stride: int
 ) -> dict[str, dict[str, dict]]:
     """Measure recall and top-1 of every setting, and of int8 rows without low-rank factors.
 
     Args:
-        rows: Rows (v, d) of the LM head.
+        queries: The model and its queries; the novel's are evaluated on.
         variants: Softmaxes by name.
-        queries: Queries; the unseen set is evaluated on.
         stride: Evaluate on every `stride`-th position.
 
     Returns:
@@ -149,8 +115,8 @@ def judge_variants(
     """
     k = queries.unseen_top.indices.shape[1]
     # Rescoring k candidates does not change which tokens int8 rows find.
-    int8_rows = hire.HireSoftmax(rows, hire.Quantized.fit(rows, bits=8), k, k)
-    states, top = jax.tree.map(lambda part: part[::stride], (queries.unseen, queries.unseen_top))
+    int8_rows = hire.HireSoftmax(queries.rows, hire.Quantized.fit(queries.rows, bits=8), k, k)
+    states, top = queries.every_nth(stride)
     return {
         name: search_recall.judge(softmax, states, top)
         for name, softmax in [*variants.items(), (INT8, int8_rows)]
@@ -162,9 +128,10 @@ class Quality:
     """Quality of the chosen softmax on unseen text.
 
     Intervals are dicts with `mean`, `low`, `high`, `documents` and `n`. All attributes but the
-    first two come from every third position.
+    first three come from every third position of the novel.
 
     Attributes:
+        by_kind: Kind of text -> intervals of `recall` and `top1`, see `search_recall.judge`.
         recall: Interval of the recall of the top-k.
         top1: Interval of the rate at which the true top-1 is among the results.
         agreement: Interval of the rate at which the top-1 is the same.
@@ -179,6 +146,7 @@ class Quality:
             standard errors that the softmax states.
     """
 
+    by_kind: dict[str, dict[str, dict]]
     recall: dict
     top1: dict
     agreement: dict
@@ -192,7 +160,12 @@ class Quality:
     def table(self) -> pandas.DataFrame:
         """Return the quality as a table, one row per measure."""
         column = "mean (95 % interval)"
-        shares = {
+        others = {
+            f"recall of the top-k, {kind_label(kind)}": rates["recall"]
+            for kind, rates in self.by_kind.items()
+            if kind != NOVEL
+        }
+        shares = others | {
             "recall of the top-k": self.recall,
             "top-1 found": self.top1,
             "top-1 the same": self.agreement,
@@ -211,28 +184,33 @@ class Quality:
         return table
 
 
-def judge_quality(softmax: hire.HireSoftmax, model: Decoder, queries: Queries) -> Quality:
+def judge_quality(queries: ModelQueries, softmax: hire.HireSoftmax) -> Quality:
     """Measure recall, sampling and perplexity of a softmax on unseen text.
 
     Args:
-        softmax: The softmax. It searches one query at a time, by the same program that is timed.
-        model: The decoder, for exact losses.
-        queries: Queries; the unseen set is evaluated on.
+        queries: The model and its queries.
+        softmax: The softmax. On the novel it searches one query at a time, by the same program that
+            is timed.
     """
     results = search_recall.search_all(softmax, queries.unseen.hidden, batch=1)
     rates = search_recall.judge(results, queries.unseen, queries.unseen_top)
-    results, states, top = jax.tree.map(
-        lambda part: part[::DISTRIBUTION_STRIDE], (results, queries.unseen, queries.unseen_top)
-    )
+    by_kind = {
+        kind: search_recall.judge(softmax, states, queries.true_top[kind])
+        for kind, states in queries.evaluation.items()
+        if kind != NOVEL
+    }
+    results = jax.tree.map(lambda part: part[::DISTRIBUTION_STRIDE], results)
+    states, top = queries.every_nth(DISTRIBUTION_STRIDE)
     variation = model_quality.total_variation(results, top)
     same_top1 = results.indices[:, 0] == top.indices[:, 0]
-    exact_losses = model_quality.losses(model, states)
+    exact_losses = model_quality.losses(queries.subject.model, states)
     estimated_losses, stderr = losses_with_stderr(softmax, states)
     errors = np.abs(estimated_losses - exact_losses)
     zeros = np.zeros(len(errors))
     difference = points(estimated_losses, exact_losses, states.documents)
     ends = {end: float(np.expm1(difference[end])) for end in ("mean", "low", "high")}
     return Quality(
+        by_kind={NOVEL: rates} | by_kind,
         recall=rates["recall"],
         top1=rates["top1"],
         agreement=mean_with_interval(same_top1, states.documents),
@@ -265,6 +243,15 @@ def losses_with_stderr(softmax: hire.HireSoftmax, states: States) -> tuple[np.nd
         losses.append(output.log_normalizer - softmax.exact_logits(hidden, targets)[:, 0])
         stderr.append(output.normalizer_stderr)
     return np.concatenate(losses), np.concatenate(stderr)
+
+
+def compared_texts(queries: ModelQueries, converted: Decoder, settings: SimpleNamespace) -> str:
+    """Return the greedy continuations of two prompts, dense and searched, see `side_by_side`."""
+    models = queries.subject.model, converted
+    return "\n".join(
+        side_by_side(queries.subject, *continuations(models, prompt, settings))
+        for prompt in prompts(queries)
+    )
 
 
 def continuations(
@@ -427,11 +414,9 @@ def int8_search(rows: Rows, chosen: hire.HireSoftmax) -> hire.HireSoftmax:
 
 
 def time_all(
-    rows: Rows,
+    queries: ModelQueries,
     variants: Mapping[str, hire.HireSoftmax],
-    dense: Decoder,
     converted: Decoder,
-    queries: Queries,
     settings: SimpleNamespace,
 ) -> Times:
     """Time softmaxes, decode steps and the stages of one search.
@@ -440,16 +425,14 @@ def time_all(
     does not affect one of them alone.
 
     Args:
-        rows: Rows (v, d) of the LM head.
+        queries: The model and its queries; calls take new hidden states of the novel.
         variants: The compared softmaxes by name. The chosen one is timed at every batch size, the
             others at the first.
-        dense: The dense decoder.
         converted: The decoder with the chosen softmax.
-        queries: Queries; calls take new hidden states of the unseen set.
         settings: Sizes of the notebook.
     """
-    hidden, k = queries.unseen.hidden, settings.k
-    chosen = variants[chosen_name(settings)]
+    rows, hidden, k = queries.rows, queries.unseen.hidden, settings.k
+    chosen = variants[chosen_name(queries, settings)]
     searches = {
         HIRE: chosen,
         HIRE_INT8: variants[HIRE_INT8],
@@ -462,7 +445,9 @@ def time_all(
         repeats = min(settings.repeats, max(MIN_SOFTMAX_REPEATS, settings.repeats // batch))
         comparisons["softmax", batch] = forms, layer_timing.slices(hidden, batch, repeats)
     for batch in settings.batches:
-        forms = layer_timing.step_forms(dense, converted, k, batch, settings.cache_length)
+        forms = layer_timing.step_forms(
+            queries.subject.model, converted, k, batch, settings.cache_length
+        )
         repeats = max(settings.step_repeats // batch, MIN_STEP_REPEATS * settings.sittings)
         comparisons["step", batch] = forms, layer_timing.slices(hidden, 1, repeats)
     durations = in_sittings(comparisons, settings.sittings)
@@ -518,77 +503,161 @@ def stage_bytes(softmax: hire.HireSoftmax) -> dict[str, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class SoftmaxResult(Result):
-    """Result of figure 03.
+class ModelSoftmax:
+    """Speed and quality of the searches of one model.
 
     Attributes:
-        settings: Sizes of the notebook.
         weights: Description of the weights.
+        chosen: Name of the chosen setting.
         calibration_queries: Number of queries that the factors were fitted to.
         variant_quality: From `judge_variants`.
         quality: Quality of the chosen setting.
         times: Times.
     """
 
-    settings: SimpleNamespace
     weights: str
+    chosen: str
     calibration_queries: int
     variant_quality: dict[str, dict[str, dict]]
     quality: Quality
     times: Times
 
-    # Speed-ups change with the state of the machine.
-    tolerance: ClassVar[Mapping[str, float]] = {"default": 0.35, "recall": 0.02}
-
     @property
-    def chosen(self) -> str:
-        """Name of the chosen setting."""
-        return chosen_name(self.settings)
+    def recalls(self) -> dict[str, float]:
+        """Recall by the name of a timed softmax."""
+        return {
+            HIRE: self.quality.recall["mean"],
+            HIRE_XLA: self.quality.recall["mean"],
+            HIRE_INT8: self.variant_quality[HIRE_INT8]["recall"]["mean"],
+            INT8: self.variant_quality[INT8]["recall"]["mean"],
+        }
 
-    @property
-    def int8_recall(self) -> float:
-        """Recall of int8 rows without low-rank factors."""
-        return self.variant_quality[INT8]["recall"]["mean"]
-
-    def quality_text(self) -> str:
+    def quality_text(self, k: int) -> str:
         """State the quality of the chosen setting."""
         quality = self.quality
         return (
-            f"recall@{self.settings.k} {quality.recall['mean']:.3f}, "
+            f"recall@{k} {quality.recall['mean']:.3f}, "
             f"top-1 found {quality.top1['mean']:.4f}, "
             f"perplexity {quality.perplexity_difference['mean']:+.2%}"
         )
 
-    def finding(self) -> str:
-        """State time, speed-up and quality of the chosen setting, and those of int8 rows."""
-        times = self.times
-        first, last = self.settings.batches[0], self.settings.batches[-1]
-        softmax_speedups, step_speedups = times.softmax_speedups, times.step_speedups
-        return (
-            f"HiRE-Softmax ({self.chosen}) takes {times.softmax_medians[HIRE] * 1e3:.1f} ms, "
-            f"the fastest dense form {times.dense_median * 1e3:.1f}: "
-            f"{softmax_speedups[first]:.1f}x at batch {first}, "
-            f"{softmax_speedups[last]:.1f}x at {last}; the whole step {step_speedups[first]:.2f}x. "
-            f"On unseen text: {self.quality_text()}. "
-            f"Dense int8 rows reach {times.variant_speedup(INT8):.1f}x "
-            f"at recall {self.int8_recall:.3f}."
+    def speed_and_recall(self) -> dict[str, tuple[float, float]]:
+        """Return the speed-up at the first batch size and the recall of every setting."""
+        return {
+            name: (self.times.variant_speedup(name), rates["recall"]["mean"])
+            for name, rates in self.variant_quality.items()
+            if name != HIRE_INT8
+        }
+
+
+def results_by_model(
+    queries: Mapping[str, ModelQueries],
+    variant_quality: Mapping[str, dict[str, dict[str, dict]]],
+    quality: Mapping[str, Quality],
+    times: Mapping[str, Times],
+    settings: SimpleNamespace,
+) -> dict[str, ModelSoftmax]:
+    """Return what was measured of each model, by its name."""
+    return {
+        name: ModelSoftmax(
+            model.subject.weights_precision,
+            chosen_name(model, settings),
+            len(model.calibration.hidden),
+            variant_quality[name],
+            quality[name],
+            times[name],
         )
+        for name, model in queries.items()
+    }
+
+
+def checks(queries: Mapping[str, ModelQueries]) -> dict[str, bool]:
+    """Check statements about a search with every row a candidate, of every model.
+
+    Args:
+        queries: Each model with its queries.
+
+    Returns:
+        Whether each statement is true of every model.
+    """
+    same_tokens, same_normalizer = [], []
+    for model in queries.values():
+        x, rows = model.unseen.hidden[:8], model.rows[:512]
+        complete = hire.HireSoftmax(rows, hire.Quantized.fit(rows, bits=4), 32, len(rows))
+        top, log_normalizer, _ = complete.top_k_with_normalizer(x)
+        true_tokens, true_normalizer = exact_output(rows, x, 32)
+        same_tokens.append(bool((top.indices == true_tokens).all()))
+        same_normalizer.append(bool(abs(log_normalizer - true_normalizer).max() < 1e-4))
+    return {
+        "with every row a candidate, tokens are exact": all(same_tokens),
+        "so is the normalizer": all(same_normalizer),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftmaxResult(Result):
+    """Result of figure 03.
+
+    Attributes:
+        settings: Sizes of the notebook.
+        models: Speed and quality by model. The first one is the paper's setting: a very large
+            vocabulary.
+        weights: Description of the weights of all models.
+    """
+
+    settings: SimpleNamespace
+    models: dict[str, ModelSoftmax]
+    weights: str = dataclasses.field(init=False)
+
+    # Speed-ups change with the state of the machine.
+    tolerance: ClassVar[Mapping[str, float]] = {"default": 0.35, "recall": 0.02}
+
+    def __post_init__(self):
+        weights = dict.fromkeys(model.weights for model in self.models.values())
+        object.__setattr__(self, "weights", "; ".join(weights))
+
+    def finding(self) -> str:
+        """State speed-up and quality of the chosen settings, and those of int8 rows."""
+        sentences, first, last = [], self.settings.batches[0], self.settings.batches[-1]
+        for name, model in self.models.items():
+            times, softmax, step = (
+                model.times,
+                model.times.softmax_speedups,
+                model.times.step_speedups,
+            )
+            sentences.append(
+                f"{name}: HiRE-Softmax ({model.chosen}) is {softmax[first]:.1f}x as fast as the "
+                f"fastest dense form at batch {first} and {softmax[last]:.1f}x at {last}, a whole "
+                f"step {step[first]:.2f}x and {step[last]:.2f}x. On a novel: "
+                f"{model.quality_text(self.settings.k)}. Dense int8 rows reach "
+                f"{times.variant_speedup(INT8):.1f}x at recall {model.recalls[INT8]:.3f}."
+            )
+        return " ".join(sentences)
 
     def series(self) -> dict:
-        """Return speed-ups by batch size, and the recall of every compared setting."""
+        """Return speed-ups by batch size, and the recall of every setting and kind of text."""
         return {
-            "softmax speed-up": list(self.times.softmax_speedups.values()),
-            "step speed-up": list(self.times.step_speedups.values()),
-            "recall": [
-                rates["recall"]["mean"]
-                for name, rates in self.variant_quality.items()
-                if name not in (INT8, HIRE_INT8)
-            ],
+            name: {
+                "softmax speed-up": list(model.times.softmax_speedups.values()),
+                "step speed-up": list(model.times.step_speedups.values()),
+                "recall": {
+                    **{
+                        setting: recall for setting, (_, recall) in model.speed_and_recall().items()
+                    },
+                    **{
+                        kind_label(kind): rates["recall"]["mean"]
+                        for kind, rates in model.quality.by_kind.items()
+                    },
+                },
+            }
+            for name, model in self.models.items()
         }
 
     def records(self) -> list[Record]:
-        """Return the record of the chosen setting."""
-        settings, quality, times = self.settings, self.quality, self.times
+        """Return one record for each model. The first one's supports the claim."""
+        records = [self._record(name, model) for name, model in self.models.items()]
+        name, model = next(iter(self.models.items()))
+        times, recall = model.times, model.quality.recall
         speedup = times.step_speedups[times.first_batch]
         low, high = times.speedup_ranges(times.step)[times.first_batch]
         claim = Claim(
@@ -596,24 +665,32 @@ class SoftmaxResult(Result):
             low=low,
             high=high,
             unit="x, whole decode step",
-            quality=f"{self.quality_text()}, {self.weights}",
-            setting=f"{self.chosen}, {settings.model_name}",
-            supports=speedup > CLAIM_SPEEDUP and quality.recall["low"] >= CLAIM_RECALL,
+            quality=f"{model.quality_text(self.settings.k)}, {model.weights}",
+            setting=f"{model.chosen}, {name}",
+            supports=speedup > CLAIM_SPEEDUP and recall["low"] >= CLAIM_RECALL,
         )
-        record = Record(
-            id=f"softmax/{settings.model_name}",
-            weights=self.weights,
+        return [dataclasses.replace(records[0], claims={"softmax-speedup": claim}), *records[1:]]
+
+    def _record(self, name: str, model: ModelSoftmax) -> Record:
+        settings, quality, times = self.settings, model.quality, model.times
+        rank, bits, candidates = settings.chosen[name]
+        return Record(
+            id=f"softmax/{name}",
+            weights=model.weights,
             setting=dict(
                 k=settings.k,
-                rank=settings.chosen_rank,
-                candidates=settings.chosen_candidates,
-                bits=settings.chosen_bits,
+                rank=rank,
+                candidates=candidates,
+                bits=bits,
                 cache_length=settings.cache_length,
-                calibration_queries=self.calibration_queries,
+                calibration_queries=model.calibration_queries,
             ),
             results=dict(
                 recall=quality.recall,
                 top1=quality.top1,
+                recall_by_kind={kind: rates["recall"] for kind, rates in quality.by_kind.items()},
+                top1_by_kind={kind: rates["top1"] for kind, rates in quality.by_kind.items()},
+                bytes_fraction=times.search_bytes[HIRE][times.first_batch] / times.row_bytes,
                 agreement=quality.agreement["mean"],
                 variation=quality.variation["mean"],
                 variation_99=quality.variation_99,
@@ -630,83 +707,58 @@ class SoftmaxResult(Result):
                 step_speedup_ranges=times.speedup_ranges(times.step),
                 floor_ratios=times.floor_ratios(),
                 int8_search_speedups=times.int8_search_speedups(),
-                int8_search_recall=self.variant_quality[HIRE_INT8]["recall"],
+                int8_search_recall=model.variant_quality[HIRE_INT8]["recall"],
                 xla_speedups=times.xla_speedups(),
                 sittings=times.sittings,
                 stage_seconds=medians(times.stages),
             ),
             durations=dict(softmax=times.softmax, step=times.step, stages=times.stages),
-            claims={"softmax-speedup": claim},
         )
-        return [record]
 
     def plot(self) -> Figure:
-        """Draw recall against speed, latency of softmax and step, and the stages of a search."""
-        figure, axes = plots.new_figure(2, 2)
-        self._plot_recall_and_speed(axes[0, 0])
-        self._plot_softmax_latency(axes[0, 1])
-        self._plot_step_latency(axes[1, 0])
-        plots.stage_bars(axes[1, 1], medians(self.times.stages), self.times.stage_floors())
+        """Draw speed-ups by batch size, recall against speed, and recall by kind of text."""
+        figure, axes = plots.new_figure(1, 3, height=4.4)
+        self._plot_speedups(axes[0, 0])
+        self._plot_recall_and_speed(axes[0, 1])
+        plots.recall_by_kind(
+            axes[0, 2],
+            {
+                f"{name}, {model.chosen}": {
+                    kind_label(kind): rates["recall"]
+                    for kind, rates in model.quality.by_kind.items()
+                }
+                for name, model in self.models.items()
+            },
+            plots.PALETTE[: len(self.models)],
+            title="Recall by kind of text",
+        )
         return figure
 
-    def _plot_recall_and_speed(self, axis) -> None:
-        settings = self.settings
-        lines: dict[str, dict[str, tuple[float, float]]] = {}
-        for candidates in settings.candidates:
-            for bits in settings.bits:
-                lines[f"k' = {candidates}, int{bits}"] = {
-                    f"LR {rank}": self._speed_and_recall(setting_name(rank, bits, candidates))
-                    for rank in settings.ranks
+    def _plot_speedups(self, axis: Axes) -> None:
+        lines = {}
+        for name, model in self.models.items():
+            times = model.times
+            lines[f"{name}, softmax"] = times.softmax_speedups, times.speedup_ranges(times.softmax)
+            lines[f"{name}, whole step"] = times.step_speedups, times.speedup_ranges(times.step)
+        plots.speedup_lines(axis, lines, title="Speed-up over the fastest dense form")
+
+    def _plot_recall_and_speed(self, axis: Axes) -> None:
+        points = {}
+        for name, model in self.models.items():
+            settings = model.speed_and_recall()
+            points |= {
+                f"{name}, factors of {bits} bits": {
+                    setting: point
+                    for setting, point in settings.items()
+                    if f"int{bits}" in setting and setting != INT8
                 }
-        lines[INT8] = {"": self._speed_and_recall(INT8)}
-        recalls = [recall for line in lines.values() for _, recall in line.values()]
+                for bits in self.settings.bits
+            }
+            points[f"{name}, {INT8}"] = {INT8: settings[INT8]}
+        chosen = [model.speed_and_recall()[model.chosen] for model in self.models.values()]
         plots.quality_speed(
             axis,
-            lines,
-            lowest=0.95 if min(recalls) >= 0.95 else 0.2,
-            star=(
-                f"k' = {settings.chosen_candidates}, int{settings.chosen_bits}",
-                f"LR {settings.chosen_rank}",
-            ),
+            points,
+            chosen,
+            title=f"Recall@{self.settings.k} and speed, batch {self.settings.batches[0]}",
         )
-        axis.set_title(f"Recall@{settings.k} against speed, batch {self.times.first_batch}")
-
-    def _speed_and_recall(self, name: str) -> tuple[float, float]:
-        recall = self.variant_quality[name]["recall"]["mean"]
-        return self.times.variant_speedup(name), recall
-
-    def _plot_softmax_latency(self, axis) -> None:
-        recalls = {
-            HIRE: self.quality.recall["mean"],
-            HIRE_XLA: self.quality.recall["mean"],
-            HIRE_INT8: self.variant_quality[HIRE_INT8]["recall"]["mean"],
-            INT8: self.int8_recall,
-        }
-        colors = {
-            INT8: plots.GREEN,
-            HIRE_XLA: plots.ORANGE,
-            HIRE_INT8: plots.GREEN,
-            HIRE: plots.BLUE,
-            "fastest dense": plots.GRAY,
-        }
-        labels = {name: f"{name}: {recall:.3f}" for name, recall in recalls.items()}
-        lines = layer_timing.over_batches(self.times.softmax, (INT8, HIRE_XLA, HIRE_INT8, HIRE))
-        plots.latency_lines(
-            axis,
-            self.settings.batches,
-            {labels.get(name, name): seconds for name, seconds in lines.items()},
-            {labels.get(name, name): color for name, color in colors.items()},
-            hollow=(labels[HIRE_INT8],),
-            floors={labels[HIRE]: list(self.times.floors(HIRE).values())},
-            title="Softmax, with recall (dotted: HiRE's bytes)",
-        )
-        # Room for the legend.
-        axis.set_ylim(top=6 * axis.get_ylim()[1])
-
-    def _plot_step_latency(self, axis) -> None:
-        colors = {"dense": plots.GRAY, HIRE: plots.BLUE}
-        lines = {
-            name: [medians(durations)[name] for durations in self.times.step.values()]
-            for name in colors
-        }
-        plots.latency_lines(axis, self.settings.batches, lines, colors, title="Whole decode step")

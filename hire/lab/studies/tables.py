@@ -54,3 +54,8 @@ def series_table(
     """Return series as a table, one row per series."""
     table = pandas.DataFrame.from_dict(dict(series), orient="index", columns=list(columns))
     return table.round(decimals)
+
+
+def by_model(tables: Mapping[str, pandas.DataFrame]) -> pandas.DataFrame:
+    """Return the tables of several models as one, with the model's name before each row."""
+    return pandas.concat(dict(tables))
