@@ -7,10 +7,12 @@ axis of the mesh that `jax.set_mesh` has set.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from hire.estimators.base import Estimator
@@ -19,7 +21,7 @@ from hire.estimators.quantized import Quantized
 from hire.ops.checks import check_range
 from hire.ops.top_k import TopK
 from hire.search import high_recall_top_k, rerank
-from hire.types import Array, Blocks, Indices, Queries, Rows
+from hire.types import Array, Blocks, Float, Indices, Int, Queries, Rows
 
 
 def per_device_k(count: int, devices: int, oversample_sigmas: float | int) -> int:
@@ -327,11 +329,40 @@ def all_gather_top_k(
             indices, jnp.where(indices < axis.num_rows, shard_top.values, -jnp.inf), shard_k
         )
         indices = shard_top.indices
-    # Values and indices travel in one array: one collective, since its time is nearly all latency.
-    bits = jax.lax.bitcast_convert_type(shard_top.values[:, :shard_k], jnp.int32)
-    packed = jnp.stack([bits, indices[:, :shard_k].astype(jnp.int32)])
-    gathered = jax.lax.all_gather(packed, axis.name, axis=2, tiled=True)
-    return rerank(gathered[1], jax.lax.bitcast_convert_type(gathered[0], jnp.float32), k)
+    values, indices = all_gather_pairs(
+        shard_top.values[:, :shard_k], indices[:, :shard_k].astype(jnp.int32), axis.name
+    )
+    return rerank(indices, values, k)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def all_gather_pairs(
+    values: Float[Array, "b k"], indices: Int[Array, "b k"], axis_name: str
+) -> tuple[Float[Array, "b _"], Int[Array, "b _"]]:
+    """Gather the values and indices of all devices along their last axis.
+
+    They travel in one array of integers: one collective, since its time is nearly all latency.
+    Integers have no derivative; that of the values is to gather their tangents.
+
+    Args:
+        values: Values of this device, float32 `(b, k)`.
+        indices: Indices of this device, int32 `(b, k)`.
+        axis_name: Name of the mesh axis.
+
+    Returns:
+        The values and the indices of all devices, `(b, k)` times the number of devices.
+    """
+    packed = jnp.stack([jax.lax.bitcast_convert_type(values, jnp.int32), indices])
+    gathered = jax.lax.all_gather(packed, axis_name, axis=2, tiled=True)
+    return jax.lax.bitcast_convert_type(gathered[0], jnp.float32), gathered[1]
+
+
+@all_gather_pairs.defjvp
+def all_gather_pairs_jvp(axis_name: str, primals: tuple, tangents: tuple) -> tuple:
+    """Return `all_gather_pairs` and its tangents."""
+    values, indices = all_gather_pairs(*primals, axis_name)
+    value_tangents = jax.lax.all_gather(tangents[0], axis_name, axis=1, tiled=True)
+    return (values, indices), (value_tangents, np.zeros(indices.shape, jax.dtypes.float0))
 
 
 def with_fingerprint_of(estimator: Any, rows: Rows | Blocks | Quantized) -> Any:

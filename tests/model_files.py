@@ -1,4 +1,4 @@
-"""Files of small models, written by the libraries that others use, for tests of the loaders."""
+"""Small models of every family, and their files, written by the libraries that others use."""
 
 import json
 
@@ -6,7 +6,43 @@ import gguf
 import numpy as np
 from safetensors.numpy import save_file
 
+from hire.models.config import DecoderConfig, llama3_rope_factors
 from hire.models.tokenizer import sentencepiece_bpe
+
+SIZES = dict(vocabulary=300, width=64, layers=2, heads=4, kv_heads=2, head_width=16, ffn_width=128)
+PLAIN = dict(activation="silu", global_every=1, scaled_embedding=False, post_norms=False)
+# 8 rotary frequencies of base 100.
+FACTORS = llama3_rope_factors(
+    16, 100.0, factor=8, low_freq_factor=1, high_freq_factor=4, original_context=64
+)
+CONFIGS = {
+    "gemma2": DecoderConfig(
+        **SIZES,
+        global_every=2,
+        qk_norm=False,
+        window=16,
+        rope_base=1e4,
+        context=512,
+        attention_soft_cap=5.0,
+        logit_soft_cap=3.0,
+        attention_scale=0.125,
+    ),
+    "gemma3": DecoderConfig(
+        **SIZES, global_every=2, window=16, context=512, rope_factors=(8.0,) * 8
+    ),
+    "llama": DecoderConfig(
+        **SIZES,
+        **PLAIN,
+        qk_norm=False,
+        rope_base=100.0,
+        rope_factors=FACTORS,
+        norm_epsilon=1e-5,
+        tied=False,
+        context=512,
+    ),
+    "qwen2": DecoderConfig(**SIZES, **PLAIN, qk_norm=False, qkv_bias=True, context=512),
+    "qwen3": DecoderConfig(**SIZES | dict(head_width=24), **PLAIN, context=512),
+}
 
 # A SentencePiece vocabulary: control pieces, bytes, and some pieces of text.
 PIECES = ["<pad>", "<eos>", "<bos>", "<unk>"] + [f"<0x{byte:02X}>" for byte in range(256)]

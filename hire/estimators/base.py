@@ -177,25 +177,27 @@ def check_queries(x: States, estimator: Estimator) -> None:
         raise ValueError(f"queries of type {x.dtype}: expected a float type")
 
 
-def map_leading_axes(function: Callable[[Queries], Any], x: States) -> Any:
+def map_leading_axes(function: Callable[..., Any], x: States, *others: AnyArray) -> Any:
     """Apply a function of queries `(b, d)` to queries with any number of leading axes.
 
     Args:
-        function: Function of queries `(b, d)` with results `(b, ...)`.
+        function: Function of queries `(b, d)`, and of the others `(b, n)`, with results `(b, ...)`.
         x: Queries `(*b, d)`.
+        *others: Arrays `(*b, n)`.
 
     Returns:
         The results, with arrays `(*b, ...)`.
     """
-    lead = x.shape[:-1]
+    lead, arrays = x.shape[:-1], (x, *others)
     if 0 in lead:
-        shapes = jax.eval_shape(function, jax.ShapeDtypeStruct((1, x.shape[-1]), x.dtype))
+        one_query = [jax.ShapeDtypeStruct((1, part.shape[-1]), part.dtype) for part in arrays]
+        shapes = jax.eval_shape(function, *one_query)
         return jax.tree.map(lambda part: jnp.zeros((*lead, *part.shape[1:]), part.dtype), shapes)
     if x.ndim == 2:
-        return function(x)
+        return function(*arrays)
     return jax.tree.map(
         lambda part: part.reshape(*lead, *part.shape[1:]),
-        function(jnp.asarray(x).reshape(-1, x.shape[-1])),
+        function(*(jnp.asarray(part).reshape(-1, part.shape[-1]) for part in arrays)),
     )
 
 

@@ -456,19 +456,26 @@ class HireFFN:
             self.activations(lambda rows: row_scores(x, rows[static_rows])), self.down[static_rows]
         )
 
-    def dense_reference(self, x: Queries, tokens_per_selection: int = 1) -> Float[Array, "b d"]:
+    def dense_reference(self, x: States, tokens_per_selection: int = 1) -> Float[Array, "*b d"]:
         """Compute the same output from all neurons, with the unselected activations set to 0.
 
         This is the reference. It is also faster for many queries at once.
 
         Args:
-            x: Queries `(b, d)`.
+            x: Queries `(b, d)` or `(*b, d)`.
             tokens_per_selection: Number of consecutive queries that form one call with
                 `share_selection`.
 
         Returns:
-            Float32 outputs `(b, d)`.
+            Float32 outputs of the same shape.
         """
+        if not x.size:
+            return jnp.zeros(x.shape, jnp.float32)
+        queries = jnp.asarray(x).reshape(-1, x.shape[-1])
+        return self._dense_reference(queries, tokens_per_selection).reshape(x.shape)
+
+    def _dense_reference(self, x: Queries, tokens_per_selection: int) -> Float[Array, "b d"]:
+        """Run `dense_reference` on queries with one leading axis."""
         if self.axis is not None:
             return self.on_devices(
                 x, lambda layer, x: layer.dense_reference(x, tokens_per_selection)

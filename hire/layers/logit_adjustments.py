@@ -149,14 +149,18 @@ def checked_adjustments(
                 f"{name} of type {jnp.asarray(array).dtype}: expected "
                 f"{'booleans, true for allowed tokens' if name == 'mask' else 'floats'}"
             )
-    if mask is not None and not isinstance(mask, Tracer) and not np.all(jnp.any(mask, axis=-1)):
-        raise ValueError("mask: a query has no allowed token; expected one or more")
-    if (
-        logit_bias is not None
-        and not isinstance(logit_bias, Tracer)
-        and np.any(jnp.isnan(logit_bias))
-    ):
-        raise ValueError("logit_bias: it holds NaN; expected numbers, or -inf to forbid a token")
+    # Inside jit, jnp would trace even a constant.
+    with jax.ensure_compile_time_eval():
+        if mask is not None and not isinstance(mask, Tracer) and not jnp.any(mask, axis=-1).all():
+            raise ValueError("mask: a query has no allowed token; expected one or more")
+        if (
+            logit_bias is not None
+            and not isinstance(logit_bias, Tracer)
+            and jnp.isnan(logit_bias).any()
+        ):
+            raise ValueError(
+                "logit_bias: it holds NaN; expected numbers, or -inf to forbid a token"
+            )
     return LogitAdjustments(mask, logit_bias, penalties)
 
 

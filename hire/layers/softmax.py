@@ -35,7 +35,7 @@ from hire.layers.logit_adjustments import (
 from hire.layers.logit_bounds import LARGEST_FACTOR, AdjustedLogits
 from hire.ops.implementation import check_implementation
 from hire.ops.nomination import nominate_from_scores
-from hire.ops.normalizer import logsumexp_correction, take_ranks
+from hire.ops.normalizer import log_sum_exp, logsumexp_correction, take_ranks
 from hire.ops.row_products import row_nbytes, row_scores_at
 from hire.ops.soft_cap import cap_softly
 from hire.ops.top_k import TopK, exact_top_k
@@ -53,7 +53,7 @@ class TopKWithNormalizer(NamedTuple):
         top: Logits and token indices `(b, k)`.
         log_normalizer: Log of the sum of exponentials over the vocabulary `(b,)`, in nats.
         normalizer_stderr: Expected standard error of `log_normalizer` `(b,)`: see
-            `HireSoftmax.top_k_with_normalizer`.
+            `HireSoftmax.top_k_with_normalizer`. It has no gradient.
     """
 
     top: TopK
@@ -125,25 +125,26 @@ class HireSoftmax:
         if not 0 <= self.soft_cap < math.inf:
             raise ValueError(f"soft_cap = {self.soft_cap}: expected a finite number, 0 for none")
         if self.bias is not None:
-            object.__setattr__(self, "bias", self._checked_bias())
+            object.__setattr__(self, "bias", self._checked_bias(self.bias))
         object.__setattr__(self, "rows", to_device(self.rows))
         object.__setattr__(self, "k", k)
         object.__setattr__(self, "candidates", candidates)
         check_fitted(self.rows, self.estimator)
 
-    def _checked_bias(self) -> Float[Array, " v"]:
+    def _checked_bias(self, bias: Float[AnyArray, " v"]) -> Float[Array, " v"]:
         """Return the bias as float32, or raise ValueError."""
-        bias = jnp.asarray(self.bias)
         if bias.shape != self.rows.shape[:1] or not jnp.issubdtype(bias.dtype, jnp.floating):
             raise ValueError(
                 f"bias of shape {bias.shape} and type {bias.dtype}: expected floats "
                 f"({self.rows.shape[0]},), one a row"
             )
-        if not isinstance(bias, Tracer) and not bool(jnp.isfinite(bias).all()):
-            raise ValueError(
-                "bias: it holds a number that is not finite; pass mask= to forbid a token"
-            )
-        return bias.astype(jnp.float32)
+        # Inside jit, jnp would trace even a constant.
+        with jax.ensure_compile_time_eval():
+            if not isinstance(bias, Tracer) and not jnp.isfinite(bias).all():
+                raise ValueError(
+                    "bias: it holds a number that is not finite; pass mask= to forbid a token"
+                )
+        return jnp.asarray(bias).astype(jnp.float32)
 
     def sharded(self, axis: str | RowSharding) -> "HireSoftmax":
         """Return the same softmax with its rows sharded over a mesh axis, as `RowSharding` says.
@@ -361,7 +362,7 @@ class HireSoftmax:
         above. Our choice: the paper names no normaliser.
 
         Args:
-            hidden: Hidden states `(b, d)`.
+            hidden: Hidden states `(b, d)` or `(*b, d)`.
             mask: As in a call. A token that is not allowed has no share of the sum.
             logit_bias: As in a call.
             penalties: As in a call.
@@ -460,11 +461,14 @@ class HireSoftmax:
             axis.name,
             axis=1,
         )
-        log_normalizer = jax.nn.logsumexp(log_sums, axis=0)
+        log_normalizer = log_sum_exp(log_sums.T)
+        normalizer_stderr = jnp.linalg.norm(
+            jnp.exp(log_sums - log_normalizer[None]) * errors, axis=0
+        )
         return TopKWithNormalizer(
             self._gathered(shard_result.top, len(is_real)),
             log_normalizer,
-            jnp.linalg.norm(jnp.exp(log_sums - log_normalizer[None]) * errors, axis=0),
+            jax.lax.stop_gradient(normalizer_stderr),
         )
 
     def _top_k_with_normalizer(
@@ -499,17 +503,20 @@ class HireSoftmax:
         )
         queries = jnp.arange(len(hidden), dtype=jnp.int32)[:, None]
         tail_scores = estimated.at[queries, candidates.tokens].set(-jnp.inf)
-        log_tail = jax.nn.logsumexp(tail_scores, axis=1) + correction
-        log_normalizer = jnp.logaddexp(jax.nn.logsumexp(candidates.logits, axis=1), log_tail)
+        log_tail = log_sum_exp(tail_scores) + correction
+        log_candidates = log_sum_exp(candidates.logits)
+        log_normalizer = log_sum_exp(jnp.stack([log_candidates, log_tail], axis=1))
         # A shard of padding only has no tail, and -inf minus -inf would be NaN.
         has_tail = log_tail > -jnp.inf
         tail_share = jnp.where(
             has_tail, jnp.exp(log_tail - jnp.where(has_tail, log_normalizer, 0)), 0
         )
+        normalizer_stderr = tail_share * jnp.hypot(sampling_error, correction - upper_correction)
+        # The gradient of a root is infinite at 0: without errors, or without a tail.
         return TopKWithNormalizer(
             self._best_of(candidates),
             log_normalizer,
-            tail_share * jnp.hypot(sampling_error, correction - upper_correction),
+            jax.lax.stop_gradient(normalizer_stderr),
         )
 
     def certified(
@@ -603,12 +610,12 @@ class HireSoftmax:
         return Certified(TopK(capped, result.top.indices), result.proved)
 
     @jax.jit
-    def exact_logits(self, hidden: Queries, tokens: Int[AnyArray, "b n"]) -> Float[Array, "b n"]:
+    def exact_logits(self, hidden: States, tokens: Int[AnyArray, "*b n"]) -> Float[Array, "*b n"]:
         """Return the model's exact logits of tokens. Only the rows of these tokens are read.
 
         Args:
-            hidden: Hidden states `(b, d)`.
-            tokens: Token indices `(b, n)`.
+            hidden: Hidden states `(b, d)` or `(*b, d)`.
+            tokens: Token indices `(b, n)` or `(*b, n)`.
 
         Returns:
             The exact logits `(b, n)`, without adjustments.
@@ -617,6 +624,10 @@ class HireSoftmax:
             ValueError: If the hidden states have another width.
         """
         check_queries(hidden, self.estimator)
+        return map_leading_axes(self._exact_logits, hidden, tokens)
+
+    def _exact_logits(self, hidden: Queries, tokens: Int[AnyArray, "b n"]) -> Float[Array, "b n"]:
+        """Run `exact_logits` on hidden states with one leading axis."""
         if self.axis is None:
             return self._local_logits(hidden, tokens)
         scores = RowSharding.of(self.axis).shard_map(
@@ -640,17 +651,17 @@ class HireSoftmax:
 
     def log_probabilities(
         self,
-        hidden: Queries,
-        tokens: Int[AnyArray, "b n"],
+        hidden: States,
+        tokens: Int[AnyArray, "*b n"],
         *,
         mask: Bool[AnyArray, "... v"] | None = None,
         logit_bias: Float[AnyArray, "... v"] | None = None,
-    ) -> Float[Array, "b n"]:
+    ) -> Float[Array, "*b n"]:
         """Return the log-probabilities of tokens: exact logits minus the estimated normaliser.
 
         Args:
-            hidden: Hidden states `(b, d)`.
-            tokens: Token indices `(b, n)`.
+            hidden: Hidden states `(b, d)` or `(*b, d)`.
+            tokens: Token indices `(b, n)` or `(*b, n)`.
             mask: As in a call.
             logit_bias: As in a call.
 
@@ -661,6 +672,14 @@ class HireSoftmax:
             ValueError: As a call.
         """
         adjustments = self._adjustments(hidden, mask, logit_bias, None)
+        return map_leading_axes(
+            lambda x, tokens: self._log_probabilities(x, tokens, adjustments), hidden, tokens
+        )
+
+    def _log_probabilities(
+        self, hidden: Queries, tokens: Int[AnyArray, "b n"], adjustments: LogitAdjustments
+    ) -> Float[Array, "b n"]:
+        """Run `log_probabilities` on hidden states with one leading axis."""
         logits, offsets = self.exact_logits(hidden, tokens), adjustments.offsets()
         if offsets is not None:
             wide = jnp.broadcast_to(offsets, (len(logits), offsets.shape[1]))

@@ -76,7 +76,8 @@ def attend(
         The attention output, `(b, t, h, e)`, in the type of `queries`.
     """
     b, t, heads, e = queries.shape
-    grouped = queries.reshape(b, t, parts[0][0].shape[2], -1, e)
+    kv_heads = parts[0][0].shape[2]
+    grouped = queries.reshape(b, t, kv_heads, heads // kv_heads, e)
     scores = [
         jnp.where(
             mask[None, None, None],
@@ -244,11 +245,11 @@ class Attention(nnx.Module):
         """
         b, t, _ = x.shape
         queries, keys, values = (
-            linear(x, weight, bias).reshape(b, t, -1, self.head_width)
-            for weight, bias in (
-                (self.query, self.query_bias),
-                (self.key, self.key_bias),
-                (self.value, self.value_bias),
+            linear(x, weight, bias).reshape(b, t, heads, self.head_width)
+            for weight, bias, heads in (
+                (self.query, self.query_bias, self.heads),
+                (self.key, self.key_bias, self.kv_heads),
+                (self.value, self.value_bias, self.kv_heads),
             )
         )
         if self.query_norm is not None and self.key_norm is not None:
@@ -275,7 +276,7 @@ class Attention(nnx.Module):
         queries, keys, values = self.project(x, jnp.arange(t, dtype=jnp.int32))
         output = self.causal(queries, keys, values)
         return (
-            mix(output.reshape(b, t, -1), self.output),
+            mix(output.reshape(b, t, self.heads * self.head_width), self.output),
             self.cache_entries(keys, cache_length),
             self.cache_entries(values, cache_length),
         )
@@ -320,14 +321,15 @@ class Attention(nnx.Module):
 
         if size == t:
             return block(jnp.int32(0), queries)
+        num_blocks = -(-t // size)
         blocks = (
             jnp.pad(queries, ((0, 0), (0, -t % size), (0, 0), (0, 0)))
-            .reshape(b, -1, size, *head_shape)
+            .reshape(b, num_blocks, size, *head_shape)
             .swapaxes(0, 1)
         )
         starts = jnp.arange(0, t, size, dtype=jnp.int32)
         output = jax.lax.map(lambda part: block(*part), (starts, blocks))
-        return output.swapaxes(0, 1).reshape(b, -1, *head_shape)[:, :t]
+        return output.swapaxes(0, 1).reshape(b, num_blocks * size, *head_shape)[:, :t]
 
     def cache_entries(self, entries: Float[Array, "b t n e"], cache_length: int) -> KeysOrValues:
         """Arranges keys or values as a ring buffer.
@@ -373,7 +375,7 @@ class Attention(nnx.Module):
         output = attend_to_cache(queries, keys, values, mask, key, value, self.soft_cap)
         key, value = ordered_after(output, key), ordered_after(output, value)
         return (
-            mix(output.reshape(x.shape[0], -1), self.output),
+            mix(output.reshape(x.shape[0], self.heads * self.head_width), self.output),
             write_slot(keys, key, length),
             write_slot(values, value, length),
         )
@@ -406,6 +408,8 @@ def ordered_after(read: Array, entry: Float[Array, "b 1 n e"]) -> Float[Array, "
     Returns:
         The entry, unchanged in value.
     """
+    if not read.size:
+        return entry
     first = read.reshape(-1)[0]
     # 0 * inf is NaN. Without jnp.where, an overflow in one text would reach the keys of all texts.
     return entry + jnp.where(jnp.isfinite(first), 0 * first, jnp.zeros_like(first))

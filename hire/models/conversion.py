@@ -43,11 +43,7 @@ class SearchedFFN(nnx.Module):
                 f"{x.shape[1]} tokens: expected a multiple of {self.tokens_per_selection}, the "
                 "tokens per selection"
             )
-        return (
-            self.ffn.dense_reference(x.reshape(-1, x.shape[-1]), self.tokens_per_selection)
-            .reshape(x.shape)
-            .astype(x.dtype)
-        )
+        return self.ffn.dense_reference(x, self.tokens_per_selection).astype(x.dtype)
 
 
 def convert(
@@ -81,8 +77,8 @@ def convert(
 
     Raises:
         ValueError: When `softmax` was fitted to other rows than the LM head of the model, has
-            another soft cap, or is sharded over an axis that the mesh of jax.set_mesh does not
-            have.
+            another soft cap, has a bias, or is sharded over an axis that the mesh of jax.set_mesh
+            does not have.
         ValueError: When `ffn` does not have one FFN per layer, an FFN has another width than the
             model, only one of the two has a gate, or the model has a router.
         ValueError: When `tokens_per_selection` is less than 1, or more than 1 without a searched
@@ -149,9 +145,11 @@ def head_for(model: Decoder, softmax: HireSoftmax) -> Rows | Blocks:
         The rows, one per token or in the layout of the softmax.
 
     Raises:
-        ValueError: When the softmax has other rows or another soft cap than the model.
+        ValueError: When the softmax has other rows or another soft cap than the model, or a bias.
     """
     rows, layout = softmax.rows, None if softmax.axis is None else RowSharding.of(softmax.axis)
+    if softmax.bias is not None:
+        raise ValueError("a softmax with a bias: expected none, as in the model's LM head")
     if softmax.soft_cap != model.config.logit_soft_cap:
         raise ValueError(
             f"a softmax with soft_cap = {softmax.soft_cap}: expected "

@@ -1,6 +1,7 @@
 """The decoder in Flax NNX: prefill of a text, then one token per decode step."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from hire.distributed import RowSharding
+from hire.estimators.base import map_leading_axes
 from hire.models.attention import Attention
 from hire.models.cache import Cache
 from hire.models.config import DecoderConfig
@@ -24,7 +26,7 @@ from hire.ops.checks import check_range
 from hire.ops.row_products import row_scores
 from hire.ops.soft_cap import cap_softly
 from hire.ops.top_k import TopK, group_scores, mask_top_groups
-from hire.types import AnyArray, Array, Float, Hidden, Int, Tokens
+from hire.types import AnyArray, Array, Float, Hidden, Int, States, Tokens
 
 
 def check_tokens(tokens: Any, vocabulary: int) -> None:
@@ -202,7 +204,8 @@ class Decoder(nnx.Module):
         if self.config.tied:
             indices = self.storage_index(indices)
         rows = self.embedding[...][indices]  # the embedding is a matrix, or blocks of rows
-        rows = rows.reshape(*tokens.shape, -1)[..., : self.config.width]
+        stored_width = math.prod(rows.shape[indices.ndim :])
+        rows = rows.reshape(*indices.shape, stored_width)[..., : self.config.width]
         if not self.config.scaled_embedding:
             return rows
         return rows * jnp.asarray(self.config.width**0.5, rows.dtype)
@@ -329,17 +332,17 @@ class Decoder(nnx.Module):
         """
         return self.config.vocabulary if self.softmax is None else self.softmax.k
 
-    def top_tokens(self, hidden: Float[Array, "b d"], k: int) -> TopK:
+    def top_tokens(self, hidden: States, k: int) -> TopK:
         """Returns the k best tokens by exact logits.
 
         A converted model searches for them.
 
         Args:
-            hidden: Hidden states, `(b, d)`.
+            hidden: Hidden states, `(b, d)` or `(*b, d)`.
             k: Number of tokens, at most `max_top_k`.
 
         Returns:
-            The logits and the tokens, both `(b, k)`.
+            The logits and the tokens, both `(b, k)` or `(*b, k)`.
 
         Raises:
             ValueError: When k is not in 1..max_top_k.
@@ -358,15 +361,13 @@ class Decoder(nnx.Module):
         """
 
         def logits(model: Decoder, hidden: Float[AnyArray, "*b d"]) -> Float[Array, "*b v"]:
-            config, x = model.config, hidden.reshape(-1, model.config.width)
-            rows = model.head[...].reshape(model.head.shape[0], -1)
+            config, rows = model.config, model.head[...].reshape(model.head.shape[0], -1)
             # Blocks pad each row with zeros.
-            scores = row_scores(jnp.pad(x, ((0, 0), (0, rows.shape[1] - config.width))), rows)
+            padding = (0, 0), (0, rows.shape[1] - config.width)
+            scores = map_leading_axes(lambda x: row_scores(jnp.pad(x, padding), rows), hidden)
             if model.row_sharding is not None:
-                scores = scores[
-                    :, model.storage_index(jnp.arange(config.vocabulary, dtype=jnp.int32))
-                ]
-            scores = cap_softly(scores, config.logit_soft_cap)
-            return scores.reshape(*hidden.shape[:-1], -1)
+                tokens = jnp.arange(config.vocabulary, dtype=jnp.int32)
+                scores = scores[..., model.storage_index(tokens)]
+            return cap_softly(scores, config.logit_soft_cap)
 
         return self.method(logits, hidden)

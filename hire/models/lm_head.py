@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from hire.distributed import RowSharding
-from hire.estimators.base import Estimator
+from hire.estimators.base import Estimator, map_leading_axes
 from hire.estimators.quantized import Quantized
 from hire.layers.logit_adjustments import LogitAdjustments, adjust_all
 from hire.layers.softmax import HireSoftmax
@@ -18,7 +18,7 @@ from hire.ops.row_products import row_scores
 from hire.ops.soft_cap import cap_softly
 from hire.ops.top_k import TopK, exact_top_k
 from hire.pytrees import pytree
-from hire.types import Array, Blocks, Float, Rows
+from hire.types import Array, Blocks, Float, Rows, States
 
 
 @runtime_checkable
@@ -85,7 +85,7 @@ def top_tokens(
     softmax: LMHeadSearch | None,
     rows: Rows | Blocks,
     soft_cap: float,
-    hidden: Float[Array, "b d"],
+    hidden: States,
     k: int,
     adjustments: LogitAdjustments | None = None,
 ) -> TopK:
@@ -98,12 +98,12 @@ def top_tokens(
         softmax: The search, or None to score all rows.
         rows: The rows of the LM head.
         soft_cap: Soft cap of the logits of a dense LM head. 0 means none. A search has its own.
-        hidden: Hidden states, `(b, d)`.
+        hidden: Hidden states, `(b, d)` or `(*b, d)`.
         k: Number of tokens.
-        adjustments: Adjustments of the logits, or None.
+        adjustments: Adjustments of the logits, with one leading axis, or None.
 
     Returns:
-        The logits and the tokens, both `(b, k)`.
+        The logits and the tokens, both `(b, k)` or `(*b, k)`.
     """
 
     def top_tokens(
@@ -124,7 +124,15 @@ def top_tokens(
             )
         return TopK(*(part[:, :k] for part in softmax.with_rows(rows)(hidden, **changes)))
 
-    return with_auto_axes(top_tokens, softmax, rows, hidden, adjustments)
+    def call(
+        softmax: LMHeadSearch | None,
+        rows: Rows | Blocks,
+        hidden: States,
+        adjustments: LogitAdjustments | None,
+    ) -> TopK:
+        return map_leading_axes(lambda x: top_tokens(softmax, rows, x, adjustments), hidden)
+
+    return with_auto_axes(call, softmax, rows, hidden, adjustments)
 
 
 def plain_rows(

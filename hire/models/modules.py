@@ -95,7 +95,7 @@ def linear(
     products = row_scores(x.reshape(-1, x.shape[-1]), weight[...])
     if bias is not None:
         products = products + bias[...].astype(products.dtype)[None]
-    return products.reshape(*x.shape[:-1], -1).astype(x.dtype)
+    return products.reshape(*x.shape[:-1], weight.shape[0]).astype(x.dtype)
 
 
 def mix(shares: Float[Array, "*b f"], weight: nnx.Param) -> Float[Array, "*b d"]:

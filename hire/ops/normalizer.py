@@ -29,6 +29,20 @@ def take_ranks(
     return jnp.take_along_axis(exact, order, axis=1), jnp.take_along_axis(guessed, order, axis=1)
 
 
+def log_sum_exp(scores: Float[Array, "b n"]) -> Float[Array, " b"]:
+    """Return the log of the sum of the exponentials of each query's scores, `(b,)`.
+
+    A query whose scores are all -inf has the result -inf, with a gradient of 0: that of
+    jax.nn.logsumexp is NaN.
+
+    Args:
+        scores: Scores `(b, n)`.
+    """
+    is_empty = jnp.all(scores == -jnp.inf, axis=1)
+    log_sum = jax.nn.logsumexp(jnp.where(is_empty[:, None], 0.0, scores), axis=1)
+    return jnp.where(is_empty, -jnp.inf, log_sum)
+
+
 def logsumexp_correction(
     exact: Float[Array, "b c"], guessed: Float[Array, "b c"]
 ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:

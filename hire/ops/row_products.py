@@ -409,7 +409,7 @@ def plain_row_sum(
         weights = weights * jnp.expand_dims(rows.scale, range(weights.ndim - 1))
         rows = unpack_codes(rows.codes, rows.bits, rows.width)
     m, d = rows.shape
-    if math.prod(weights.shape[:-1]) > 1 or m % NUM_PARTIAL_SUMS:
+    if math.prod(weights.shape[:-1]) != 1 or m % NUM_PARTIAL_SUMS:
         return matmul_f32(weights, rows)
 
     def split() -> Float[Array, "*b d"]:

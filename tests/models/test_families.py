@@ -9,50 +9,17 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_files import VOCABULARY, hub_names, write_folder, write_gguf
+from model_files import CONFIGS, FACTORS, VOCABULARY, hub_names, write_folder, write_gguf
 
 import hire
 from hire.lab.metrics import numpy_decoder
-from hire.models import DecoderConfig, load
+from hire.models import load
 from hire.models.config import llama3_rope_factors
 
-SIZES = dict(vocabulary=300, width=64, layers=2, heads=4, kv_heads=2, head_width=16, ffn_width=128)
-PLAIN = dict(activation="silu", global_every=1, scaled_embedding=False, post_norms=False)
 # By hand: 8 rotary frequencies of base 100; the wavelengths are 2 pi 100^(i/8).
 LLAMA3 = dict(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
 )
-FACTORS = llama3_rope_factors(
-    16, 100.0, factor=8, low_freq_factor=1, high_freq_factor=4, original_context=64
-)
-CONFIGS = {
-    "gemma2": DecoderConfig(
-        **SIZES,
-        global_every=2,
-        qk_norm=False,
-        window=16,
-        rope_base=1e4,
-        context=512,
-        attention_soft_cap=5.0,
-        logit_soft_cap=3.0,
-        attention_scale=0.125,
-    ),
-    "gemma3": DecoderConfig(
-        **SIZES, global_every=2, window=16, context=512, rope_factors=(8.0,) * 8
-    ),
-    "llama": DecoderConfig(
-        **SIZES,
-        **PLAIN,
-        qk_norm=False,
-        rope_base=100.0,
-        rope_factors=FACTORS,
-        norm_epsilon=1e-5,
-        tied=False,
-        context=512,
-    ),
-    "qwen2": DecoderConfig(**SIZES, **PLAIN, qk_norm=False, qkv_bias=True, context=512),
-    "qwen3": DecoderConfig(**SIZES | dict(head_width=24), **PLAIN, context=512),
-}
 
 
 def metadata_of(family):
