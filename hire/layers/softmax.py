@@ -514,9 +514,7 @@ class HireSoftmax:
         normalizer_stderr = tail_share * jnp.hypot(sampling_error, correction - upper_correction)
         # The gradient of a root is infinite at 0: without errors, or without a tail.
         return TopKWithNormalizer(
-            self._best_of(candidates),
-            log_normalizer,
-            jax.lax.stop_gradient(normalizer_stderr),
+            self._best_of(candidates), log_normalizer, jax.lax.stop_gradient(normalizer_stderr)
         )
 
     def certified(
