@@ -19,7 +19,7 @@ from hire.ops.row_products import row_scores
 from hire.ops.soft_cap import cap_softly
 from hire.ops.top_k import TopK, exact_top_k
 from hire.tuning import DENSE, Tuned, labelled, tune
-from hire.types import Array, Float, Queries, Rows
+from hire.types import AnyArray, Array, Float, Queries, Rows
 
 # Ranks of the low-rank estimators, as shares of the width. Kernels read ranks in multiples of 32.
 RANK_SHARES, RANK_STEP = (1 / 5, 1 / 4), 32
@@ -117,7 +117,7 @@ def fit_softmax(
     confidence: float = 0.95,
     bound: str = "betting",
     batch: int | None = None,
-    bias: Float[Array, " v"] | None = None,
+    bias: Float[AnyArray, " v"] | None = None,
     soft_cap: float = 0.0,
 ) -> FittedSoftmax:
     """Choose and fit the search of an LM head.
