@@ -1,8 +1,10 @@
 """The second real model: SmolLM2-135M from its own file, against plain numpy and a plain BPE."""
 
 import dataclasses
+import re
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import hire
 from hire.lab.data import model_states
 from hire.lab.data.text import documents
 from hire.lab.metrics import model_quality, numpy_decoder
+from hire.lab.paths import ROOT
 from hire.models import load, loading, preset
 
 
@@ -148,3 +151,34 @@ def test_a_fitted_search_keeps_its_promise_on_unseen_documents(subject, document
     )
     judged = hire.evaluate(fitted.softmax, unseen.hidden, documents=unseen.documents)
     assert judged.recall.high >= 0.97 and judged.bytes_fraction < 0.2
+
+
+@pytest.mark.parametrize("fixture, name", [("subject", "smollm2_135m"), ("gemma", "gemma3_270m")])
+def test_the_lines_of_the_readme_run_on_a_real_model(fixture, name, request):
+    """The first two examples of the README, on little text; of the second only the name changes."""
+    subject = request.getfixturevalue(fixture)
+    search, use, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+    def states(split, kind, count):
+        windows = model_states.windows(subject, documents(split, [kind])[:count], 48)
+        return model_states.collect(subject.model, *windows, skip=8).hidden
+
+    given = dict(
+        embedding=subject.model.head_rows(),
+        key=jax.random.key(0),
+        hidden_states=states("calibration", "speech", 25),
+        more_hidden_states=states("calibration", "commentary", 21),
+        hidden=states("evaluation", "speech", 2),
+    )
+    exec(search, given)
+    exact = hire.exact_top_k(subject.model.logits(given["hidden"]), 32).indices
+    pairs = zip(np.asarray(exact), np.asarray(given["top"].indices), strict=True)
+    assert np.mean([np.isin(true, returned).mean() for true, returned in pairs]) > 0.98
+    assert given["k_prime"] < 0.1 * len(given["embedding"])
+    assert use.count("gemma3_270m") == 1
+    exec(use.replace("gemma3_270m", name), given)
+    prompt = subject.tokens("Call me Ishmael.")
+    end = len(prompt) + 40
+    dense = hire.generate(subject.model, prompt[None], new_tokens=8, cache_length=end)
+    assert given["tokens"].shape == (1, end)
+    np.testing.assert_array_equal(given["tokens"][:, : len(prompt) + 8], dense)
