@@ -49,6 +49,8 @@ def workshop(tmp_path, monkeypatch):
             nbformat.v4.new_code_cell(source)
             for source in ('profile = "auto"\nsteps = None', LOAD_SIZES, *sources)
         ]
+        for parameter, value in parameters.items():
+            cells[0].source += f"\n{parameter} = {value!r}"
         cells[0].metadata["tags"] = ["parameters"]
         kernel = dict(name="python3", display_name="Python 3", language="python")
         book = nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=kernel))
@@ -158,6 +160,26 @@ def test_a_size_can_be_changed_and_then_writes_elsewhere(workshop, capsys):
             notebooks.run_notebooks(profile, only, overrides=overrides)
     assert main(["figures", "--only", "01", "--set", "steps"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_value_of_the_parameters_cell_can_be_changed_and_is_not_in_the_profile(workshop):
+    folder, write = workshop
+    write(
+        "01_good",
+        "from pathlib import Path\nPath('../ran').write_text(f'{steps} {word}')",
+        word="a",
+    )
+    assert notebooks.run_notebooks("smoke", "01") == []
+    assert (folder / "ran").read_text() == "7 a"
+    assert notebooks.run_notebooks("smoke", "01", overrides=dict(word="b")) == []
+    assert (folder / "ran").read_text() == "7 b"
+    with pytest.raises(ValueError, match="profile"):
+        notebooks.run_notebooks("smoke", "01", overrides=dict(profile="cpu"))
+    (folder / "notebooks/profiles/smoke.yaml").write_text(
+        "01_good: {steps: 7, word: c}\n02_bad: {steps: 1}"
+    )
+    with pytest.raises(ValueError, match="word"):
+        notebooks.run_notebooks("smoke", "01")
 
 
 def test_errors_of_the_command_are_one_line(capsys):

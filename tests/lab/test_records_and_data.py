@@ -467,7 +467,7 @@ def test_answers_take_their_numbers_from_records(monkeypatch):
     )
     monkeypatch.setattr(pages, "load", lambda name: {"questions": [question]})
     monkeypatch.setattr(records, "read", lambda: [dict(id="r", results=dict(x=[1, 0.25]))])
-    name = figure_index.figures_with_notebook()[0]["name"]
+    name = figure_index.figure_entry("01")["name"]
     answer = "Of 25.0%, not *not measured yet*."
     assert pages.answers() == [dict(question="How much?", answer=answer, notebooks=[name])]
     question["answer"] = "{r|results.x.7|.1f}"
@@ -488,7 +488,10 @@ def test_the_ten_questions_are_answered_from_notebooks_of_the_index():
 def test_claims_of_the_index_exist_and_every_figure_has_its_number():
     entries = figure_index.load("index")["figures"]
     claims = {claim["id"] for claim in figure_index.load("claims")["claims"]}
-    assert [entry["name"][:2] for entry in entries] == [f"{number:02}" for number in range(1, 12)]
+    assert [entry["name"][:2] for entry in entries] == [f"{number:02}" for number in range(12)]
+    assert [entry["name"] for entry in entries if not entry.get("figure", True)] == [
+        "00_playground"
+    ]
     assert claims >= {claim for entry in entries for claim in entry["claims"]}
     assert len(claims) == 13
 

@@ -40,7 +40,9 @@ def fingerprint(name: str, chosen: dict) -> str:
 
 
 def check_sizes(profile: str, overrides: dict) -> None:
-    """Check that a profile gives every notebook exactly the sizes of its parameters cell.
+    """Check that a profile gives every notebook exactly the sizes that its parameters cell lacks.
+
+    The cell lacks a size where it says None.
 
     Args:
         profile: Name of the profile.
@@ -57,13 +59,18 @@ def check_sizes(profile: str, overrides: dict) -> None:
         )
     for name in names:
         parameters = papermill.inspect_notebook(str(NOTEBOOKS / f"{name}.ipynb"))
-        differing = set(sizes[name]) ^ (set(parameters) - {"profile"})
+        values = {size for size, cell in parameters.items() if cell["default"] != "None"}
+        differing = set(sizes[name]) ^ (set(parameters) - values)
         if differing:
             raise ValueError(
                 f"profiles/{profile}.yaml, {name}: {', '.join(sorted(differing))}: in one of the "
                 "profile and the notebook's parameters cell only; add it to the other"
             )
-        settings(name, profile, overrides.get(name, {}))
+        changeable = values - {"profile"}
+        others = {
+            size: value for size, value in overrides.get(name, {}).items() if size not in changeable
+        }
+        settings(name, profile, others)
 
 
 def run_notebooks(
@@ -114,7 +121,7 @@ def run_notebook(name: str, profile: str, overrides: dict, fresh: bool) -> bool:
     folder = OUT / (f"{profile}-changed" if overrides else profile)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{name}.ipynb"
-    sizes = vars(settings(name, profile, overrides))
+    sizes = sizes_by_notebook(profile)[name] | overrides
     stamp, digest = target.with_suffix(".done"), fingerprint(name, {"profile": profile} | sizes)
     if not fresh and stamp.exists() and stamp.read_text() == digest:
         print(f"{name}: up to date ({stamp.relative_to(ROOT)}; FRESH=1 runs it again)", flush=True)
@@ -160,6 +167,8 @@ def execute(name: str, values: dict, target) -> str | None:
 
 def compared(name: str) -> str:
     """Compare the series of a new figure with the committed ones, as a phrase for the log."""
+    if not figure_entry(name[:2]).get("figure", True):
+        return ""
     committed = subprocess.run(
         ["git", "show", f"HEAD:figures/{name}.json"], cwd=ROOT, capture_output=True, text=True
     )

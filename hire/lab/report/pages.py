@@ -169,14 +169,17 @@ def readme(text: str) -> str:
 def notebook(name: str, text: str) -> str:
     """Return a notebook with up-to-date generated cells.
 
-    They are the badge below the title, the committed figure with its finding, and the set-up cell.
+    They are the badge below the title, the committed figure with its finding if there is one, and
+    the set-up cell.
     """
     book = nbformat.reads(text, as_version=4)
     cells = {cell.id: cell for cell in book.cells}
     title, _, question = cells["title"].source.split("\n\n", 2)
     cells["title"].source = f"{title}\n\n{badge(name)}\n\n{question}"
-    cells["committed-figure"].source = picture(name, "../")
-    cells["set-up"].source = set_up_cell(figure_entry(name[:2]).get("extras", "notebooks,gemma"))
+    entry = figure_entry(name[:2])
+    if entry.get("figure", True):
+        cells["committed-figure"].source = picture(name, "../")
+    cells["set-up"].source = set_up_cell(entry.get("extras", "notebooks,gemma"))
     return nbformat.writes(book, indent=1) + "\n"
 
 

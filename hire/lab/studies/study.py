@@ -154,7 +154,7 @@ class Study:
         self.records = RECORDS if self.is_evidence else folder / "records"
         machine = records.machine()
         print(
-            f"figure {number}, profile {self.profile}, {machine['device']}, "
+            f"notebook {number}, profile {self.profile}, {machine['device']}, "
             f"jax {machine['versions']['jax']}"
         )
         if changed:
