@@ -403,6 +403,14 @@ def test_one_program_serves_all_its_symbols_from_itself(tmp_path, monkeypatch):
     assert ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(again.address)(1) == 2
 
 
+def test_a_program_is_named_after_the_sources_that_were_imported(monkeypatch):
+    """Sources that change while a process runs are not those that it compiles."""
+    name = programs.key()
+    programs.key.cache_clear()
+    monkeypatch.setattr("pathlib.Path.read_bytes", lambda path: b"changed")
+    assert programs.key() == name
+
+
 @settings(max_examples=20)
 @given(st.data(), st.booleans(), SEEDS)
 def test_nominated_groups_are_those_of_the_reference(data, share, seed):

@@ -78,12 +78,15 @@ def target_machine() -> llvm.TargetMachine:
     )
 
 
+# Read when the kernels are imported: a process that runs while the sources change compiles the old
+# ones, and must not keep them under the name of the new ones.
+SOURCES = [source.read_bytes() for source in sorted(Path(__file__).parent.glob("*.py"))]
+
+
 @cache
 def key() -> str:
     """Return what programs depend on, as a digest: sources, versions and the processor."""
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
+    digest = hashlib.sha256(b"".join(SOURCES))
     versions = (numba.__version__, llvmlite.__version__, llvm.get_host_cpu_name())
     for text in (*versions, llvm.get_host_cpu_features().flatten()):
         digest.update(text.encode())
