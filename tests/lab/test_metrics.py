@@ -147,6 +147,21 @@ def test_bits_per_byte_by_hand(subject):
     ] == pytest.approx(300)
 
 
+def test_a_soft_cap_of_the_logits_by_hand():
+    """Scores 4 and 0 with a cap of 2: logits 2 tanh(2) and 0."""
+    rows, states = (
+        jnp.asarray([[4.0], [0.0]]),
+        model_states.States(np.ones((1, 1), np.float32), np.zeros(1, np.int32), np.zeros(1, int)),
+    )
+    expected = np.log1p(np.exp(-2 * np.tanh(2)))
+    outputs = model_quality.head_outputs(rows, states, soft_cap=2.0)
+    assert outputs.nats[0] == pytest.approx(expected, rel=1e-5)
+    assert model_quality.loss(rows, states.hidden, states.targets, soft_cap=2.0)[
+        0
+    ] == pytest.approx(expected, rel=1e-5)
+    assert outputs.nats[0] > model_quality.head_outputs(rows, states).nats[0]
+
+
 def test_sliding_losses_are_those_of_the_windows(subject):
     states = model_states.document_states(subject, TEXTS, 16, 8)
     output = model_quality.head_outputs(subject.model.embedding[...], states, k=8)

@@ -133,7 +133,11 @@ class Harness(TemplateLM):
         hidden = np.concatenate([self.prefilled[key] for key in cache_keys])
         targets = np.concatenate([prediction.tokens[-prediction.queries :] for prediction in asked])
         token_owners = np.repeat(owners, [prediction.queries for prediction in asked])
-        outputs = head_outputs(self.softmax, States(hidden, targets, token_owners))
+        outputs = head_outputs(
+            self.softmax,
+            States(hidden, targets, token_owners),
+            soft_cap=self.model.config.logit_soft_cap,
+        )
         return -np.bincount(token_owners, outputs.nats, count), np.bincount(
             token_owners, ~outputs.hits, count
         ) == 0

@@ -18,6 +18,7 @@ from hire.lab.metrics.intervals import mean_with_interval, points, relative_loss
 from hire.layers.softmax import HireSoftmax
 from hire.models import Decoder, TextModel
 from hire.ops.row_products import row_scores
+from hire.ops.soft_cap import cap_softly
 from hire.ops.top_k import TopK, exact_top_k
 from hire.sampling import sampling_probabilities
 from hire.types import AnyArray, Array, Bool, Float, Int, Queries, Rows, Tokens
@@ -135,10 +136,12 @@ def score_documents(
     )
 
 
-@jax.jit
-def loss(rows: Rows, hidden: Queries, targets: Int[AnyArray, " b"]) -> Float[Array, " b"]:
+@partial(jax.jit, static_argnames="soft_cap")
+def loss(
+    rows: Rows, hidden: Queries, targets: Int[AnyArray, " b"], soft_cap: float = 0.0
+) -> Float[Array, " b"]:
     """Return -log p (b,) in nats of each target after hidden states (b, d)."""
-    return nll(row_scores(hidden, rows), targets)
+    return nll(cap_softly(row_scores(hidden, rows), soft_cap), targets)
 
 
 def nll(logits: Float[Array, "*b v"], targets: Int[AnyArray, "*b"]) -> Float[Array, "*b"]:
@@ -152,7 +155,7 @@ def nll(logits: Float[Array, "*b v"], targets: Int[AnyArray, "*b"]) -> Float[Arr
 def losses(model: Decoder, states: States) -> np.ndarray:
     """Return -log p (n,) in nats of the token after each state, from exact logits."""
     return in_batches(
-        partial(loss, model.head_rows()),
+        partial(loss, model.head_rows(), soft_cap=model.config.logit_soft_cap),
         states.hidden,
         min(256, len(states.hidden)),
         states.targets,
@@ -204,9 +207,13 @@ class HeadOutputs(NamedTuple):
     true_top: TopK
 
 
-@partial(jax.jit, static_argnames="k")
+@partial(jax.jit, static_argnames=("k", "soft_cap"))
 def head_outputs_of_batch(
-    softmax: HireSoftmax | Rows, hidden: Queries, targets: Int[AnyArray, " b"], k: int
+    softmax: HireSoftmax | Rows,
+    hidden: Queries,
+    targets: Int[AnyArray, " b"],
+    k: int,
+    soft_cap: float,
 ) -> HeadOutputs:
     """Evaluate a softmax on the tokens that followed hidden states.
 
@@ -215,6 +222,7 @@ def head_outputs_of_batch(
         hidden: Hidden states (b, d).
         targets: The token that followed each state (b,).
         k: Number of best tokens.
+        soft_cap: Soft cap of the logits of a dense softmax. A search has its own.
     """
     if isinstance(softmax, HireSoftmax):
         # All candidates, best first.
@@ -222,7 +230,7 @@ def head_outputs_of_batch(
         nats = results.log_normalizer - softmax.exact_logits(hidden, targets[:, None])[:, 0]
         top, outside = results.top, jnp.all(results.top.indices != targets[:, None], axis=1)
     else:
-        logits = row_scores(hidden, softmax)
+        logits = cap_softly(row_scores(hidden, softmax), soft_cap)
         nats, top, outside = (
             nll(logits, targets),
             exact_top_k(logits, k),
@@ -234,7 +242,12 @@ def head_outputs_of_batch(
 
 
 def head_outputs(
-    softmax: HireSoftmax | Rows, states: States, k: int = 1, batch: int = 128
+    softmax: HireSoftmax | Rows,
+    states: States,
+    k: int = 1,
+    batch: int = 128,
+    *,
+    soft_cap: float = 0.0,
 ) -> HeadOutputs:
     """Evaluate a softmax on the tokens that followed states, in batches.
 
@@ -243,12 +256,13 @@ def head_outputs(
         states: Hidden states with their next tokens.
         k: Number of best tokens.
         batch: Hidden states per call.
+        soft_cap: Soft cap of the logits of a dense softmax. A search has its own.
 
     Returns:
         The outputs for all states, as numpy arrays.
     """
     return in_batches(
-        lambda *arrays: head_outputs_of_batch(softmax, *arrays, k=k),
+        lambda *arrays: head_outputs_of_batch(softmax, *arrays, k=k, soft_cap=soft_cap),
         states.hidden,
         batch,
         states.targets,

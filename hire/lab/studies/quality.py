@@ -122,9 +122,9 @@ def compare(
         settings: Sizes of the notebook.
     """
     windows = dict(length=settings.length, stride=settings.length // 2)
-    rows = subject.model.head_rows()
+    rows, soft_cap = subject.model.head_rows(), subject.model.config.logit_soft_cap
     exact_states = model_states.document_states(subject, texts, **windows)
-    exact = model_quality.head_outputs(rows, exact_states, settings.k)
+    exact = model_quality.head_outputs(rows, exact_states, settings.k, soft_cap=soft_cap)
     searched = {}
     for ffn_name, ffn in ffns.items():
         states = exact_states
@@ -135,7 +135,7 @@ def compare(
             if ffn is None and softmax is None:
                 continue
             head = rows if softmax is None else softmax
-            outputs = model_quality.head_outputs(head, states, settings.k)
+            outputs = model_quality.head_outputs(head, states, settings.k, soft_cap=soft_cap)
             searched[f"{name}: {ffn_name}, {softmax_name}"] = model_quality.against(
                 outputs, exact, exact_states.documents
             )
@@ -294,7 +294,9 @@ def compare_kinds(
                 stride=settings.length // 2,
             )
             exact, searched = (
-                model_quality.head_outputs(head, states, settings.k)
+                model_quality.head_outputs(
+                    head, states, settings.k, soft_cap=subject.model.config.logit_soft_cap
+                )
                 for head in (subject.model.head_rows(), softmax)
             )
             by_model[name][kind] = model_quality.against(searched, exact, states.documents)
