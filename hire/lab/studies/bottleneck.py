@@ -483,10 +483,10 @@ class BottleneckResult(Result):
         low, high = np.transpose(list(ranges.values()))
         axis.fill_between(batches, 1e3 * low, 1e3 * high, color=plots.RED, alpha=0.2, lw=0)
         plots.draw_line(axis, batches, bounds, "0.4", marker="", linestyle="--")
-        # Left of its line at the top, and below its line: apart for any heights of the two.
-        last = batches[-1]
+        # Left of its line at the top, and above its line where that is flat.
+        first, last = batches[0], batches[-1]
         plots.label(axis, last, measured[-1], "measured", plots.RED, offset=(-12, 0), ha="right")
-        plots.label(axis, last, bounds[-1], "bytes / bandwidth", "0.4", offset=(0, -26), ha="right")
+        plots.label(axis, first, bounds[0], "bytes / bandwidth", "0.4", offset=(8, 10))
         axis.set(
             ylabel="ms a step", title="On this machine, with the range\nof the sittings' medians"
         )
