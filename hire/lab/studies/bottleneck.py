@@ -486,7 +486,7 @@ class BottleneckResult(Result):
         # Left of its line at the top, and above its line where that is flat.
         first, last = batches[0], batches[-1]
         plots.label(axis, last, measured[-1], "measured", plots.RED, offset=(-12, 0), ha="right")
-        plots.label(axis, first, bounds[0], "bytes / bandwidth", "0.4", offset=(8, 10))
+        plots.label(axis, first, bounds[0], "bytes / bandwidth", "0.4", offset=(4, 22))
         axis.set(
             ylabel="ms a step", title="On this machine, with the range\nof the sittings' medians"
         )
