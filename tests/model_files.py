@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 from safetensors.numpy import save_file
 
+import hire
 from hire.models.config import DecoderConfig, llama3_rope_factors
 from hire.models.tokenizer import sentencepiece_bpe
 
@@ -176,3 +177,23 @@ def write_folder(folder, tensors, fields, tokenizer=None):
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text(json.dumps(fields))
     return folder
+
+
+def searches_of(model, candidates):
+    """A search of the softmax, and searches of the FFNs in which every group is a candidate."""
+    rows, config = model.head_rows(), model.config
+    estimator = hire.Quantized.fit(rows, 8)
+    softmax = hire.HireSoftmax(rows, estimator, 4, candidates, soft_cap=config.logit_soft_cap)
+    ffns = [
+        hire.HireFFN(
+            block.ffn.up[...],
+            block.ffn.down[...],
+            hire.Quantized.fit(block.ffn.gate[...], 8),
+            block.ffn.gate[...],
+            k=16,
+            candidates=16,
+            activation=config.ffn_activation,
+        )
+        for block in model.blocks
+    ]
+    return softmax, ffns

@@ -9,7 +9,15 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_files import CONFIGS, FACTORS, VOCABULARY, hub_names, write_folder, write_gguf
+from model_files import (
+    CONFIGS,
+    FACTORS,
+    VOCABULARY,
+    hub_names,
+    searches_of,
+    write_folder,
+    write_gguf,
+)
 
 import hire
 from hire.lab.metrics import numpy_decoder
@@ -254,22 +262,7 @@ def test_a_folder_of_the_same_weights_is_the_same_model(subject, family, tmp_pat
 
 def test_a_converted_model_of_every_family_writes_the_same(subject, rng):
     model = subject.model
-    rows = model.head_rows()
-    softmax = hire.HireSoftmax(
-        rows, hire.Quantized.fit(rows, 8), k=4, candidates=64, soft_cap=model.config.logit_soft_cap
-    )
-    ffns = [
-        hire.HireFFN(
-            block.ffn.up[...],
-            block.ffn.down[...],
-            hire.Quantized.fit(block.ffn.gate[...], 8),
-            block.ffn.gate[...],
-            k=16,
-            candidates=16,
-            activation=model.config.ffn_activation,
-        )
-        for block in model.blocks
-    ]
+    softmax, ffns = searches_of(model, candidates=64)
     fast = hire.convert(model, softmax=softmax, ffn=ffns)
     tokens = jnp.asarray(rng.integers(3, 300, (2, 9)), jnp.int32)
     dense = hire.generate(model, tokens, new_tokens=12)

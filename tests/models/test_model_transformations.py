@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
-from model_files import CONFIGS
+from model_files import CONFIGS, searches_of
 
 import hire
 from hire.lab.studies.adversary import with_64_bits
@@ -36,22 +36,7 @@ def random_model(config):
 
 def converted(model):
     """The model with a searched softmax, and searched FFNs with every group."""
-    rows, config = model.head_rows(), model.config
-    softmax = hire.HireSoftmax(
-        rows, hire.Quantized.fit(rows, 8), k=4, candidates=100, soft_cap=config.logit_soft_cap
-    )
-    ffns = [
-        hire.HireFFN(
-            block.ffn.up[...],
-            block.ffn.down[...],
-            hire.Quantized.fit(block.ffn.gate[...], 8),
-            block.ffn.gate[...],
-            k=16,
-            candidates=16,
-            activation=config.ffn_activation,
-        )
-        for block in model.blocks
-    ]
+    softmax, ffns = searches_of(model, candidates=100)
     return hire.convert(model, softmax=softmax, ffn=ffns)
 
 
